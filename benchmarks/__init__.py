@@ -1,0 +1,1 @@
+"""Load generators and suites for this project and its peers."""

@@ -1,0 +1,1 @@
+"""More than one node: launching, autoscaling, placement, deployment files."""

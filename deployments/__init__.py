@@ -1,0 +1,1 @@
+"""Ray Serve deployments: ingress, engine replica, trunk and routing."""

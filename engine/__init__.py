@@ -1,0 +1,46 @@
+"""Trunkline's inference engine: tokens in, tokens out. Knows no Ray and no HTTP.
+
+Names are imported on first use, so that the ingress can share the plain ones without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.errors import ConfigError, EngineDead, InvalidRequest
+    from engine.llm import LLM, InferenceEngine
+    from engine.outputs import CompletionOutput, RequestOutput
+    from engine.sampling_params import SamplingParams
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineConfig",
+    "EngineDead",
+    "InferenceEngine",
+    "InvalidRequest",
+    "RequestOutput",
+    "SamplingParams",
+]
+
+_HOMES = {
+    "LLM": "llm",
+    "InferenceEngine": "llm",
+    "EngineConfig": "config",
+    "SamplingParams": "sampling_params",
+    "ConfigError": "errors",
+    "EngineDead": "errors",
+    "InvalidRequest": "errors",
+    "CompletionOutput": "outputs",
+    "RequestOutput": "outputs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'engine' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"engine.{_HOMES[name]}"), name)

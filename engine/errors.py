@@ -1,0 +1,29 @@
+"""Exceptions that callers of the engine may see."""
+
+from __future__ import annotations
+
+
+class TrunklineError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class InvalidRequest(TrunklineError, ValueError):
+    """A request that cannot be served as it is.
+
+    Attributes:
+        message: a sentence that says what is wrong and what to change.
+        param: the offending field, named as the caller named it, or None.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigError(TrunklineError, ValueError):
+    """An engine option, model directory or model file that cannot be used."""
+
+
+class EngineDead(TrunklineError, RuntimeError):
+    """The engine's loop has stopped; its unfinished requests are lost to it."""

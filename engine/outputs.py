@@ -1,0 +1,116 @@
+"""What the engine hands out: wire structs of a step, and the results that users see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""Why a sequence ended; the first two are OpenAI's."""
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities at one position.
+
+    `token_ids[0]` is the sampled (or prompt) token; the rest are the likeliest, best first.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+    """Rank of `token_ids[0]` among the whole vocabulary; 1 is the likeliest."""
+
+
+class TokenDelta(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What one step added to one request; crosses processes, so fields are only ever appended."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    """The stop token that ended it, when that was not the model's own end-of-sequence token."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry for each of `token_ids`, when asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """For prompt positions 1 …, in order, in as many pieces as the prefill had chunks."""
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache; set on the first delta."""
+    error: str | None = None
+    """A sentence for the client when `finish_reason` is `error`."""
+
+
+class EngineLoad(msgspec.Struct, array_like=True):
+    """The engine's load after a step; routers and metrics read it."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    running_tokens: int = 0
+    """Tokens of KV cache that running requests hold."""
+    waiting_tokens: int = 0
+    """Prompt tokens not yet computed, of waiting and running requests."""
+    free_blocks: int = 0
+    """Blocks that a new request could take, cached ones included."""
+    total_blocks: int = 0
+    step: int = 0
+    """Steps done so far; a value that stands still while requests run means a hang."""
+    num_preemptions: int = 0
+    prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix cache so far."""
+    prefix_hits: int = 0
+    """Prompt tokens found there so far."""
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Log-probability of one token, its rank (1 is the likeliest) and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion of a prompt."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the completion has ended."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A prompt and its completions; `text`, `tokens` and `finished` speak of the first one."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """Text of the first completion."""
+        return self.outputs[0].text
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids of the first completion."""
+        return self.outputs[0].token_ids
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        return all(output.finished for output in self.outputs)

@@ -1,0 +1,102 @@
+"""A request as it crosses processes, and as the scheduler tracks it."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+
+from engine.sampling_params import SamplingParams
+
+
+class EngineRequest(msgspec.Struct, array_like=True, kw_only=False):
+    """One sequence to generate; crosses processes, so fields are only ever appended.
+
+    `params.n` is 1 and `params.seed` is set: whoever builds the request fans out `n` and draws the
+    seed, so that a resumed request draws the same noise.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    arrival_time: float = msgspec.field(default_factory=time.time)
+    cache_salt: str | None = None
+    """Requests share cached blocks only under the same salt."""
+    output_token_ids: list[int] = msgspec.field(default_factory=list)
+    """Tokens that another engine generated before it was lost; this engine goes on after them."""
+
+
+class Status(enum.Enum):
+    """Where a request stands in the scheduler."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The scheduler's state of one request."""
+
+    request_id: str
+    token_ids: list[int]
+    """Prompt and output tokens known on the host."""
+    num_prompt_tokens: int
+    params: SamplingParams
+    priority: int = 0
+    arrival_time: float = 0.0
+    cache_salt: str | None = None
+    status: Status = Status.WAITING
+    row: int = -1
+    """Row in the runner's batch while running."""
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Hashes of the full blocks of `token_ids`, extended as tokens come."""
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the cache, those of steps in flight included."""
+    num_in_flight: int = 0
+    """Sampled tokens that the device has and the host does not yet know."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the first admission found in the prefix cache."""
+    num_preemptions: int = 0
+    num_prompt_logprobs: int = 0
+    """Prompt positions whose log-probabilities were handed out."""
+    max_total_tokens: int = 0
+    """Length at which the request ends for `length`."""
+    queued_since: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def from_wire(cls, wire: EngineRequest, max_model_len: int) -> Request:
+        """Track a request that arrived; `max_model_len` caps its length."""
+        num_prompt = len(wire.prompt_token_ids)
+        limit = max_model_len
+        if wire.params.max_tokens is not None:
+            limit = min(limit, num_prompt + wire.params.max_tokens)
+        return cls(
+            request_id=wire.request_id,
+            token_ids=wire.prompt_token_ids + wire.output_token_ids,
+            num_prompt_tokens=num_prompt,
+            params=wire.params,
+            priority=wire.priority,
+            arrival_time=wire.arrival_time,
+            cache_salt=wire.cache_salt,
+            max_total_tokens=limit,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, those in flight included."""
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens that the host knows."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request has ended."""
+        return self.status is Status.FINISHED

@@ -1,0 +1,128 @@
+"""What a caller may ask of sampling; field names and defaults follow vLLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from engine.errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+"""Most alternatives a request may ask for at each position."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Options of one request, validated when built.
+
+    Raises:
+        InvalidRequest: a value is out of range or of the wrong type; `param` names the field.
+    """
+
+    n: int = 1
+    """Completions to generate for the prompt."""
+    temperature: float = 1.0
+    """Divides the logits; 0 means greedy."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probabilities sum to at least this."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest one."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the output already holds."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that the output already holds the token."""
+    repetition_penalty: float = 1.0
+    """Divides positive, multiplies negative logits of tokens in prompt or output."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of the given token ids."""
+    seed: int | None = None
+    """Fixes the noise; None draws a fresh seed for each request."""
+    max_tokens: int | None = 64
+    """Most tokens to generate; None means until `max_model_len`."""
+    min_tokens: int = 0
+    """No stop token before this many tokens."""
+    stop: Sequence[str] = ()
+    """Strings that end the output and are not part of it."""
+    stop_token_ids: Sequence[int] = ()
+    """Token ids that end the output, beside the model's own."""
+    ignore_eos: bool = False
+    """Go on past the model's end-of-sequence tokens."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string in the text."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    logprobs: int | None = None
+    """Log-probabilities of the sampled token and of this many likeliest ones."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token; such a prompt is always computed in full."""
+
+    def __post_init__(self) -> None:
+        """Normalise `stop` to a tuple and check every field."""
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        _check_numbers(self)
+        _check_stops(self)
+        _check_logit_bias(self.logit_bias)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+
+_RANGES: dict[str, tuple[type, float, float, str]] = {
+    "n": (int, 1, 128, "an integer from 1 to 128"),
+    "temperature": (float, 0.0, 100.0, "a number from 0 to 100"),
+    "top_p": (float, 1e-9, 1.0, "a number above 0, up to 1"),
+    "top_k": (int, -1, 2**31 - 1, "-1, 0 or a positive integer"),
+    "min_p": (float, 0.0, 1.0, "a number from 0 to 1"),
+    "presence_penalty": (float, -2.0, 2.0, "a number from -2 to 2"),
+    "frequency_penalty": (float, -2.0, 2.0, "a number from -2 to 2"),
+    "repetition_penalty": (float, 1e-6, 100.0, "a number above 0, up to 100"),
+    "seed": (int, -(2**63), 2**63 - 1, "a 64-bit integer"),
+    "max_tokens": (int, 1, 2**31 - 1, "a positive integer"),
+    "min_tokens": (int, 0, 2**31 - 1, "0 or a positive integer"),
+    "logprobs": (int, 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
+    "prompt_logprobs": (int, 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
+}
+_OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
+_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+
+
+def _check_numbers(params: SamplingParams) -> None:
+    for name, (kind, low, high, meaning) in _RANGES.items():
+        value = getattr(params, name)
+        if value is None and name in _OPTIONAL:
+            continue
+        allowed = int if kind is int else (int, float)
+        good = isinstance(value, allowed) and not isinstance(value, bool)
+        if not good or math.isnan(value) or not low <= value <= high:
+            raise InvalidRequest(f"{name} must be {meaning}, got {value!r}.", name)
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens ({params.min_tokens}) must not exceed max_tokens ({params.max_tokens}).",
+            "min_tokens",
+        )
+    for name in _FLAGS:
+        if not isinstance(getattr(params, name), bool):
+            raise InvalidRequest(f"{name} must be true or false.", name)
+
+
+def _check_stops(params: SamplingParams) -> None:
+    if isinstance(params.stop, (bytes, dict)) or not all(
+        isinstance(text, str) and text for text in params.stop
+    ):
+        raise InvalidRequest("stop must be a non-empty string or a list of them.", "stop")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in params.stop_token_ids):
+        raise InvalidRequest("stop_token_ids must be a list of token ids.", "stop_token_ids")
+
+
+def _check_logit_bias(bias: dict[int, float] | None) -> None:
+    for token, value in (bias or {}).items():
+        if not isinstance(token, int) or token < 0 or not isinstance(value, (int, float)):
+            raise InvalidRequest("logit_bias must map token ids to numbers.", "logit_bias")
+        if not -100 <= value <= 100:  # also catches NaN
+            raise InvalidRequest("logit_bias values must lie between -100 and 100.", "logit_bias")
