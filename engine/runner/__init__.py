@@ -1,1 +1,1 @@
-"""TODO."""
+"""Runs the steps that the scheduler plans: input tensors, model, sampler."""

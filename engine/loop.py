@@ -1,0 +1,124 @@
+"""Runs an engine in a thread of its own: commands in, deltas of each step out."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from engine.errors import InvalidRequest
+from engine.outputs import EngineLoad, TokenDelta
+from engine.request import EngineRequest
+
+logger = logging.getLogger("trunkline.engine")
+
+IDLE_WAKEUP_S = 1.0
+"""An idle loop looks around this often, so that silence means trouble."""
+
+
+class Core(Protocol):
+    """The part of `EngineCore` that the loop drives."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+
+    def add(self, wire: EngineRequest) -> None:
+        """Queue a request; InvalidRequest if it can never run."""
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests without another word."""
+
+    def step(self) -> list[TokenDelta]:
+        """Do one step and return what is new."""
+
+    def load(self) -> EngineLoad:
+        """The load after the last step."""
+
+    def fail_all(self, error: str) -> list[TokenDelta]:
+        """End every request with an error."""
+
+
+OnStep = Callable[[list[TokenDelta], EngineLoad], None]
+OnDeath = Callable[[BaseException], None]
+
+
+class EngineLoop:
+    """Drives a core until stopped or until a step raises.
+
+    `on_step` is called in the loop's thread after every step, and with no deltas at least every
+    `IDLE_WAKEUP_S` while idle. A step that raises ends the loop: every request is told so through
+    `on_step`, then `on_death` gets the exception. A refused request is told so alone.
+    """
+
+    def __init__(self, core: Core, on_step: OnStep, on_death: OnDeath) -> None:
+        self.last_progress = time.monotonic()
+        """`time.monotonic()` of the last finished step or idle wake-up."""
+        self._core = core
+        self._on_step = on_step
+        self._on_death = on_death
+        self._inbox: queue.SimpleQueue[list[EngineRequest] | list[str] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop still runs."""
+        return self._thread.is_alive()
+
+    def submit(self, requests: list[EngineRequest]) -> None:
+        """Queue requests; returns at once, from any thread."""
+        self._inbox.put(requests)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """End requests; returns at once, from any thread."""
+        self._inbox.put(request_ids)
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the loop after the current step and wait for it."""
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while (deltas := self._take_commands()) is not None:
+                if self._core.has_work:
+                    deltas += self._core.step()
+                self.last_progress = time.monotonic()
+                self._on_step(deltas, self._core.load())
+        except BaseException as error:
+            logger.exception("the engine loop died")
+            self._on_step(
+                self._core.fail_all("The engine failed while it ran the request; try again."),
+                self._core.load(),
+            )
+            self._on_death(error)
+
+    def _take_commands(self) -> list[TokenDelta] | None:
+        """Carry out what is in the inbox; returns refusals, or None when told to stop."""
+        refused: list[TokenDelta] = []
+        try:
+            command = self._inbox.get(not self._core.has_work, IDLE_WAKEUP_S)
+            while command is not None:
+                self._carry_out(command, refused)
+                command = self._inbox.get_nowait()
+            return None
+        except queue.Empty:
+            return refused
+
+    def _carry_out(
+        self, command: list[EngineRequest] | list[str], refused: list[TokenDelta]
+    ) -> None:
+        for item in command:
+            if isinstance(item, str):
+                self._core.abort((item,))
+                continue
+            try:
+                self._core.add(item)
+            except InvalidRequest as error:
+                refused.append(
+                    TokenDelta(item.request_id, [], finish_reason="error", error=error.message)
+                )

@@ -1,0 +1,109 @@
+"""From an engine configuration to a runner that is loaded, sized and warm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.attention import select_backend
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.model_config import ModelConfig, read_model_config
+from engine.model_source import resolve_model
+from engine.runner.input_batch import InputBatch
+from engine.runner.kv_memory import allocate_kv_cache
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.sampler import Sampler
+from engine.sampling_params import SamplingParams
+from engine.startup import Stopwatch
+from engine.step import NewRow, StepPlan
+from engine.weights.loader import load_model
+
+DEFAULT_BATCHED_TOKENS = {"cuda": 16384, "cpu": 1024}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True, frozen=True)
+class EngineInfo:
+    """What an engine settled on at start."""
+
+    model: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    eos_token_ids: tuple[int, ...]
+    startup_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds of each stage of the start, in order."""
+
+
+def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunner, EngineInfo]:
+    """Load the model, size and allocate the KV cache, and run every path once.
+
+    Raises:
+        ConfigError: an option does not fit the model or the machine.
+    """
+    if config.tensor_parallel_size > 1:
+        raise ConfigError("tensor_parallel_size above 1 is not supported yet; set it to 1.")
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+    source = resolve_model(config.model)
+    shape = read_model_config(source)
+    device = _device(config)
+    dtype = _dtype(config, shape, device)
+    max_model_len = config.resolve_max_model_len(shape.max_position_embeddings)
+    step_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
+    model = load_model(
+        shape, source.path, config.load_format, dtype, device, config.seed, max_model_len
+    )
+    stopwatch.lap("weights")
+    backend = select_backend(config.attention_backend, device)
+    cache = allocate_kv_cache(config, shape, backend, dtype, device, max_model_len, step_tokens)
+    row_blocks = math.ceil(max_model_len / cache.block_size)
+    batch = InputBatch(config.max_num_seqs, row_blocks, cache.block_size, device)
+    sampler = Sampler(config.max_num_seqs, shape.vocab_size, device, shape.eos_token_ids)
+    runner = ModelRunner(model, backend, cache.layers, batch, sampler)
+    stopwatch.lap("KV cache")
+    _warm_up(runner, min(16, max_model_len))
+    stopwatch.lap("warm-up")
+    return runner, EngineInfo(
+        model=config.model,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        vocab_size=shape.vocab_size,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=step_tokens,
+        block_size=cache.block_size,
+        num_blocks=cache.num_blocks,
+        eos_token_ids=shape.eos_token_ids,
+        startup_seconds=dict(stopwatch.seconds),
+    )
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' but torch sees no GPU; set device to 'cpu' or 'auto'.")
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(config: EngineConfig, shape: ModelConfig, device: torch.device) -> torch.dtype:
+    name = config.dtype
+    if name == "auto" and device.type == "cpu":
+        name = "float32"
+    return _DTYPES[shape.dtype if name == "auto" else name]
+
+
+def _warm_up(runner: ModelRunner, prompt_len: int) -> None:
+    """Run a prefill and a decode step in the null block, so that no request pays for first use."""
+    new_row = NewRow(0, "warm-up", SamplingParams(seed=0), [0] * prompt_len, prompt_len)
+    prefill = StepPlan(0, [0], [0], [prompt_len], [True], {0: [0] * prompt_len}, [new_row])
+    decode = StepPlan(1, [0], [prompt_len - 1], [1], [True])
+    for plan in (prefill, decode):
+        runner.execute(plan).result()

@@ -1,0 +1,57 @@
+"""Builds an engine and times each part of the start. Imports torch only when asked."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig
+
+if TYPE_CHECKING:
+    from engine.core import EngineCore
+
+logger = logging.getLogger("trunkline.engine")
+
+
+class Stopwatch:
+    """Seconds spent in the named stages of a start, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap to `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{stage} {spent:.2f}" for stage, spent in self.seconds.items())
+        return f"{sum(self.seconds.values()):.2f} s ({stages})"
+
+
+def start_engine(config: EngineConfig) -> EngineCore:
+    """Import, load and warm up an engine, and log one line with the time of each stage.
+
+    Raises:
+        ConfigError: the model or an option cannot be used.
+    """
+    stopwatch = Stopwatch()
+    from engine.core import EngineCore
+
+    stopwatch.lap("import")
+    core = EngineCore(config, stopwatch)
+    info = core.info
+    logger.info(
+        "engine ready in %s: %s, %s on %s, KV cache of %d blocks of %d tokens, max_model_len %d",
+        stopwatch,
+        info.model,
+        info.dtype,
+        info.device,
+        info.num_blocks,
+        info.block_size,
+        info.max_model_len,
+    )
+    return core
