@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.config_keys import ConfigKeys, read_json_object
-from engine.errors import ConfigError
 from engine.gguf_header import GgufHeader, read_gguf_header
 from engine.model_source import ModelSource
 
