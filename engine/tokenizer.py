@@ -1,0 +1,272 @@
+"""Text to token ids and back, and chat messages to a prompt. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import processors
+
+from engine.chat_template import ChatTemplate
+from engine.config_keys import read_json_object
+from engine.errors import ConfigError, InvalidRequest
+from engine.gguf_header import read_gguf_header
+from engine.gguf_tokenizer import build_gguf_tokenizer
+from engine.model_config import config_from_gguf, read_model_config
+from engine.model_source import ModelSource
+from engine.token_bytes import SkippingTokenBytes, TokenBytes
+
+_SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
+"""Files of tokenizers that transformers can convert."""
+
+_ENDS = ("bos", "eos", "unknown", "padding", "separator")
+"""Special tokens that GGUF metadata names."""
+
+_CONVERT = (
+    "import sys; from transformers import AutoTokenizer; "
+    "sys.stdout.write(AutoTokenizer.from_pretrained(sys.argv[1]).backend_tokenizer.to_str())"
+)
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template.
+
+    Args:
+        backend: encodes and names tokens.
+        eos_token_ids: tokens that end a sequence.
+        chat_template: Jinja source, or None when the model has none.
+        special_tokens: name → text of the tokens that chat templates refer to, such as `bos_token`.
+
+    Attributes:
+        vocab_size: token ids that stand for something lie below this.
+        special_ids: ids that `skip_special_tokens` leaves out.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        backend.no_truncation()  # tokenizer.json may carry the settings of a training run
+        backend.no_padding()
+        self._backend = backend
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.bos_token_id = self._id_of("bos_token")
+        self.vocab_size: int = 1 + max(
+            backend.get_vocab(with_added_tokens=True).values(), default=-1
+        )
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._all_bytes = TokenBytes(backend)
+        self._text_bytes = SkippingTokenBytes(self._all_bytes, self.special_ids)
+
+    @classmethod
+    def load(cls, source: ModelSource) -> Tokenizer:
+        """Load the tokenizer of a model.
+
+        Raises:
+            ConfigError: the model has none, or one of a kind that is not supported.
+        """
+        if source.kind == "gguf":
+            return _from_gguf(source.path)
+        return _from_directory(source)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; `add_special_tokens` puts what the model wants around it."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of `apply_chat_template`, whose template writes all special tokens itself."""
+        return self.encode(self.apply_chat_template(messages, **options), add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
+        data = b"".join(map(self.token_bytes(skip_special_tokens).__getitem__, ids))
+        if self.strips_space:
+            data = data.removeprefix(b" ")
+        return data.decode(errors="replace")
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token, special or not; part of a character shows as U+FFFD."""
+        return self._all_bytes[token_id].decode(errors="replace")
+
+    def token_bytes(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """Token id → its bytes; empty for special tokens when these are skipped."""
+        return self._text_bytes if skip_special_tokens else self._all_bytes
+
+    @property
+    def strips_space(self) -> bool:
+        """Whether one space at the very start of a text is left out."""
+        return self._all_bytes.strips_space
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Render messages to a prompt.
+
+        Args:
+            messages: see `ChatTemplate.render`, as for the next two.
+            chat_template: Jinja source to use in place of the model's own.
+            add_generation_prompt: end with the start of the assistant's turn.
+            continue_final_message: end within the last message.
+            tools: JSON schemas of functions, for templates that know of tools.
+            variables: whatever else the template reads, such as `enable_thinking`.
+
+        Raises:
+            InvalidRequest: there is no template, it is not valid, or it refuses the messages.
+        """
+        template = ChatTemplate(chat_template) if chat_template else self._own_template
+        given = {**self.special_tokens, "documents": None, **variables, "tools": tools}
+        return template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=given,
+        )
+
+    @cached_property
+    def _own_template(self) -> ChatTemplate:
+        if self.chat_template is None:
+            raise InvalidRequest(
+                "this model has no chat template; pass chat_template, or send a prompt to "
+                "completions instead.",
+                "chat_template",
+            )
+        return ChatTemplate(self.chat_template)
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        token_id: int | None = self._backend.token_to_id(text) if text is not None else None
+        return token_id
+
+
+def has_tokenizer(source: ModelSource) -> bool:
+    """Whether a model comes with a tokenizer; a directory for dummy weights may lack one."""
+    if source.kind == "gguf":
+        return "tokenizer.ggml.model" in read_gguf_header(source.path).metadata
+    return any((source.path / name).is_file() for name in ("tokenizer.json", *_SLOW_FILES))
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    header = read_gguf_header(path)
+    metadata = header.metadata
+    backend = build_gguf_tokenizer(metadata)
+    names = {"unknown": "unk", "padding": "pad", "separator": "sep"}
+    tokens = metadata["tokenizer.ggml.tokens"]
+    special = {
+        f"{names.get(end, end)}_token": tokens[index]
+        for end in _ENDS
+        if (index := metadata.get(f"tokenizer.ggml.{end}_token_id")) is not None
+    }
+    return Tokenizer(
+        backend,
+        eos_token_ids=config_from_gguf(header, path).eos_token_ids,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        special_tokens=special,
+    )
+
+
+def _from_directory(source: ModelSource) -> Tokenizer:
+    folder = source.path
+    path = folder / "tokenizer_config.json"
+    options = read_json_object(path) if path.is_file() else {}
+    backend = _load_backend(folder)
+    special = _special_tokens(options)
+    _add_ends(backend, options, special)
+    return Tokenizer(
+        backend,
+        eos_token_ids=read_model_config(source).eos_token_ids,
+        chat_template=_chat_template(folder, options),
+        special_tokens=special,
+    )
+
+
+def _load_backend(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return tokenizers.Tokenizer.from_str(_convert_slow(folder))
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise ConfigError(f"{path} is not a usable tokenizer: {error}.") from error
+
+
+def _convert_slow(folder: Path) -> str:
+    """tokenizer.json's text for a tokenizer in older files.
+
+    transformers converts it, in a process of its own because it imports torch.
+    """
+    if not any((folder / name).is_file() for name in _SLOW_FILES):
+        raise ConfigError(
+            f"{folder} has no tokenizer: none of tokenizer.json, {', '.join(_SLOW_FILES)}."
+        )
+    command = [sys.executable, "-c", _CONVERT, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:]
+        raise ConfigError(
+            f"transformers cannot convert the tokenizer in {folder}: {''.join(reason)}"
+        )
+    return done.stdout
+
+
+def _special_tokens(options: Mapping[str, Any]) -> dict[str, str]:
+    """Name → text; tokenizer_config.json gives texts, or objects that hold them."""
+    texts = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"):
+        value = options.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            texts[name] = text
+    return texts
+
+
+def _add_ends(
+    backend: tokenizers.Tokenizer, options: Mapping[str, Any], special: Mapping[str, str]
+) -> None:
+    """Let `add_bos_token` and `add_eos_token`, where given, overrule tokenizer.json.
+
+    transformers 5 does so for every tokenizer.
+    """
+    if "add_bos_token" not in options and "add_eos_token" not in options:
+        return
+    wanted = [end for end in ("bos", "eos") if options.get(f"add_{end}_token")]
+    texts = {end: special[f"{end}_token"] for end in wanted if f"{end}_token" in special}
+    parts = [*([texts["bos"]] if "bos" in texts else []), "$A"]
+    parts += [texts["eos"]] if "eos" in texts else []
+    pairs = [(text, backend.token_to_id(text)) for text in texts.values()]
+    backend.post_processor = processors.TemplateProcessing(single=parts, special_tokens=pairs)
+
+
+def _chat_template(folder: Path, options: Mapping[str, Any]) -> str | None:
+    """The template, from the newest of the three places that hold it."""
+    jinja_file, json_file = folder / "chat_template.jinja", folder / "chat_template.json"
+    if jinja_file.is_file():
+        return jinja_file.read_text(encoding="utf-8")
+    holder = read_json_object(json_file) if json_file.is_file() else options
+    template = holder.get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {each["name"]: each["template"] for each in template}
+        template = named.get("default", next(iter(named.values()), None))
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(f"{folder}: chat_template must be text, got {json.dumps(template)}.")
+    return template
