@@ -1,1 +1,1 @@
-"""Load generators and suites for this project and its peers."""
+"""Measurements of this project beside its peers, over its public interfaces alone."""

@@ -1,0 +1,103 @@
+"""Result files: what they hold, and the tables made from them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "results"
+"""Where result files are kept; documents may only cite figures that stand here."""
+
+Record = dict[str, Any]
+
+
+def summarise(lines: Iterable[Record]) -> list[Record]:
+    """Join the measurements of one engine and workload, and add medians.
+
+    Each of `lines` has `engine`, `workload`, and what `benchmarks.worker.measure` returns.
+    Medians are in tokens a second: `output_tok_s` counts the whole run, prefill included;
+    `prefill_tok_s` the run that stops at the first token; `decode_tok_s` the difference of both.
+    """
+    grouped: dict[tuple[str, str], list[Record]] = {}
+    for line in lines:
+        grouped.setdefault((line["engine"], line["workload"]), []).append(line)
+    return [_join(group) for group in grouped.values()]
+
+
+def _join(group: list[Record]) -> Record:
+    first = group[0]
+    same = {k: first[k] for k in ("engine", "workload", "requests", "input_tokens")}
+    total = statistics.median(line["seconds"] for line in group)
+    prefill = statistics.median(line["prefill_seconds"] for line in group)
+    decoded = first["output_tokens"] - first["requests"]
+    return same | {
+        "output_tokens": first["output_tokens"],
+        "seeds": [line["seed"] for line in group],
+        "seconds": [round(line["seconds"], 4) for line in group],
+        "prefill_seconds": [round(line["prefill_seconds"], 4) for line in group],
+        "digests": [line["digests"] for line in group],
+        "median": {
+            "output_tok_s": round(first["output_tokens"] / total, 1),
+            "prefill_tok_s": round(first["input_tokens"] / prefill, 1),
+            "decode_tok_s": round(decoded / (total - prefill), 1) if total > prefill else None,
+        },
+    }
+
+
+def compare(documents: Iterable[dict[str, Any]], engine: str) -> str:
+    """A Markdown table of every result, with `engine`'s speed relative to each other engine.
+
+    `same output` counts the requests whose tokens equal those that `engine` gave them.
+    """
+    rows = [
+        "| workload | engine | output tok/s | prefill tok/s | decode tok/s "
+        f"| {engine} is | same output |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for document in documents:
+        records = document["records"]
+        ours = {r["workload"]: r for r in records if r["engine"] == engine}
+        rows += [_row(record, ours.get(record["workload"])) for record in records]
+    return "\n".join(rows)
+
+
+def _row(record: Record, ours: Record | None) -> str:
+    median = record["median"]
+    ratio = same = ""
+    if ours is not None and ours is not record:
+        ratio = f"{ours['median']['output_tok_s'] / median['output_tok_s']:.2f} x"
+        same = _count_same(record, ours)
+    speeds = " | ".join(
+        f"{median[key]:,.1f}" if median[key] is not None else "-"
+        for key in ("output_tok_s", "prefill_tok_s", "decode_tok_s")
+    )
+    return f"| {record['workload']} | {record['engine']} | {speeds} | {ratio} | {same} |"
+
+
+def _count_same(record: Record, ours: Record) -> str:
+    theirs = dict(zip(record["seeds"], record["digests"], strict=True))
+    mine = dict(zip(ours["seeds"], ours["digests"], strict=True))
+    pairs = [
+        pair
+        for seed in theirs.keys() & mine.keys()
+        for pair in zip(theirs[seed], mine[seed], strict=True)
+    ]
+    return f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Write one result file, a record a line so that changes are readable."""
+    head = {key: value for key, value in document.items() if key != "records"}
+    records = ",\n    ".join(json.dumps(record) for record in document["records"])
+    body = json.dumps(head, indent=2)[:-2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{body},\n  "records": [\n    {records}\n  ]\n}}\n')
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read one result file."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from benchmarks import offline, results
+from benchmarks.worker import measure
+from benchmarks.workloads import WORKLOADS
+
+
+class FakeEngine:
+    """Counts up from the last token of each prompt."""
+
+    vocab_size = 500
+
+    def __init__(self, short=0):
+        self.short = short
+
+    def run(self, requests):
+        pairs = zip(requests.prompts, requests.outputs, strict=True)
+        return [[prompt[-1]] * (size - self.short) for prompt, size in pairs]
+
+
+def line(engine, seconds, seed=0, digests=(1, 2)):
+    return {
+        "engine": engine,
+        "workload": "w",
+        "requests": 2,
+        "input_tokens": 100,
+        "output_tokens": 42,
+        "seconds": seconds,
+        "prefill_seconds": 1.0,
+        "digests": list(digests),
+        "seed": seed,
+    }
+
+
+def test_medians_split_prefill_from_decode():
+    (record,) = results.summarise([line("a", s, seed) for seed, s in enumerate((9.0, 5.0, 3.0))])
+    assert record["median"] == {"output_tok_s": 8.4, "prefill_tok_s": 100.0, "decode_tok_s": 10.0}
+    assert record["seconds"] == [9.0, 5.0, 3.0]
+
+
+def test_a_run_of_one_token_has_no_decode_speed():
+    (record,) = results.summarise([line("a", 1.0)])
+    assert record["median"]["decode_tok_s"] is None
+
+
+def test_the_table_tells_ratios_and_equal_outputs():
+    records = results.summarise([line("ours", 2.0), line("theirs", 4.0, digests=(1, 3))])
+    table = results.compare([{"records": records}], "ours")
+    ours, theirs = table.splitlines()[2:]
+    assert "ours is" in table
+    assert "2.00 x" in theirs and "1 of 2" in theirs
+    assert "x |" not in ours
+
+
+def test_a_file_is_read_back_as_it_was_written(tmp_path):
+    document = {"command": "c", "records": results.summarise([line("a", 2.0), line("b", 3.0)])}
+    results.write(document, tmp_path / "deep" / "r.json")
+    assert results.read(tmp_path / "deep" / "r.json") == document
+
+
+def test_measuring_counts_what_was_made():
+    measured = measure(FakeEngine(), WORKLOADS["4x128-48"], seed=3)
+    assert measured["output_tokens"] == 192
+    assert measured["input_tokens"] == 512
+    assert len(set(measured["digests"])) == 4
+    json.dumps(measured)
+
+
+def test_an_engine_that_stops_early_is_caught():
+    with pytest.raises(RuntimeError, match="tokens, not"):
+        measure(FakeEngine(short=1), WORKLOADS["4x128-48"], seed=3)
+
+
+def test_a_missing_model_ends_with_a_sentence(tmp_path):
+    missing = str(tmp_path / "nothing")
+    with pytest.raises(SystemExit, match="there is no model directory"):
+        offline.main(["run", "--engines", "transformers", "--model", missing])
+
+
+def test_comparing_prints_the_files_named(tmp_path, capsys):
+    file = tmp_path / "r.json"
+    results.write({"records": results.summarise([line("trunkline", 2.0), line("b", 5.0)])}, file)
+    offline.main(["compare", str(file)])
+    assert "2.50 x" in capsys.readouterr().out
