@@ -57,10 +57,16 @@ class Request:
     """Hashes of the full blocks of `token_ids`, extended as tokens come."""
     num_computed_tokens: int = 0
     """Tokens whose keys and values are in the cache, those of steps in flight included."""
+    num_registered_blocks: int = 0
+    """Leading blocks that were offered to the prefix cache."""
+    last_step: int = 0
+    """Newest step that computes tokens of the request; 0 before the first."""
     num_in_flight: int = 0
     """Sampled tokens that the device has and the host does not yet know."""
     num_cached_tokens: int = 0
     """Prompt tokens that the first admission found in the prefix cache."""
+    cached_tokens_told: bool = False
+    """Whether a delta has carried `num_cached_tokens`."""
     num_preemptions: int = 0
     num_prompt_logprobs: int = 0
     """Prompt positions whose log-probabilities were handed out."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Decides which tokens of which requests every step computes."""

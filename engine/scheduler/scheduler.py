@@ -1,0 +1,276 @@
+"""The unified scheduler: every step, each request catches up with its tokens."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, InvalidRequest
+from engine.kv_cache.block_allocator import BlockAllocator
+from engine.kv_cache.block_pool import InvariantViolation
+from engine.outputs import EngineLoad, TokenDelta
+from engine.request import Request, Status
+from engine.scheduler.delivery import Delivery
+from engine.scheduler.policies import build_policy
+from engine.scheduler.preemption import ForcedPreemption, choose_victim
+from engine.scheduler.running_batch import RunningBatch
+from engine.scheduler.step_builder import ScheduledStep, StepBuilder
+from engine.scheduler.waiting_queue import WaitingQueue
+from engine.step import StepPlan, StepResult
+
+
+class Scheduler:
+    """Plans steps and takes in their results.
+
+    There is no prefill and no decode phase: a request has computed so many of its tokens, and a
+    step computes some more. `schedule` may be called once more before the `update` of the step
+    before it: the tokens of the step in flight then are on the device only. Steps must be executed
+    in the order in which they were scheduled, and updated in that order.
+
+    Args:
+        config: policy, limits and switches.
+        num_blocks: blocks of the KV cache, the null block included.
+        block_size: tokens in a block.
+        max_model_len: most tokens of a sequence.
+        max_num_batched_tokens: token budget of a step.
+        eos_token_ids: the model's end-of-sequence tokens.
+        clock: seconds, never going back; measures how long a request waits.
+
+    Raises:
+        ConfigError: the cache cannot hold one sequence of `max_model_len`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: Collection[int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if (num_blocks - 1) * block_size < max_model_len:
+            raise ConfigError(
+                f"{num_blocks - 1} KV cache blocks of {block_size} tokens cannot hold one sequence "
+                f"of max_model_len = {max_model_len}; lower it or allow more memory."
+            )
+        policy = build_policy(config)
+        self._blocks = BlockAllocator(num_blocks, block_size, config.enable_prefix_caching)
+        self._running = RunningBatch(policy, config.max_num_seqs, self._blocks)
+        self._waiting = WaitingQueue(policy, clock)
+        self._delivery = Delivery(frozenset(eos_token_ids))
+        self._forced = ForcedPreemption(config.force_preempt_every)
+        self._two_phase = config.two_phase
+        self._token_budget = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._requests: dict[str, Request] = {}
+        self._in_flight: deque[ScheduledStep] = deque()
+        self._last: ScheduledStep | None = None
+        self._done_step = 0
+        self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: its id is taken, or it is too long to run or to generate anything.
+        """
+        if request.request_id in self._requests:
+            raise InvalidRequest(
+                f"request id '{request.request_id}' is in use; choose another.", "request_id"
+            )
+        limit = request.max_total_tokens = min(request.max_total_tokens, self._max_model_len)
+        if len(request.token_ids) >= limit:
+            raise InvalidRequest(
+                f"the request holds {len(request.token_ids)} tokens and may have {limit} in all, "
+                "so none is left to generate; shorten the prompt or raise max_tokens.",
+                "prompt",
+            )
+        self._requests[request.request_id] = request
+        self._waiting.push(request)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests without another word; unknown ids are ignored."""
+        found = [self._requests[i] for i in dict.fromkeys(request_ids) if i in self._requests]
+        self._finish(found)
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step; a plan without rows means that there is nothing to do now."""
+        step = StepBuilder(self._last.plan.step + 1 if self._last else 1, self._token_budget)
+        victim = self._forced.victim(step.plan.step, self._last)
+        if victim is not None:
+            self._preempt(victim, step)
+        if self._two_phase:
+            self._schedule_one_phase(step)
+        else:
+            self._schedule_running(self._running.requests.copy(), step)
+            self._admit(step)
+        if step.is_empty:
+            return step.plan
+        self._last = step.build()
+        self._in_flight.append(self._last)
+        return self._last.plan
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
+        """Take in the result of the oldest step in flight; returns what is new of each request.
+
+        Raises:
+            InvariantViolation: `plan` is not the oldest step in flight.
+        """
+        if not self._in_flight or self._in_flight[0].plan is not plan:
+            raise InvariantViolation(f"step {plan.step} is not the oldest step in flight")
+        step = self._in_flight.popleft()
+        self._done_step = plan.step
+        self._running.step_done(plan.step)
+        deltas, finished = self._delivery.deliver(step, result)
+        self._finish(finished)
+        return deltas
+
+    def fail_all(self, error: str) -> list[TokenDelta]:
+        """End every request with `error` and forget the steps in flight and all cached blocks."""
+        deltas = [
+            TokenDelta(request_id, [], finish_reason="error", error=error)
+            for request_id in self._requests
+        ]
+        for request in self._requests.values():
+            request.status = Status.FINISHED
+        self._requests.clear()
+        self._waiting.clear()
+        self._running.clear()
+        self._in_flight.clear()
+        self._blocks.pool.reset()  # a step that failed may not have written what it registered
+        return deltas
+
+    def load(self) -> EngineLoad:
+        """The load now."""
+        held, to_prefill = 0, self._waiting.num_prompt_tokens
+        for request in self._running.requests:
+            computed = request.num_computed_tokens
+            held += computed
+            if computed < request.num_prompt_tokens:
+                to_prefill += request.num_prompt_tokens - computed
+        pool = self._blocks.pool
+        return EngineLoad(
+            num_running=len(self._running.requests),
+            num_waiting=len(self._waiting),
+            running_tokens=held,
+            waiting_tokens=to_prefill,
+            free_blocks=pool.num_free_blocks,
+            total_blocks=pool.num_usable_blocks,
+            step=self._done_step,
+            num_preemptions=self._num_preemptions,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+        )
+
+    def check_invariants(self) -> None:
+        """Check rows, blocks and membership.
+
+        Raises:
+            InvariantViolation: the bookkeeping contradicts itself.
+        """
+        self._running.check_invariants()
+        waiting, running = list(self._waiting), self._running.requests
+        if {id(r) for r in self._requests.values()} != {id(r) for r in waiting + running}:
+            raise InvariantViolation("a request neither waits nor runs, or is not known")
+        if any(r.status is not Status.WAITING or r.block_ids for r in waiting):
+            raise InvariantViolation("a waiting request holds blocks or has a wrong status")
+        if any(r.status is not Status.RUNNING for r in running):
+            raise InvariantViolation("a running request has a wrong status")
+
+    def _schedule_one_phase(self, step: StepBuilder) -> None:
+        """Prefill if anything is left to prefill or can be admitted, else decode."""
+        running = self._running.requests
+        self._schedule_running([r for r in running if _is_prefilling(r)], step)
+        self._admit(step)
+        if step.is_empty:
+            self._schedule_running(running.copy(), step)
+
+    def _schedule_running(self, requests: list[Request], step: StepBuilder) -> None:
+        """Give each request, in order, the tokens it lacks, as far as budget and blocks go."""
+        block_size, running = self._blocks.block_size, Status.RUNNING
+        for request in requests:
+            if not step.budget:
+                return
+            num_tokens = len(request.token_ids) + request.num_in_flight
+            if num_tokens >= request.max_total_tokens or request.status is not running:
+                continue  # its last token is in flight, or it was preempted just now
+            start = request.num_computed_tokens
+            count = min(num_tokens - start, step.budget)
+            end = start + count
+            if end > len(request.block_ids) * block_size and not self._grow(request, end, step):
+                continue
+            step.add(request, count)
+            if count > 1:
+                self._blocks.register(request)
+
+    def _grow(self, request: Request, num_tokens: int, step: StepBuilder) -> bool:
+        """Get blocks up to `num_tokens`, by preemption if need be; False if it has to wait."""
+        while (added := self._blocks.grow(request, num_tokens)) is None:
+            if self._running.blocks_are_due:
+                return False
+            running = self._running.requests
+            victim = choose_victim(running[running.index(request) :], self._blocks)
+            self._preempt(victim, step)
+            if victim is request:
+                return False
+        step.add_blocks(request, added)
+        return True
+
+    def _preempt(self, request: Request, step: StepBuilder) -> None:
+        self._running.preempt(request, self._done_step)
+        self._waiting.push(request)
+        step.plan.num_preempted += 1
+        self._num_preemptions += 1
+
+    def _admit(self, step: StepBuilder) -> None:
+        """Start waiting requests while budget, rows and blocks last.
+
+        One starts only if all its known tokens fit, and none in a step that preempted: otherwise
+        requests would take turns in throwing each other out.
+        """
+        if step.plan.num_preempted:
+            return
+        while step.budget and self._running.has_free_row:
+            request = self._waiting.peek()
+            if request is None or request.num_in_flight or not self._blocks.admit(request):
+                return
+            self._waiting.discard(request)
+            self._running.start(request)
+            self._count_prefix(request)
+            step.add_new_row(request)
+            missing = len(request.token_ids) - request.num_computed_tokens
+            step.add(request, min(missing, step.budget))
+            self._blocks.register(request)
+
+    def _count_prefix(self, request: Request) -> None:
+        if request.num_preemptions or not self._blocks.can_share(request):
+            return
+        request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        self._prefix_queries += request.num_prompt_tokens
+        self._prefix_hits += request.num_cached_tokens
+
+    def _finish(self, requests: list[Request]) -> None:
+        left = []
+        for request in requests:
+            if request.status is Status.RUNNING:
+                left.append(request)
+            else:
+                self._waiting.discard(request)
+            request.status = Status.FINISHED
+            del self._requests[request.request_id]
+        if left:
+            self._running.drop_finished(left, self._done_step)
+
+
+def _is_prefilling(request: Request) -> bool:
+    return request.num_tokens - request.num_computed_tokens > 1
