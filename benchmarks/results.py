@@ -90,11 +90,10 @@ def _count_same(record: Record, ours: Record) -> str:
 
 def write(document: dict[str, Any], path: Path) -> None:
     """Write one result file, a record a line so that changes are readable."""
-    head = {key: value for key, value in document.items() if key != "records"}
     records = ",\n    ".join(json.dumps(record) for record in document["records"])
-    body = json.dumps(head, indent=2)[:-2]
+    whole = json.dumps(document | {"records": []}, indent=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{body},\n  "records": [\n    {records}\n  ]\n}}\n')
+    path.write_text(whole.replace('"records": []', f'"records": [\n    {records}\n  ]') + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:

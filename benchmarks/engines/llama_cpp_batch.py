@@ -79,7 +79,9 @@ class LlamaCpp:
         batch = llama_cpp.llama_batch_init(self._batch_tokens, 0, 1)
         noise = np.random.default_rng(requests.seed)
         waiting = deque(_Sequence(-1, prompt, wanted) for prompt, wanted in pairs)
-        sequences, free, running = list(waiting), list(range(slots)), []
+        sequences = list(waiting)
+        running: list[_Sequence] = []
+        free = list(range(slots))
         try:
             while waiting or running:
                 while waiting and free:
@@ -89,11 +91,7 @@ class LlamaCpp:
                 if llama_cpp.llama_decode(context, batch):
                     raise RuntimeError("llama_decode failed")
                 self._sample(context, running, requests.temperature, noise)
-                for done in [s for s in running if len(s.output) == s.wanted]:
-                    memory = llama_cpp.llama_get_memory(context)
-                    llama_cpp.llama_memory_seq_rm(memory, done.slot, -1, -1)
-                    free.append(done.slot)
-                    running.remove(done)
+                free += _retire(context, running)
         finally:
             llama_cpp.llama_batch_free(batch)
             llama_cpp.llama_free(context)
@@ -121,6 +119,15 @@ class LlamaCpp:
             if temperature:
                 logits = logits / temperature + noise.gumbel(size=self.vocab_size)
             sequence.output.append(int(logits.argmax()))
+
+
+def _retire(context: Any, running: list[_Sequence]) -> list[int]:
+    """Drop the sequences that are complete and their cache; return their slots."""
+    done = [sequence for sequence in running if len(sequence.output) == sequence.wanted]
+    for sequence in done:
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), sequence.slot, -1, -1)
+        running.remove(sequence)
+    return [sequence.slot for sequence in done]
 
 
 def _fill(batch: Any, running: list[_Sequence], capacity: int) -> None:
