@@ -95,7 +95,7 @@ def _known(step: dict[str, Any]) -> bool:
 
 def _strips_space(step: dict[str, Any]) -> bool:
     if step["type"] == "Metaspace":
-        return step.get("prepend_scheme", "always") != "never"
+        return bool(step.get("prepend_scheme", "always") != "never")
     return bool(step["type"] == "Strip" and step["start"] == 1)
 
 

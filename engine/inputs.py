@@ -1,0 +1,135 @@
+"""From what callers give to what the engine takes: prompt tokens, one request a completion."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+import msgspec
+
+from engine.errors import InvalidRequest
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids."""
+
+    prompt_token_ids: Sequence[int]
+
+
+Prompt = str | TextPrompt | TokensPrompt | Mapping[str, object]
+"""What a caller may give as a prompt."""
+
+
+def prompt_text(prompt: Prompt) -> str | None:
+    """The text of a prompt, or None when it was given as token ids alone."""
+    text = prompt if isinstance(prompt, str) else prompt.get("prompt")
+    return text if isinstance(text, str) else None
+
+
+def tokenize_prompt(
+    prompt: Prompt, tokenizer: Tokenizer | None, max_model_len: int, vocab_size: int
+) -> list[int]:
+    """Turn a prompt into token ids and check that the model can take them.
+
+    Args:
+        prompt: a text, `{"prompt": …}` or `{"prompt_token_ids": […]}`.
+        tokenizer: of the model; None when it has none, which leaves token ids only.
+        max_model_len: most tokens of prompt and output together.
+        vocab_size: of the model.
+
+    Raises:
+        InvalidRequest: the prompt is empty, malformed, too long, or names an unknown token.
+    """
+    ids = _token_ids(prompt, tokenizer)
+    if not ids:
+        raise _invalid("the prompt must hold at least one token.")
+    if len(ids) >= max_model_len:
+        raise _invalid(
+            f"the prompt has {len(ids)} tokens, but max_model_len is {max_model_len}, of which at "
+            f"least 1 is for output; shorten the prompt to {max_model_len - 1} tokens or fewer."
+        )
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        bad = next(i for i in ids if not 0 <= i < vocab_size)
+        raise _invalid(f"token id {bad} is outside of the vocabulary (0 to {vocab_size - 1}).")
+    return ids
+
+
+def check_token_options(params: SamplingParams, vocab_size: int) -> None:
+    """Check that the options name tokens which the model has.
+
+    Raises:
+        InvalidRequest: `stop_token_ids` or `logit_bias` names a token outside of the vocabulary.
+    """
+    named = {"stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias or ()}
+    for name, ids in named.items():
+        for token in ids:
+            if token >= vocab_size:
+                raise InvalidRequest(
+                    f"{name} names token {token}, outside of the vocabulary "
+                    f"(0 to {vocab_size - 1}).",
+                    name,
+                )
+
+
+def fan_out(
+    params: SamplingParams, request_id: str, rng: random.Random | None = None
+) -> list[tuple[str, SamplingParams]]:
+    """One request for each of the `n` completions, with its seed.
+
+    Args:
+        params: as the caller gave them.
+        request_id: kept for a single completion, else followed by `-0`, `-1`, ….
+        rng: draws the seed when the caller gave none; None takes the system's entropy.
+
+    Returns:
+        (request id, options with `n` = 1 and a seed of its own: the caller's plus the completion's
+        index, within 64 bits).
+    """
+    seed = params.seed
+    if seed is None:
+        seed = (rng or random.SystemRandom()).getrandbits(63)
+    replace = msgspec.structs.replace
+    if params.n == 1:
+        return [(request_id, params if params.seed is not None else replace(params, seed=seed))]
+    return [
+        (f"{request_id}-{i}", replace(params, n=1, seed=_wrap_int64(seed + i)))
+        for i in range(params.n)
+    ]
+
+
+def _wrap_int64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _token_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
+    if isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None:
+        return _checked_ids(prompt["prompt_token_ids"])
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    if not isinstance(text, str):
+        raise _invalid('a prompt must be a text, {"prompt": "..."} or {"prompt_token_ids": [...]}.')
+    if not text:
+        raise _invalid("the prompt must not be empty.")
+    if tokenizer is None:
+        raise _invalid("this model has no tokenizer; give the prompt as prompt_token_ids.")
+    return tokenizer.encode(text)
+
+
+def _checked_ids(ids: object) -> list[int]:
+    if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
+        raise _invalid("prompt_token_ids must be a list of token ids.")
+    if not all(type(i) is int for i in ids):
+        raise _invalid("prompt_token_ids must hold integers only.")
+    return list(ids)
+
+
+def _invalid(message: str) -> InvalidRequest:
+    return InvalidRequest(message, "prompt")
