@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.errors import ConfigError, EngineDead, InvalidRequest
-    from engine.llm import LLM, InferenceEngine
+    from engine.inference_engine import InferenceEngine
+    from engine.llm import LLM
     from engine.outputs import CompletionOutput, RequestOutput
     from engine.sampling_params import SamplingParams
 
@@ -29,7 +30,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "llm",
-    "InferenceEngine": "llm",
+    "InferenceEngine": "inference_engine",
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
     "ConfigError": "errors",

@@ -7,6 +7,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from engine.job import Job
+from engine.output_processor import TextDelta
+
 
 class Progress:
     """Counts finished prompts, and shows prefill and decode tokens a second.
@@ -17,6 +20,7 @@ class Progress:
     def __init__(self, total: int, *, enabled: bool) -> None:
         self._bar = tqdm(total=total, desc="Prompts", disable=not enabled, dynamic_ncols=True)
         self._started = time.perf_counter()
+        self._begun: set[str] = set()
         self._prefilled = 0
         self._decoded = 0
 
@@ -31,14 +35,17 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def update(self, prefilled: int, decoded: int, finished_prompts: int) -> None:
-        """Add prompt tokens and output tokens done, and prompts finished."""
-        self._prefilled += prefilled
-        self._decoded += decoded
+    def update(self, job: Job, delta: TextDelta) -> None:
+        """Count what a step added to a prompt's completion."""
+        if job.request_id not in self._begun:
+            self._begun.add(job.request_id)
+            self._prefilled += len(job.prompt_token_ids)
+        self._decoded += len(delta.token_ids)
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         self._bar.set_postfix_str(
             f"prefill {self._prefilled / elapsed:.0f} tok/s, "
             f"decode {self._decoded / elapsed:.0f} tok/s",
             refresh=False,
         )
-        self._bar.update(finished_prompts)
+        if job.finished:
+            self._bar.update()

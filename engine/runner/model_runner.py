@@ -23,8 +23,6 @@ PROMPT_LOGPROBS_CHUNK = 128
 class PendingStep:
     """A launched step whose sampled tokens may still be on the device."""
 
-    sampler: Sampler
-    sample_rows: list[int]
     output: SamplerOutput | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
 
@@ -32,7 +30,7 @@ class PendingStep:
         """Wait for the step and bring its tokens to the host."""
         if self.output is None:
             return StepResult([], prompt_logprobs=self.prompt_logprobs)
-        logprobs = self.sampler.to_token_logprobs(self.output)
+        logprobs = self.output.host_logprobs()
         return StepResult(self.output.token_ids.tolist(), logprobs, self.prompt_logprobs)
 
 
@@ -66,7 +64,7 @@ class ModelRunner:
         )
         scored = self._score_prompts(plan, hidden) if self._scored_prompts else {}
         output = self._sample(inputs, hidden) if inputs.sample_rows else None
-        return PendingStep(self.sampler, inputs.sample_rows, output, scored)
+        return PendingStep(output, scored)
 
     def _admit(self, new_row: NewRow) -> None:
         self.sampler.add_row(new_row)

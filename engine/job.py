@@ -1,0 +1,78 @@
+"""One prompt of an offline call: its requests, and what has come back of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import InvalidRequest
+from engine.inputs import Prompt, check_token_options, fan_out, prompt_text, tokenize_prompt
+from engine.output_processor import OutputProcessor, TextDelta
+from engine.outputs import RequestOutput, TokenDelta
+from engine.request import EngineRequest
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Job:
+    """A prompt and its `n` completions."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    requests: dict[str, EngineRequest]
+    """Request id → request, in the completions' order."""
+    processors: dict[str, OutputProcessor]
+
+    @classmethod
+    def build(
+        cls,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int,
+        tokenizer: Tokenizer | None,
+        max_model_len: int,
+        vocab_size: int,
+    ) -> Job:
+        """Check and tokenize a prompt.
+
+        Raises:
+            InvalidRequest: the prompt or an option cannot be served.
+        """
+        ids = tokenize_prompt(prompt, tokenizer, max_model_len, vocab_size)
+        check_token_options(params, vocab_size)
+        if params.stop and tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and the model has none.", "stop")
+        parts = fan_out(params, request_id)
+        return cls(
+            request_id,
+            prompt_text(prompt),
+            ids,
+            {rid: EngineRequest(rid, ids, each, priority) for rid, each in parts},
+            {
+                rid: OutputProcessor(tokenizer, each, ids, index)
+                for index, (rid, each) in enumerate(parts)
+            },
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        return all(processor.finished for processor in self.processors.values())
+
+    def push(self, delta: TokenDelta) -> TextDelta:
+        """Take what a step added to one of the requests."""
+        return self.processors[delta.request_id].push(delta)
+
+    def output(self) -> RequestOutput:
+        """What has come back so far."""
+        first = next(iter(self.processors.values()))
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[processor.result() for processor in self.processors.values()],
+            prompt_logprobs=first.prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+        )

@@ -1,0 +1,168 @@
+"""The offline API in vLLM's manner."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from engine.config import BUNDLED_MODEL, EngineConfig
+from engine.errors import ConfigError, EngineDead, InvalidRequest
+from engine.inputs import Prompt
+from engine.job import Job
+from engine.model_source import resolve_model
+from engine.output_processor import TextDelta
+from engine.outputs import RequestOutput
+from engine.progress import Progress
+from engine.sampling_params import SamplingParams
+from engine.startup import start_engine
+from engine.tokenizer import Tokenizer, has_tokenizer
+
+Message = Mapping[str, Any]
+"""A chat message: `role`, `content` and what else the chat template reads."""
+
+
+class LLM:
+    """An engine in this process. Calls block, one at a time.
+
+    Args:
+        model: see `EngineConfig.model`.
+        options: further fields of `EngineConfig`.
+
+    Raises:
+        ConfigError: an option is unknown or does not fit, or the model cannot be loaded.
+    """
+
+    def __init__(self, model: str = BUNDLED_MODEL, **options: Any) -> None:
+        self.config = EngineConfig.parse({"model": model, **options})
+        source = resolve_model(model)
+        self._tokenizer = Tokenizer.load(source) if has_tokenizer(source) else None
+        self.core = start_engine(self.config)
+        self._ids = itertools.count()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            ConfigError: the model has none; token ids alone go in and come out.
+        """
+        if self._tokenizer is None:
+            raise ConfigError(f"{self.config.model} has no tokenizer; give prompt_token_ids.")
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts, batched continuously.
+
+        Args:
+            prompts: a string, `{"prompt": …}`, `{"prompt_token_ids": […]}`, or a list of these.
+            sampling_params: one for all, one a prompt, or None for the defaults.
+            use_tqdm: show a progress bar with prefill and decode tok/s.
+            priority: one a prompt, lower first; counts under `scheduling_policy="priority"`.
+
+        Returns:
+            One output a prompt, in the prompts' order.
+
+        Raises:
+            InvalidRequest: a prompt or an option cannot be served; nothing was run.
+            EngineDead: a step failed.
+        """
+        listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = _one_each(sampling_params or SamplingParams(), len(listed), "sampling_params")
+        ranks = _one_each(0 if priority is None else priority, len(listed), "priority")
+        jobs = [self._job(*each) for each in zip(listed, params, ranks, strict=True)]
+        with Progress(len(jobs), enabled=use_tqdm) as progress:
+            for job, delta in self._run(jobs):
+                progress.update(job, delta)
+        return [job.output() for job in jobs]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several.
+
+        Args:
+            messages: a list of messages, or a list of such lists.
+            sampling_params: as for `generate`.
+            use_tqdm: as for `generate`.
+            template_options: for `Tokenizer.apply_chat_template`, such as `chat_template`.
+
+        Raises:
+            InvalidRequest: as for `generate`, or the model has no chat template.
+        """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        prompts: list[Prompt] = [
+            {"prompt_token_ids": self.tokenizer.encode_chat(each, **template_options)}
+            for each in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[TextDelta]:
+        """Complete one prompt and yield its text as it comes; closing the iterator aborts it.
+
+        Raises:
+            InvalidRequest: the prompt or an option cannot be served.
+        """
+        job = self._job(prompt, sampling_params or SamplingParams(), 0)
+        return (text for _, text in self._run([job]))
+
+    def _job(self, prompt: Prompt, params: SamplingParams, priority: int) -> Job:
+        info = self.core.info
+        return Job.build(
+            str(next(self._ids)),
+            prompt,
+            params,
+            priority,
+            self._tokenizer,
+            info.max_model_len,
+            info.vocab_size,
+        )
+
+    def _run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, TextDelta]]:
+        owners = {request_id: job for job in jobs for request_id in job.requests}
+        try:
+            for job in jobs:
+                for wire in job.requests.values():
+                    self.core.add(wire)
+            while owners:
+                yield from self._step(owners)
+        finally:
+            self.core.abort(list(owners))
+
+    def _step(self, owners: dict[str, Job]) -> Iterator[tuple[Job, TextDelta]]:
+        try:
+            deltas = self.core.step()
+        except Exception as error:
+            self.core.fail_all(str(error))
+            raise EngineDead("a step failed; build a new LLM to go on.") from error
+        for delta in deltas:
+            if (job := owners.get(delta.request_id)) is None:
+                continue
+            text = job.push(delta)
+            if text.finish_reason is not None:
+                del owners[delta.request_id]
+                self.core.abort([delta.request_id])  # a stop string ended it: the engine goes on
+            yield job, text
+
+
+def _one_each(values: Any, count: int, name: str) -> Sequence[Any]:
+    if not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise InvalidRequest(f"{name} has {len(values)} entries for {count} prompts.", name)
+    return values
