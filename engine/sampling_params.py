@@ -116,7 +116,9 @@ def _check_stops(params: SamplingParams) -> None:
         isinstance(text, str) and text for text in params.stop
     ):
         raise InvalidRequest("stop must be a non-empty string or a list of them.", "stop")
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in params.stop_token_ids):
+    if not all(
+        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in params.stop_token_ids
+    ):
         raise InvalidRequest("stop_token_ids must be a list of token ids.", "stop_token_ids")
 
 

@@ -1,0 +1,76 @@
+"""Log-probabilities of chosen tokens and of the likeliest ones, of the model's raw distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.outputs import TokenLogprobs
+
+_CHUNK_LOGITS = 1 << 24
+"""Most logits handled at once: bounds the temporaries that long prompts need."""
+
+
+@dataclass(slots=True)
+class LogprobTensors:
+    """Log-probabilities at several positions, on the device; column 0 is the chosen token."""
+
+    token_ids: torch.Tensor
+    """int64 [positions, 1 + alternatives]."""
+    logprobs: torch.Tensor
+    """float32 [positions, 1 + alternatives]."""
+    ranks: torch.Tensor
+    """int64 [positions]."""
+
+    def to_host(self, num_top: list[int]) -> list[TokenLogprobs]:
+        """Fetch them, with `num_top[i]` alternatives at position i. Waits for the device."""
+        columns = zip(
+            self.token_ids.tolist(),
+            self.logprobs.tolist(),
+            self.ranks.tolist(),
+            num_top,
+            strict=True,
+        )
+        return [
+            TokenLogprobs(ids[: 1 + count], logprobs[: 1 + count], rank)
+            for ids, logprobs, rank, count in columns
+        ]
+
+
+def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> LogprobTensors:
+    """Log-probabilities of a token at each position and of the likeliest ones.
+
+    Args:
+        logits: raw logits, float32 [positions, vocab]; left as they are.
+        token_ids: the tokens to look up, int64 [positions].
+        num_top: alternatives at each position.
+    """
+    chosen = logits.gather(-1, token_ids[:, None])
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    ranks = (logits > chosen).sum(dim=-1) + 1
+    ids, values = token_ids[:, None], chosen
+    if num_top:
+        top = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
+        ids = torch.cat([ids, top.indices], dim=-1)
+        values = torch.cat([values, top.values], dim=-1)
+    return LogprobTensors(ids, values - normaliser, ranks)
+
+
+def prompt_logprobs(
+    logits: torch.Tensor, target_ids: torch.Tensor, num_top: int
+) -> list[TokenLogprobs]:
+    """Log-probabilities of prompt tokens, for one chunk of a prompt. Waits for the device.
+
+    Args:
+        logits: raw logits, float [positions, vocab].
+        target_ids: the token that follows each position, int64 [positions].
+        num_top: alternatives at each position.
+    """
+    size = max(1, _CHUNK_LOGITS // logits.shape[-1])
+    entries: list[TokenLogprobs] = []
+    for start in range(0, len(logits), size):
+        chunk = slice(start, start + size)
+        tensors = gather_logprobs(logits[chunk].float(), target_ids[chunk], num_top)
+        entries += tensors.to_host([num_top] * len(tensors.ranks))
+    return entries

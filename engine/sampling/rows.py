@@ -1,0 +1,147 @@
+"""What the sampling features share: a step's rows, and parameters kept by row on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+RowSelector = slice | torch.Tensor
+"""Picks rows of a table: a slice of neighbours, or an int64 tensor of row numbers."""
+
+
+def to_device(values: Sequence[int] | Sequence[float], device: torch.device) -> torch.Tensor:
+    """Copy host numbers to the device without waiting for it (int64 or float32, [len(values)]).
+
+    Pinned memory lets the copy queue behind the kernels in flight; a pageable one would wait for
+    them.
+    """
+    host = torch.tensor(values, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+@dataclass
+class Batch:
+    """Rows that sample in one step; `rows[i]` draws the token at index `positions[i]`."""
+
+    rows: list[int]
+    positions: list[int]
+    device: torch.device
+
+    @cached_property
+    def row_index(self) -> torch.Tensor:
+        """`rows` on the device, int64 [batch]."""
+        return to_device(self.rows, self.device)
+
+    @cached_property
+    def position_index(self) -> torch.Tensor:
+        """`positions` on the device, int64 [batch]."""
+        return to_device(self.positions, self.device)
+
+    def members(self, users: set[int]) -> list[int]:
+        """Places in the batch whose row is one of `users`."""
+        if users.isdisjoint(self.rows):
+            return []
+        return [place for place, row in enumerate(self.rows) if row in users]
+
+    def take(self, places: list[int]) -> Batch:
+        """The part of the batch at `places`."""
+        rows = [self.rows[place] for place in places]
+        return Batch(rows, [self.positions[place] for place in places], self.device)
+
+    def spans(self, users: set[int]) -> Iterator[tuple[slice, RowSelector]]:
+        """Split the work of a whole-vocabulary feature: places in the batch, rows of its tables.
+
+        On the CPU each row of `users` comes alone, so that temporaries stay in the cache and other
+        rows cost nothing. On an accelerator launches count: the whole batch comes at once, so the
+        parameters of rows that do not use the feature must be neutral.
+        """
+        if self.device.type != "cpu":
+            yield slice(0, len(self.rows)), self.row_index
+            return
+        for place in self.members(users):
+            row = self.rows[place]
+            yield slice(place, place + 1), slice(row, row + 1)
+
+
+class RowParameter:
+    """One number a row, on the device; the host knows which rows differ from the neutral value."""
+
+    def __init__(
+        self, num_rows: int, neutral: float, device: torch.device, dtype: torch.dtype = torch.float
+    ) -> None:
+        self._neutral = neutral
+        self._values = torch.full((num_rows, 1), neutral, dtype=dtype, device=device)
+        self.rows: set[int] = set()
+        """Rows whose value is not neutral."""
+
+    def set(self, row: int, value: float) -> None:
+        """Store the value of a row, over that of the row's last request."""
+        if value != self._neutral:
+            self.rows.add(row)
+        elif row in self.rows:
+            self.rows.remove(row)
+        else:
+            return
+        self._values[row].fill_(value)  # the value travels as a kernel argument: no copy, no wait
+
+    def active(self, batch: Batch) -> bool:
+        """Whether any row of the batch has a value of its own."""
+        return not self.rows.isdisjoint(batch.rows)
+
+    def select(self, rows: RowSelector) -> torch.Tensor:
+        """Values of the rows, [rows, 1]."""
+        return self._values[rows]
+
+
+class RowTokens:
+    """A short list of (token id, value) pairs a row, on the device, padded to a common width.
+
+    The table is allocated when a row first needs it and widens as longer lists come.
+    """
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+        self._num_rows = num_rows
+        self._vocab_size = vocab_size
+        self._device = device
+        self._ids = torch.empty((num_rows, 0), dtype=torch.int64, device=device)
+        self._values = torch.empty((num_rows, 0), dtype=torch.float, device=device)
+        self.rows: set[int] = set()
+        """Rows that have a list."""
+
+    def set(self, row: int, ids: Sequence[int], values: Sequence[float]) -> None:
+        """Store a row's pairs, over those of the row's last request; no pairs clear it.
+
+        The pad repeats the first id with the value 0.
+        """
+        self.rows.discard(row)
+        if not ids:
+            return
+        self.rows.add(row)
+        if len(ids) > self._ids.shape[1]:
+            self._widen(len(ids))
+        pad = self._ids.shape[1] - len(ids)
+        self._ids[row] = to_device([*ids, *[ids[0]] * pad], self._device)
+        self._values[row] = to_device([*map(float, values), *[0.0] * pad], self._device)
+
+    def _widen(self, length: int) -> None:
+        width = 1 << (length - 1).bit_length()
+        shape = (self._num_rows, width - self._ids.shape[1])
+        # Rows that are in use keep their first id as the pad; an empty table has none to repeat.
+        pad_ids = (
+            self._ids[:, :1].expand(shape)
+            if self._ids.shape[1]
+            else torch.zeros(shape, dtype=torch.int64, device=self._device)
+        )
+        self._ids = torch.cat([self._ids, pad_ids], dim=1)
+        pad_values = torch.zeros(shape, dtype=torch.float, device=self._device)
+        self._values = torch.cat([self._values, pad_values], dim=1)
+
+    def add_to(self, logits: torch.Tensor, batch: Batch, places: list[int]) -> None:
+        """Add the values to the logits [batch, vocab] of the rows at `places`, in place."""
+        part = batch.take(places)
+        starts = to_device([place * self._vocab_size for place in places], self._device)
+        flat_index = (self._ids[part.row_index] + starts[:, None]).view(-1)
+        logits.view(-1).scatter_add_(0, flat_index, self._values[part.row_index].view(-1))
