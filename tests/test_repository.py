@@ -135,7 +135,18 @@ def test_documents_name_files_that_exist(document):
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def imports_torch(modules):
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, text=True)
+    return done.returncode != 0
+
+
 @pytest.mark.parametrize("module", TORCH_FREE)
-def test_the_ingress_side_starts_without_torch(module):
-    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+def test_plain_engine_modules_import_no_torch(module):
+    assert not imports_torch([module])
+
+
+def test_no_deployment_imports_torch():
+    files = (ROOT / "deployments").rglob("*.py")
+    parts = (file.relative_to(ROOT).with_suffix("").parts for file in files)
+    assert not imports_torch(sorted(".".join(p).removesuffix(".__init__") for p in parts))
