@@ -28,10 +28,13 @@ def requests(params: dict, count: int = 24):
 def alone(tiny_model):
     """Each request run by itself, prefilled in one go: the reference."""
     core = EngineCore(tiny_config(tiny_model, enable_prefix_caching=False))
-    return {
+    reference = {
         kind: {r.request_id: run_core(core, [r])[r.request_id] for r in requests(params)}
         for kind, params in (("greedy", GREEDY), ("seeded", SEEDED))
     }
+    for outputs in reference.values():  # a model that always says the same would prove nothing
+        assert len({token for tokens, _ in outputs.values() for token in tokens}) > 50
+    return reference
 
 
 WAYS = {
@@ -61,8 +64,8 @@ def test_same_tokens_every_way(tiny_model, alone, kind, way):
     load = core.load()
     if "preemption" in way or "starved" in way:
         assert load.num_preemptions > 0
-    if way in ("batch", "chunked"):
-        assert load.prefix_hits > 0 or way == "batch"
+    if way == "few rows":
+        assert load.prefix_hits > 0
     assert load.free_blocks == core.info.num_blocks - 1
     assert load.num_running == load.num_waiting == load.running_tokens == 0
 
