@@ -35,8 +35,8 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise InvalidRequest(
-                f"chat_template is not valid Jinja: {error}.", "chat_template"
-            ) from (error)
+                f"chat_template is not valid Jinja ({error}).", "chat_template"
+            ) from error
 
     def render(
         self,
@@ -84,7 +84,7 @@ class ChatTemplate:
             return self._template.render(values)
         except Exception as error:  # whatever the template's code runs into with this input
             raise InvalidRequest(
-                f"the chat template does not accept these messages: {error}.", "messages"
+                f"the chat template does not accept these messages ({error!r}).", "messages"
             ) from error
 
 

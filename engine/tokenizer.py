@@ -83,13 +83,16 @@ class Tokenizer:
         return _from_directory(source)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; `add_special_tokens` puts what the model wants around it."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        """Token ids of a text; `add_special_tokens` puts what the model wants around it.
+
+        Raises:
+            InvalidRequest: the text is not valid Unicode.
+        """
+        return self._encode(text, add_special_tokens, "prompt")
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of `apply_chat_template`, whose template writes all special tokens itself."""
-        return self.encode(self.apply_chat_template(messages, **options), add_special_tokens=False)
+        return self._encode(self.apply_chat_template(messages, **options), False, "messages")
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
@@ -152,6 +155,16 @@ class Tokenizer:
                 "chat_template",
             )
         return ChatTemplate(self.chat_template)
+
+    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:  # JSON can spell half of a surrogate pair; UTF-8 cannot
+            raise InvalidRequest("the text holds an unpaired surrogate; remove it.", param) from (
+                error
+            )
+        ids: list[int] = encoding.ids
+        return ids
 
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)

@@ -1,0 +1,98 @@
+import random
+
+import pytest
+
+from engine.errors import InvalidRequest
+from engine.inputs import check_token_options, fan_out, prompt_text, tokenize_prompt
+from engine.sampling_params import SamplingParams
+from tests.engine.tokenizer_cases import smollm2
+
+
+def ids_of(prompt, max_model_len=100, vocab_size=49152, tokenizer=None):
+    return tokenize_prompt(prompt, tokenizer or smollm2(), max_model_len, vocab_size)
+
+
+def test_kinds_of_prompt():
+    ids = smollm2().encode("Hello world")
+    for prompt in ("Hello world", {"prompt": "Hello world"}, {"prompt_token_ids": ids}):
+        assert ids_of(prompt) == ids
+    assert [prompt_text(p) for p in ("a", {"prompt": "b"}, {"prompt_token_ids": [1]})] == [
+        "a",
+        "b",
+        None,
+    ]
+
+
+def test_token_ids_win_over_text_and_are_copied():
+    given = [5, 6]
+    ids = ids_of({"prompt": "Hello", "prompt_token_ids": given})
+    assert ids == given
+    assert ids is not given
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "must not be empty"),
+        ({"prompt": ""}, "must not be empty"),
+        ({"prompt_token_ids": []}, "at least one token"),
+        ({}, "must be a text"),
+        (7, "must be a text"),
+        ({"prompt": 7}, "must be a text"),
+        ({"prompt_token_ids": "12"}, "list of token ids"),
+        ({"prompt_token_ids": [1, "2"]}, "integers only"),
+        ({"prompt_token_ids": [1, True]}, "integers only"),
+        ({"prompt_token_ids": [1.0]}, "integers only"),
+        ({"prompt_token_ids": [1, 49152]}, r"49152 is outside .*0 to 49151"),
+        ({"prompt_token_ids": [1, -1]}, "-1 is outside"),
+        ({"prompt_token_ids": [1] * 100}, r"has 100 tokens, but max_model_len is 100.* to 99 tok"),
+        ("a\ud800", "surrogate"),
+    ],
+)
+def test_bad_prompts_are_the_caller_s_error(prompt, message):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        ids_of(prompt)
+    assert caught.value.param == "prompt"
+
+
+def test_the_longest_prompt_leaves_room_for_one_token():
+    assert len(ids_of({"prompt_token_ids": [1] * 99})) == 99
+
+
+def test_text_needs_a_tokenizer():
+    assert tokenize_prompt({"prompt_token_ids": [1]}, None, 10, 10) == [1]
+    with pytest.raises(InvalidRequest, match="prompt_token_ids"):
+        tokenize_prompt("Hello", None, 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [({"stop_token_ids": [5, 10]}, "stop_token_ids"), ({"logit_bias": {10: 1.0}}, "logit_bias")],
+)
+def test_options_must_name_tokens_of_the_vocabulary(options, param):
+    with pytest.raises(InvalidRequest, match="token 10") as caught:
+        check_token_options(SamplingParams(**options), 10)
+    assert caught.value.param == param
+    check_token_options(SamplingParams(**options), 11)
+
+
+def test_single_completion_keeps_its_id_and_seed():
+    params = SamplingParams(seed=5)
+    assert fan_out(params, "r") == [("r", params)]
+
+
+def test_completions_have_seeds_in_sequence():
+    children = fan_out(SamplingParams(n=3, seed=2**63 - 2, temperature=0.5), "r")
+    assert [request_id for request_id, _ in children] == ["r-0", "r-1", "r-2"]
+    assert [params.seed for _, params in children] == [2**63 - 2, 2**63 - 1, -(2**63)]
+    assert all(params.n == 1 and params.temperature == 0.5 for _, params in children)
+
+
+def test_missing_seeds_are_drawn():
+    drawn = fan_out(SamplingParams(n=2), "r", random.Random(1))
+    assert drawn == fan_out(SamplingParams(n=2), "r", random.Random(1))
+    first, second = (params.seed for _, params in drawn)
+    assert second == first + 1
+    seeds = {fan_out(SamplingParams(), "r")[0][1].seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(0 <= seed < 2**63 for seed in seeds)
