@@ -1,0 +1,130 @@
+"""Builds the Serve application: `serve run deployments.app:build model=smollm2-135m-instruct`."""
+
+# Serve looks at the annotation of `build` itself, so annotations must not become strings here.
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from deployments.config import (
+    AppArgs,
+    Autoscaling,
+    DeploymentOptions,
+    IngressOptions,
+    ModelOptions,
+    deployment_name,
+)
+from deployments.engine_actor import StartCore
+from deployments.engine_replica import EngineReplica
+from deployments.ingress.deployment import IngressASGI
+from deployments.routing import LeastLoadedRouter
+from engine.config import EngineConfig
+from engine.model_config import read_model_config
+from engine.model_source import resolve_model
+from engine.startup import start_engine
+
+REPLICA_CPUS = 0.1
+"""An engine replica only passes requests on."""
+SHUTDOWN_POLL_S = 0.5
+"""How often a replica that shuts down looks whether its requests have ended; Serve's 2 s would be
+the least time that an idle one takes."""
+
+
+def build(args: AppArgs) -> serve.Application:
+    """Build the application.
+
+    Raises:
+        ConfigError: a model is not there, or an option does not fit it.
+    """
+    return compose(args, start_engine)
+
+
+def compose(args: AppArgs, start_core: StartCore) -> serve.Application:
+    """Build the application around a core of choice.
+
+    Args:
+        args: of the application.
+        start_core: makes the engine's core in the engine actor.
+
+    Raises:
+        ConfigError: a model is not there, or an option does not fit it.
+    """
+    engines = {
+        name: _engine_app(name, _checked(options), start_core)
+        for name, options in args.models.items()
+    }
+    return _ingress_deployment(args.ingress).bind(args, engines)
+
+
+def _checked(options: ModelOptions) -> ModelOptions:
+    """Find out now what would else fail in every replica."""
+    shape = read_model_config(resolve_model(options.engine.model))
+    options.engine.resolve_max_model_len(shape.max_position_embeddings)
+    return options
+
+
+def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.Application:
+    options, engine = model.deployment, model.engine
+    resources = _engine_resources(engine, options)
+    deployment = serve.deployment(EngineReplica).options(
+        name=deployment_name(name),
+        ray_actor_options={"num_cpus": REPLICA_CPUS},
+        placement_group_bundles=[{"CPU": REPLICA_CPUS}, resources],
+        # All of an engine's GPUs on one node: tensor parallelism over Ethernet is no use.
+        placement_group_strategy="STRICT_PACK",
+        max_ongoing_requests=options.max_ongoing_requests or 2 * engine.max_num_seqs,
+        max_queued_requests=options.max_queued_requests,
+        graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,
+        graceful_shutdown_timeout_s=options.graceful_shutdown_timeout_s,
+        health_check_period_s=options.health_check_period_s,
+        health_check_timeout_s=options.health_check_timeout_s,
+        request_router_config=RequestRouterConfig(request_router_class=LeastLoadedRouter),
+        **_size(options.num_replicas, options.autoscaling),
+    )
+    actor_options = {
+        "num_cpus": resources.get("CPU", 0),
+        "num_gpus": resources.get("GPU", 0),
+        "resources": {k: v for k, v in resources.items() if k not in ("CPU", "GPU")},
+    }
+    return deployment.bind(engine, actor_options, start_core)
+
+
+def _ingress_deployment(options: IngressOptions) -> serve.Deployment:
+    return serve.deployment(IngressASGI).options(
+        name="Ingress",
+        num_replicas=options.num_replicas,
+        ray_actor_options={"num_cpus": options.num_cpus},
+        # The ingress itself refuses what is too much, with an answer that clients understand.
+        max_ongoing_requests=2 * options.max_concurrent_requests,
+        graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,
+        graceful_shutdown_timeout_s=options.graceful_shutdown_timeout_s,
+    )
+
+
+def _size(num_replicas: int, scaling: Autoscaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {"num_replicas": num_replicas}
+    values = scaling.model_dump(exclude_none=True)
+    return {"autoscaling_config": AutoscalingConfig(**values)}
+
+
+def _engine_resources(engine: EngineConfig, options: DeploymentOptions) -> dict[str, float]:
+    """What the engine actor takes of a node; resources of zero are left out."""
+    num_gpus = options.num_gpus
+    if num_gpus is None:
+        on_gpu = engine.device == "cuda" or (engine.device == "auto" and _has_gpus())
+        num_gpus = engine.tensor_parallel_size if on_gpu else 0
+    resources = {"CPU": options.num_cpus, "GPU": num_gpus}
+    if options.accelerator_type:
+        # Nodes with an accelerator offer one unit of this; the rest is how Ray names its type.
+        resources[f"accelerator_type:{options.accelerator_type}"] = 0.001
+    return {name: amount for name, amount in resources.items() if amount}
+
+
+def _has_gpus() -> bool:
+    """Whether the cluster (before there is one: this machine) has a GPU."""
+    if ray.is_initialized():
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
+    return any(Path("/dev").glob("nvidia[0-9]*"))

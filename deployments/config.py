@@ -1,0 +1,130 @@
+"""Options of an application: models, their deployments, and the ingress."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from engine.config import BUNDLED_MODEL, EngineConfig
+
+
+class Options(BaseModel):
+    """Base of the groups of options: values are checked, unknown names are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Autoscaling(Options):
+    """How many engines a model gets as load comes and goes."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=2, ge=1)
+    initial_replicas: int | None = Field(default=None, ge=0)
+    target_ongoing_requests: float = Field(default=64, gt=0)
+    """Requests an engine should have. Serve's default of 2 suits functions that handle one request
+    at a time; an engine is efficient from some dozens up."""
+    upscale_delay_s: float = Field(default=10, ge=0)
+    """How long more load must last. Serve's 30 s is longer than most bursts."""
+    downscale_delay_s: float = Field(default=300, ge=0)
+    """How long less load must last: giving up an engine means loading a model again."""
+    look_back_period_s: float = Field(default=10, gt=0)
+    metrics_interval_s: float = Field(default=2, gt=0)
+
+
+class DeploymentOptions(Options):
+    """How the engines of a model are deployed."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    """Engines, when `autoscaling` is not given."""
+    autoscaling: Autoscaling | None = None
+    num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs of an engine; None takes `tensor_parallel_size` when the engine runs on GPUs."""
+    num_cpus: float = Field(default=0.5, ge=0)
+    """CPUs that Ray reserves for an engine; it bounds nothing, `cpu_threads` does."""
+    accelerator_type: str | None = None
+    """Such as `A100`: places the engines on nodes with this accelerator."""
+    max_ongoing_requests: int | None = Field(default=None, ge=1)
+    """Requests an engine holds, running and waiting; None takes twice `max_num_seqs`, so that the
+    engine always has the next batch at hand. (Serve's default is 5.)"""
+    max_queued_requests: int = Field(default=1024, ge=-1)
+    """Requests that an ingress replica holds back when all engines are full, before it answers
+    503. It must exceed a burst: Serve counts requests here while it routes them."""
+    graceful_shutdown_timeout_s: float = Field(default=600, ge=0)
+    """Longest generation that a downscale or update waits for. Serve's 20 s would cut streams."""
+    health_check_period_s: float = Field(default=5, gt=0)
+    """A dead engine ends its replica at once; this is for hung ones. (Serve's default is 10.)"""
+    health_check_timeout_s: float = Field(default=10, gt=0)
+    """The replica does no heavy work, so an answer takes milliseconds. (Serve's default is 30.)"""
+
+
+class ModelOptions(Options):
+    """One served model."""
+
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    deployment: DeploymentOptions = DeploymentOptions()
+
+
+class IngressOptions(Options):
+    """The HTTP side."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.1, ge=0)
+    max_concurrent_requests: int = Field(default=1024, ge=1)
+    """Completions under way in one ingress replica; one more gets 429 at once."""
+    retry_after_s: int = Field(default=1, ge=1)
+    """`Retry-After` of such an answer, in seconds."""
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    """Longest request body; a longer one gets 413."""
+    graceful_shutdown_timeout_s: float = Field(default=600, ge=0)
+    """Longest stream that an update of the ingress waits for."""
+
+
+class AppArgs(Options):
+    """Arguments of `deployments.app:build`.
+
+    Either `models`, or the shortcut for a single one: `model` (its name or path), `engine` and
+    `deployment`. On the command line nested options are dotted: `engine.max_num_seqs=8`.
+    """
+
+    models: dict[str, ModelOptions] = Field(min_length=1)
+    """Name that clients use → model."""
+    ingress: IngressOptions = IngressOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        values = _nest(values) if isinstance(values, dict) else values
+        if not isinstance(values, dict) or "models" in values:
+            return values
+        single = {key: values.pop(key) for key in ("engine", "deployment") if key in values}
+        engine = dict(single.get("engine") or {})
+        engine.setdefault("model", values.pop("model", BUNDLED_MODEL))
+        served = os.path.basename(os.path.normpath(str(engine["model"])))
+        return {**values, "models": {served: {**single, "engine": engine}}}
+
+    @model_validator(mode="after")
+    def _distinct(self) -> AppArgs:
+        names = [deployment_name(name) for name in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two served names give the same deployment name '{name}'")
+        return self
+
+
+def deployment_name(served_name: str) -> str:
+    """Name of a model's engine deployment, as the Ray dashboard shows it."""
+    return "Engine-" + "".join(c if c.isalnum() or c in "-_." else "-" for c in served_name)
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested dictionaries."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *groups, last = str(key).split(".") if key not in AppArgs.model_fields else [key]
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = {**place.get(last, {}), **value} if isinstance(value, dict) else value
+    return nested

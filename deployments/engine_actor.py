@@ -1,0 +1,245 @@
+"""The engine actor: owns the engine and its loop, and feeds the trunks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from deployments.mailbox import Mailbox
+from deployments.wire import (
+    EndNotice,
+    EngineReport,
+    TrunkMessage,
+    decode_submissions,
+    encode,
+)
+from engine.config import EngineConfig
+from engine.errors import EngineDead
+from engine.loop import Core, EngineLoop
+from engine.outputs import EngineLoad, TokenDelta
+
+logger = logging.getLogger("trunkline.actor")
+
+HEARTBEAT_S = 1.0
+"""An idle trunk carries the load this often."""
+LOAD_INTERVAL_S = 0.1
+"""A trunk without new tokens carries the load of a busy engine no more often than this."""
+UNREAD_LIMIT_S = 30.0
+"""Requests of a subscriber whose trunk nobody has read for this long are aborted."""
+
+
+class StartedCore(Core, Protocol):
+    """A core that says what it settled on at start."""
+
+    @property
+    def info(self) -> Any:
+        """An `EngineInfo`."""
+
+
+StartCore = Callable[[EngineConfig], StartedCore]
+
+
+def post(events: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    """Call `function` in the event loop, from any thread; a loop that is closing is no error."""
+    with contextlib.suppress(RuntimeError):
+        events.call_soon_threadsafe(function, *args)
+
+
+class Subscriber:
+    """One trunk: the mailbox, the requests whose tokens ride it, and what the load counts."""
+
+    def __init__(self) -> None:
+        self.mailbox = Mailbox()
+        self.request_ids: set[str] = set()
+        self.reader = 0
+        """Number of the reader now attached, or 0."""
+        self.unread_since = time.monotonic()
+        self.last_sent = 0.0
+        self.submitted: list[str] = []
+        self.settling: list[str] = []
+        self.reflected: list[str] = []
+
+    def note_step(self) -> None:
+        """Move submissions one step closer to being counted in the load.
+
+        A step that ends just after a submission may have begun before it, so the load is sure to
+        count the request only a step later.
+        """
+        self.reflected += self.settling
+        self.settling, self.submitted = self.submitted, []
+
+
+class EngineActor:
+    """Async Ray actor. Its loop thread only ever hands a step's deltas to the event loop."""
+
+    def __init__(self, config: EngineConfig, start_core: StartCore) -> None:
+        self._config = config
+        self._start_core = start_core
+        self._subscribers: dict[str, Subscriber] = {}
+        self._owners: dict[str, str] = {}
+        self._num_tokens: dict[str, int] = {}
+        self._load = EngineLoad()
+        self._report = EngineReport([], self._load)
+        self._report_ready = asyncio.Event()
+        self._readers = 0
+        self._draining = False
+
+    async def start(self) -> dict[str, Any]:
+        """Load the model and start the loop; returns the fields of EngineInfo.
+
+        Raises:
+            ConfigError: the model or an option cannot be used.
+        """
+        core = await asyncio.to_thread(self._start_core, self._config)
+        self._load = core.load()
+        events = asyncio.get_running_loop()
+        self._loop = EngineLoop(
+            core,
+            on_step=lambda deltas, load: post(events, self._publish, deltas, load),
+            on_death=lambda error: post(events, self._on_death, error),
+        )
+        self._ticker = asyncio.create_task(self._tick())
+        return asdict(core.info)
+
+    async def submit(self, batch: bytes) -> None:
+        """Hand a batch of encoded submissions to the loop.
+
+        Raises:
+            EngineDead: the loop has ended.
+        """
+        if self._report.dead is not None:
+            raise EngineDead(self._report.dead)
+        submissions = decode_submissions(batch)
+        for item in submissions:
+            subscriber = self._subscriber(item.subscriber_id)
+            subscriber.request_ids.add(item.request.request_id)
+            subscriber.submitted.append(item.request.request_id)
+            self._owners[item.request.request_id] = item.subscriber_id
+        self._loop.submit([item.request for item in submissions])
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """End requests; their blocks are free within a step. Unknown ids are ignored."""
+        known = [i for i in request_ids if i in self._owners]
+        if known:
+            self._loop.abort(known)
+            for request_id in known:
+                self._forget(request_id, "abort")
+            self._report_ready.set()
+
+    async def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
+        """The trunk: one encoded `TrunkMessage` a step, more steps in one while the reader is slow.
+
+        Ends when the engine drains or dies, or when the same subscriber reads anew. Whoever stops
+        reading has its requests aborted.
+        """
+        subscriber = self._subscriber(subscriber_id)
+        self._readers += 1
+        me = subscriber.reader = self._readers
+        try:
+            while subscriber.reader == me and not self._finished(subscriber):
+                deltas = await subscriber.mailbox.take()
+                subscriber.last_sent = time.monotonic()
+                reflected, subscriber.reflected = subscriber.reflected, []
+                yield encode(TrunkMessage(deltas, self._load, reflected))
+        finally:
+            if subscriber.reader == me:
+                self._drop(subscriber_id)
+
+    async def watch(self) -> AsyncIterator[bytes]:
+        """The replica's own stream: encoded `EngineReport`s, at least one a heartbeat."""
+        while not (self._report.dead and not self._report.ended):
+            await self._report_ready.wait()
+            self._report_ready.clear()
+            report, self._report = self._report, EngineReport([], self._load)
+            self._report.dead = report.dead
+            report.load = self._load
+            report.progress_age_s = time.monotonic() - self._loop.last_progress
+            yield encode(report)
+
+    async def drain(self) -> None:
+        """End every trunk that has nothing left to carry, and stop the loop."""
+        self._draining = True
+        self._wake_all()
+        await asyncio.to_thread(self._loop.stop)
+
+    def _subscriber(self, subscriber_id: str) -> Subscriber:
+        return self._subscribers.setdefault(subscriber_id, Subscriber())
+
+    def _finished(self, subscriber: Subscriber) -> bool:
+        over = self._draining or self._report.dead is not None
+        return over and not len(subscriber.mailbox)
+
+    def _publish(self, deltas: list[TokenDelta], load: EngineLoad) -> None:
+        """Sort a step's deltas into the mailboxes."""
+        self._load = load
+        for subscriber_id, mine in self._by_owner(deltas).items():
+            self._subscribers[subscriber_id].mailbox.add(mine)
+        self._count(deltas)
+        now = time.monotonic()
+        for subscriber in self._subscribers.values():
+            subscriber.note_step()
+            if now - subscriber.last_sent > LOAD_INTERVAL_S:
+                subscriber.mailbox.wake()
+
+    def _by_owner(self, deltas: list[TokenDelta]) -> dict[str, list[TokenDelta]]:
+        grouped: dict[str, list[TokenDelta]] = {}
+        for delta in deltas:
+            owner = self._owners.get(delta.request_id)
+            if owner is not None:  # else it was aborted while the step ran
+                grouped.setdefault(owner, []).append(delta)
+        return grouped
+
+    def _count(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            request_id = delta.request_id
+            self._report.new_tokens += len(delta.token_ids)
+            if request_id not in self._owners:
+                continue
+            so_far = self._num_tokens.get(request_id, 0)
+            self._num_tokens[request_id] = so_far + len(delta.token_ids)
+            if delta.finish_reason is not None:
+                self._forget(request_id, delta.finish_reason)
+        if self._report.ended:
+            self._report_ready.set()
+
+    def _forget(self, request_id: str, reason: str) -> None:
+        owner = self._owners.pop(request_id)
+        self._subscribers[owner].request_ids.discard(request_id)
+        num_tokens = self._num_tokens.pop(request_id, 0)
+        self._report.ended.append(EndNotice(request_id, reason, num_tokens))
+
+    def _on_death(self, error: BaseException) -> None:
+        self._report.dead = f"{type(error).__name__}: {error}"
+        self._report_ready.set()
+        self._wake_all()
+
+    def _drop(self, subscriber_id: str) -> None:
+        """Nobody reads this trunk any more: its requests would run for nobody."""
+        orphans = list(self._subscribers[subscriber_id].request_ids)
+        if orphans:
+            logger.warning("%s left; aborting its %d requests", subscriber_id, len(orphans))
+            self._loop.abort(orphans)
+            for request_id in orphans:
+                self._forget(request_id, "abort")
+            self._report_ready.set()
+        del self._subscribers[subscriber_id]
+
+    async def _tick(self) -> None:
+        """Heartbeats, and the end of subscribers that never came."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            now = time.monotonic()
+            for subscriber_id, subscriber in list(self._subscribers.items()):
+                if subscriber.reader == 0 and now - subscriber.unread_since > UNREAD_LIMIT_S:
+                    self._drop(subscriber_id)
+            self._wake_all()
+            self._report_ready.set()
+
+    def _wake_all(self) -> None:
+        for subscriber in self._subscribers.values():
+            subscriber.mailbox.wake()

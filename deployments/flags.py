@@ -1,0 +1,28 @@
+"""Ray Serve's settings that have to be in the environment before Ray starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+"""HAProxy instead of the Python proxy; gRPC between deployments, and one event loop a replica."""
+
+LONG_STREAMS = {
+    # A reload of HAProxy cuts what is still open after this long; the default is two minutes.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    # A freed port must stay unused that long, or an old HAProxy worker sends it a stranger's
+    # requests; Serve derives the default from the setting above, which would use up its ports.
+    "RAY_SERVE_PORT_QUARANTINE_S": "150",
+    # A dead proxy is replaced in seconds instead of half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+}
+"""Values that suit streams of minutes."""
+
+
+def missing_flags(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """`NAME=value` of each setting of the fast path that is not there."""
+    return [
+        f"{name}={value}" for name, value in FAST_PATH.items() if environment.get(name) != value
+    ]

@@ -1,0 +1,118 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.ingress.answers import Chunks, header, new_id, open_stream, usage
+from deployments.ingress.errors import json_response
+from deployments.ingress.exchange import EventStream
+from deployments.ingress.served import Piece, ServedModel, ServedModels, aside, build_jobs
+from deployments.protocols.body import parse_body
+from deployments.protocols.logprobs import chat_logprobs, prompt_logprobs
+from deployments.protocols.openai import ChatBody
+from engine.job import Job
+
+
+async def handle_chat(
+    models: ServedModels, request: Request, data: bytes
+) -> Response | EventStream:
+    """Answer a chat, streamed or whole."""
+    body = parse_body(ChatBody, data)
+    model = models.find(body.model)
+    params = body.to_params()
+    body.check_stream_options()
+    answer_id = new_id("chatcmpl")
+    prompt = await aside(len(data), lambda: _prompt(model, body))
+    jobs = await build_jobs(
+        model,
+        answer_id,
+        [prompt],
+        params,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+        param="messages",
+    )
+    if body.stream:
+        begin = header(answer_id, "chat.completion.chunk", body.model)
+        writer = _Writer(body, jobs, begin)
+        return await open_stream(model, jobs, writer.events, writer.chunks.last)
+    await model.finish(jobs)
+    begin = header(answer_id, "chat.completion", body.model)
+    answer = {**begin, "choices": _choices(body, jobs[0]), "usage": usage(jobs)}
+    if params.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_logprobs(jobs[0].output().prompt_logprobs)
+    return json_response(answer)
+
+
+def _prompt(model: ServedModel, body: ChatBody) -> list[int]:
+    options: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    if body.add_generation_prompt is not None or body.continue_final_message:
+        options["add_generation_prompt"] = bool(body.add_generation_prompt)
+    return model.need_tokenizer("messages").encode_chat(
+        body.messages,
+        chat_template=body.chat_template,
+        continue_final_message=body.continue_final_message,
+        **options,
+    )
+
+
+def _choices(body: ChatBody, job: Job) -> list[dict[str, Any]]:
+    choices = []
+    for output in job.output().outputs:
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = chat_logprobs(output.logprobs, body.top_logprobs or 0)
+        choices.append(
+            {
+                "index": output.index,
+                "message": {"role": "assistant", "content": output.text},
+                "logprobs": logprobs,
+                "finish_reason": output.finish_reason,
+                "stop_reason": output.stop_reason,
+            }
+        )
+    return choices
+
+
+class _Writer:
+    """Writes the chunks of one answer."""
+
+    def __init__(self, body: ChatBody, jobs: Sequence[Job], begin: dict[str, Any]) -> None:
+        self.chunks = Chunks(body, jobs, begin)
+        self._num_top = body.top_logprobs or 0
+        self._begun: set[int] = set()
+
+    def events(self, piece: Piece) -> Iterable[bytes]:
+        """The chunk of a piece, after one with the role if it is the first of its choice."""
+        delta, index = piece.delta, piece.choice
+        if index not in self._begun:
+            self._begun.add(index)
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        if not delta.text and delta.finish_reason is None and not delta.logprobs:
+            return
+        logprobs = chat_logprobs(delta.logprobs, self._num_top) if delta.logprobs else None
+        message = {"content": delta.text} if delta.text else {}
+        yield self._chunk(index, message, logprobs, delta.finish_reason, delta.stop_reason)
+
+    def _chunk(
+        self,
+        index: int,
+        message: dict[str, str],
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+        stop_reason: int | str | None = None,
+    ) -> bytes:
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta": message,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        if stop_reason is not None:
+            choice["stop_reason"] = stop_reason
+        return self.chunks.chunk(choice)

@@ -1,0 +1,100 @@
+"""`/v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.ingress.answers import Chunks, header, new_id, open_stream, usage
+from deployments.ingress.errors import json_response
+from deployments.ingress.exchange import EventStream
+from deployments.ingress.served import Piece, ServedModels, build_jobs
+from deployments.protocols.body import parse_body
+from deployments.protocols.logprobs import completion_logprobs, prompt_logprobs
+from deployments.protocols.openai import CompletionBody
+from engine.job import Job
+
+
+async def handle_completion(
+    models: ServedModels, request: Request, data: bytes
+) -> Response | EventStream:
+    """Answer a text completion, streamed or whole."""
+    body = parse_body(CompletionBody, data)
+    model = models.find(body.model)
+    params = body.to_params()
+    body.check_stream_options()
+    answer_id = new_id("cmpl")
+    jobs = await build_jobs(
+        model,
+        answer_id,
+        body.prompts(),
+        params,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+    )
+    begin = header(answer_id, "text_completion", body.model)
+    if body.stream:
+        writer = _Writer(body, jobs, begin)
+        return await open_stream(model, jobs, writer.events, writer.chunks.last)
+    await model.finish(jobs)
+    return json_response({**begin, "choices": _choices(body, jobs), "usage": usage(jobs)})
+
+
+def _echoed(body: CompletionBody, job: Job) -> str:
+    return (job.prompt or "") if body.echo else ""
+
+
+def _choices(body: CompletionBody, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    choices: list[dict[str, Any]] = []
+    for job in jobs:
+        result = job.output()
+        for output in result.outputs:
+            choice: dict[str, Any] = {
+                "index": len(choices),
+                "text": _echoed(body, job) + output.text,
+                "logprobs": None,
+                "finish_reason": output.finish_reason,
+                "stop_reason": output.stop_reason,
+            }
+            if output.logprobs is not None:
+                choice["logprobs"] = completion_logprobs(output.logprobs, body.logprobs or 0, 0)
+            if result.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs)
+            choices.append(choice)
+    return choices
+
+
+class _Writer:
+    """Writes the chunks of one answer."""
+
+    def __init__(self, body: CompletionBody, jobs: Sequence[Job], begin: dict[str, Any]) -> None:
+        self.chunks = Chunks(body, jobs, begin)
+        self._body = body
+        self._written: dict[int, int] = {}
+        """Characters written so far, by choice."""
+
+    def events(self, piece: Piece) -> Iterable[bytes]:
+        """The chunk of a piece, unless there is nothing in it."""
+        delta, index = piece.delta, piece.choice
+        text = delta.text
+        if index not in self._written:
+            text = _echoed(self._body, piece.job) + text
+        so_far = self._written.get(index, 0)
+        self._written[index] = so_far + len(text)
+        if not text and delta.finish_reason is None and not delta.logprobs:
+            return
+        logprobs = delta.logprobs and completion_logprobs(
+            delta.logprobs, self._body.logprobs or 0, so_far
+        )
+        yield self.chunks.chunk(
+            {
+                "index": index,
+                "text": text,
+                "logprobs": logprobs or None,
+                "finish_reason": delta.finish_reason,
+                "stop_reason": delta.stop_reason,
+            }
+        )

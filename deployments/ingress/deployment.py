@@ -1,0 +1,82 @@
+"""The Serve deployment that speaks HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from typing import Any
+
+from ray import serve
+from starlette.types import ASGIApp
+
+from deployments.config import AppArgs, IngressOptions, ModelOptions
+from deployments.engine_client import EngineClient
+from deployments.flags import missing_flags
+from deployments.ingress.app import build_asgi_app
+from deployments.ingress.served import ServedModel, ServedModels
+from deployments.load_table import load_table
+from deployments.trunk import TrunkHub
+from engine.model_config import read_model_config
+from engine.model_source import resolve_model
+from engine.tokenizer import Tokenizer, has_tokenizer
+
+logger = logging.getLogger("ray.serve")
+
+
+class Ingress:
+    """Validates, tokenizes, routes, detokenizes. Holds the trunks to all engines.
+
+    Args:
+        args: of the application.
+        handles: served name → handle of its engines.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, args: AppArgs, handles: dict[str, Any]
+    ) -> None:
+        self._max_body_bytes = args.ingress.max_body_bytes
+        hub = TrunkHub(f"ingress-{uuid.uuid4().hex[:12]}", load_table())
+        self._models = ServedModels()
+        for name, options in args.models.items():
+            # `options` starts the handle's router, which learns at once what engines there are.
+            handle = handles[name].options(method_name="generate")
+            client = EngineClient(handle, hub, load_table())
+            hub.follow(client.deployment)
+            self._models.by_name[name] = await asyncio.to_thread(
+                _load, name, options, args.ingress, client
+            )
+        if missing := missing_flags():
+            logger.warning(
+                "Streaming will cost several times the CPU time it could: set %s before Ray "
+                "starts, on every node (`python -m deployments.launch` does).",
+                " ".join(missing),
+            )
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Serve in the replica, after the constructor."""
+        return build_asgi_app(self._models, self._max_body_bytes)
+
+
+def _load(
+    name: str, options: ModelOptions, ingress: IngressOptions, client: EngineClient
+) -> ServedModel:
+    source = resolve_model(options.engine.model)
+    shape = read_model_config(source)
+    scaling = options.deployment.autoscaling
+    return ServedModel(
+        name=name,
+        tokenizer=Tokenizer.load(source) if has_tokenizer(source) else None,
+        max_model_len=options.engine.resolve_max_model_len(shape.max_position_embeddings),
+        vocab_size=shape.vocab_size,
+        client=client,
+        max_concurrent_requests=ingress.max_concurrent_requests,
+        retry_after_s=ingress.retry_after_s,
+        may_scale_to_zero=scaling is not None and scaling.min_replicas == 0,
+        created=int(time.time()),
+    )
+
+
+IngressASGI = serve.ingress()(Ingress)
+"""The class that Serve deploys."""

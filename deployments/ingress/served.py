@@ -1,0 +1,180 @@
+"""The models that an ingress replica serves, and running prompts on them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from deployments.engine_client import EngineClient
+from deployments.ingress.errors import model_not_found, overloaded, unavailable
+from engine.errors import InvalidRequest
+from engine.job import Job
+from engine.output_processor import TextDelta
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+
+LONG_TEXT = 4096
+"""Texts of more characters are tokenized in a thread, so that other streams do not wait."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Piece:
+    """New text of one completion; `choice` numbers completions over all prompts."""
+
+    choice: int
+    job: Job
+    delta: TextDelta
+
+
+@dataclass(slots=True)
+class ServedModel:
+    """A model under the name that clients use."""
+
+    name: str
+    tokenizer: Tokenizer | None
+    max_model_len: int
+    vocab_size: int
+    client: EngineClient
+    max_concurrent_requests: int
+    retry_after_s: int
+    may_scale_to_zero: bool = False
+    created: int = 0
+
+    def check_admission(self, num_requests: int) -> None:
+        """Refuse early what could not be served soon.
+
+        Raises:
+            ApiError: 429 when this process is full, 503 when there is no engine.
+        """
+        if self.client.num_running + num_requests > self.max_concurrent_requests:
+            raise overloaded(self.retry_after_s)
+        if not self.ready and not self.may_scale_to_zero:
+            raise unavailable(
+                f"No engine of '{self.name}' is ready; it may still be loading.",
+                self.retry_after_s,
+            )
+
+    @property
+    def ready(self) -> bool:
+        """Whether a trunk to an engine of this model is open."""
+        return bool(self.client.hub.connected(self.client.deployment))
+
+    def need_tokenizer(self, param: str) -> Tokenizer:
+        """The tokenizer, for features that cannot do without.
+
+        Raises:
+            InvalidRequest: the model has none.
+        """
+        if self.tokenizer is None:
+            raise InvalidRequest(
+                f"'{self.name}' has no tokenizer, which {param} needs; send token ids to "
+                "/v1/completions instead.",
+                param,
+            )
+        return self.tokenizer
+
+    async def run(self, jobs: Sequence[Job]) -> AsyncGenerator[list[Piece], None]:
+        """Run jobs and yield what is new of any completion until all have ended.
+
+        Raises:
+            ApiError: an engine refused a request or failed while it ran it.
+            EngineDead: an engine was lost.
+        """
+        width = len(jobs[0].requests)
+        choices = {
+            request_id: (index * width + inner, job)
+            for index, job in enumerate(jobs)
+            for inner, request_id in enumerate(job.requests)
+        }
+        requests = [request for job in jobs for request in job.requests.values()]
+        with self.client.start(requests) as generation:
+            async for deltas in generation:
+                pieces = []
+                for delta in deltas:
+                    choice, job = choices[delta.request_id]
+                    if delta.finish_reason == "error":
+                        raise unavailable(delta.error or "The engine failed.", self.retry_after_s)
+                    pieces.append(Piece(choice, job, job.push(delta)))
+                    if job.processors[delta.request_id].must_abort:
+                        generation.abort([delta.request_id])
+                yield pieces
+
+    async def finish(self, jobs: Sequence[Job]) -> None:
+        """Run jobs to their end; the results are in the jobs."""
+        async with aclosing(self.run(jobs)) as pieces:
+            async for _ in pieces:
+                pass
+
+
+@dataclass(slots=True)
+class ServedModels:
+    """All models of an ingress replica."""
+
+    by_name: dict[str, ServedModel] = field(default_factory=dict)
+
+    def find(self, name: str | None) -> ServedModel:
+        """The model of this name; None will do when there is only one.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if name is None and len(self.by_name) == 1:
+            return next(iter(self.by_name.values()))
+        if name is None:
+            raise InvalidRequest(f"model must be one of {sorted(self.by_name)}.", "model")
+        if name not in self.by_name:
+            raise model_not_found(name, sorted(self.by_name))
+        return self.by_name[name]
+
+
+async def aside(text_length: int, work: Callable[[], T]) -> T:
+    """Do work on a text: here when it is short, else in a thread."""
+    return await asyncio.to_thread(work) if text_length > LONG_TEXT else work()
+
+
+async def build_jobs(
+    model: ServedModel,
+    request_id: str,
+    prompts: Sequence[str | list[int]],
+    params: SamplingParams,
+    *,
+    priority: int = 0,
+    cache_salt: str | None = None,
+    param: str = "prompt",
+) -> list[Job]:
+    """Check and tokenize prompts; errors name `param`.
+
+    Raises:
+        InvalidRequest: a prompt or option cannot be served.
+        ApiError: the server has no room for the requests.
+    """
+    model.check_admission(len(prompts) * params.n)
+
+    def build() -> list[Job]:
+        return [
+            Job.build(
+                f"{request_id}-{index}" if len(prompts) > 1 else request_id,
+                prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt},
+                params,
+                priority,
+                model.tokenizer,
+                model.max_model_len,
+                model.vocab_size,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+
+    try:
+        jobs = await aside(sum(map(len, prompts)), build)
+    except InvalidRequest as error:
+        renamed = param if error.param == "prompt" else error.param
+        raise InvalidRequest(error.message, renamed) from None
+    for job in jobs:
+        for request in job.requests.values():
+            request.cache_salt = cache_salt
+    return jobs

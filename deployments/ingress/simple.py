@@ -1,0 +1,80 @@
+"""`/generate`, `/generate_stream` and `/batch_generate`: prompts in, texts out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.ingress.answers import event, new_id, open_stream, usage
+from deployments.ingress.errors import json_response
+from deployments.ingress.exchange import EventStream
+from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
+from deployments.protocols.body import parse_body
+from deployments.protocols.simple import BatchGenerateBody, GenerateBody, SimpleFields
+from engine.job import Job
+
+
+async def handle_generate(models: ServedModels, request: Request, data: bytes) -> Response:
+    """Answer with the text of one prompt."""
+    body = parse_body(GenerateBody, data)
+    model, jobs = await _jobs(models, body, [body.prompt], "prompt")
+    await model.finish(jobs)
+    return json_response(_result(jobs[0]))
+
+
+async def handle_generate_stream(
+    models: ServedModels, request: Request, data: bytes
+) -> EventStream:
+    """Stream the text of one prompt as events `{"text": …, "index": …, "finish_reason": …}`."""
+    body = parse_body(GenerateBody, data)
+    model, jobs = await _jobs(models, body, [body.prompt], "prompt")
+
+    def last() -> Iterable[bytes]:
+        yield event({"text": "", "finished": True, "usage": usage(jobs)})
+
+    return await open_stream(model, jobs, _events, last)
+
+
+async def handle_batch_generate(models: ServedModels, request: Request, data: bytes) -> Response:
+    """Answer with the texts of many prompts, in their order."""
+    body = parse_body(BatchGenerateBody, data)
+    model, jobs = await _jobs(models, body, body.checked_prompts(), "prompts")
+    await model.finish(jobs)
+    results = [_result(job) for job in jobs]
+    texts = [result["text"] for result in results]
+    return json_response({"texts": texts, "results": results, "usage": usage(jobs)})
+
+
+async def _jobs(
+    models: ServedModels, body: SimpleFields, prompts: Sequence[str | list[int]], param: str
+) -> tuple[ServedModel, list[Job]]:
+    model = models.find(body.model)
+    params = body.to_params()
+    jobs = await build_jobs(
+        model, new_id("gen"), prompts, params, priority=body.priority, param=param
+    )
+    return model, jobs
+
+
+def _result(job: Job) -> dict[str, Any]:
+    outputs = job.output().outputs
+    result: dict[str, Any] = {
+        "prompt": job.prompt,
+        "text": outputs[0].text,
+        "finish_reason": outputs[0].finish_reason,
+        "usage": usage([job]),
+    }
+    if len(outputs) > 1:
+        result["texts"] = [output.text for output in outputs]
+    return result
+
+
+def _events(piece: Piece) -> Iterable[bytes]:
+    delta = piece.delta
+    if delta.text or delta.finish_reason is not None:
+        yield event(
+            {"text": delta.text, "index": piece.choice, "finish_reason": delta.finish_reason}
+        )

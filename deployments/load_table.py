@@ -1,0 +1,174 @@
+"""What this process knows of the load of every engine, with its own bookings on top.
+
+The router's thread books, the trunks' thread reports; hence the lock. A module of its own because
+Ray Serve copies router modules by value, and there must be one table a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+from engine.outputs import EngineLoad
+
+REQUEST_COST = 64
+"""What a request costs beside its tokens, in tokens: each step has a fixed price a sequence."""
+CROWDED_SHARE = 0.05
+"""An engine with less of its cache free than this is taken only when all others are so too."""
+
+
+@dataclass(slots=True)
+class EngineState:
+    """One engine as this process sees it."""
+
+    load: EngineLoad = field(default_factory=EngineLoad)
+    bookings: dict[str, int] = field(default_factory=dict)
+    """Cost of each request that was sent there and that `load` does not count yet."""
+    reported_at: float | None = None
+    """`time.monotonic()` of the last report; None before the first."""
+    last_booking: int = 0
+    down: bool = False
+
+    def score(self) -> tuple[bool, bool, int, int]:
+        """Sorts engines, best first: alive, with room, least load, longest without a booking."""
+        load = self.load
+        crowded = load.free_blocks < CROWDED_SHARE * load.total_blocks
+        requests = load.num_running + load.num_waiting
+        tokens = load.running_tokens + load.waiting_tokens + REQUEST_COST * requests
+        return self.down, crowded, tokens + sum(self.bookings.values()), self.last_booking
+
+
+@dataclass(slots=True, frozen=True)
+class EngineView:
+    """A row for `/health`."""
+
+    engine_id: str
+    load: EngineLoad
+    num_booked: int
+    age_s: float | None
+
+
+class LoadTable:
+    """Load by engine, grouped by deployment. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._engines: dict[str, EngineState] = {}
+        self._members: dict[str, tuple[str, ...]] = {}
+        self._placed: dict[str, str] = {}
+        self._bookings_made = 0
+        self._listeners: list[Callable[[], None]] = []
+
+    def set_members(self, deployment: str, engine_ids: Iterable[str]) -> None:
+        """Take over from Serve which engines of a deployment are in service."""
+        with self._lock:
+            self._members[deployment] = tuple(engine_ids)
+            current = {i for ids in self._members.values() for i in ids}
+            for gone in self._engines.keys() - current:
+                if gone not in self._placed.values():
+                    del self._engines[gone]
+            for engine_id in current:
+                self._engines.setdefault(engine_id, EngineState())
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+    def members(self, deployment: str) -> tuple[str, ...]:
+        """Engines of the deployment that are in service."""
+        with self._lock:
+            return self._members.get(deployment, ())
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called, in whatever thread, after the members of a deployment change."""
+        with self._lock:
+            self._listeners.append(listener)
+
+    def book(
+        self, candidates: Collection[str], request_id: str, cost: int, avoid: str | None = None
+    ) -> str:
+        """Choose the least loaded candidate and book the request there, in one step.
+
+        Args:
+            candidates: engine ids, at least one.
+            request_id: a request that is booked already moves.
+            cost: tokens that the request brings.
+            avoid: an engine to take only if it is the only one.
+        """
+        with self._lock:
+            self._drop(request_id)
+            for engine_id in candidates:
+                self._engines.setdefault(engine_id, EngineState())
+            good = [i for i in candidates if i != avoid] or list(candidates)
+            chosen = min(good, key=lambda i: self._engines[i].score())
+            self._bookings_made += 1
+            state = self._engines[chosen]
+            state.last_booking = self._bookings_made
+            state.bookings[request_id] = cost + REQUEST_COST
+            self._placed[request_id] = chosen
+            return chosen
+
+    def engine_of(self, request_id: str) -> str | None:
+        """Where the request is booked."""
+        with self._lock:
+            return self._placed.get(request_id)
+
+    def mark_down(self, engine_id: str) -> list[str]:
+        """Avoid an engine that is lost until it reports again; returns the requests booked on it.
+
+        Serve takes a moment to notice, and a dead engine would seem to be the idlest of all.
+        """
+        with self._lock:
+            if engine_id in self._engines:
+                self._engines[engine_id].down = True
+            return [i for i, engine in self._placed.items() if engine == engine_id]
+
+    def report(self, engine_id: str, load: EngineLoad, reflected: Iterable[str] = ()) -> None:
+        """Take over a fresh load; the bookings of `reflected` requests are part of it now."""
+        with self._lock:
+            state = self._engines.setdefault(engine_id, EngineState())
+            state.load = load
+            state.down = False
+            state.reported_at = time.monotonic()
+            for request_id in reflected:
+                state.bookings.pop(request_id, None)
+
+    def release(self, request_id: str) -> None:
+        """Forget a request that has ended."""
+        with self._lock:
+            self._drop(request_id)
+
+    def forget(self, engine_id: str) -> None:
+        """Drop a lost engine: its load, and the bookings on it."""
+        with self._lock:
+            self._engines.pop(engine_id, None)
+            for request_id in [i for i, e in self._placed.items() if e == engine_id]:
+                del self._placed[request_id]
+
+    def view(self, deployment: str) -> list[EngineView]:
+        """The engines in service, for people and tests to look at."""
+        now = time.monotonic()
+        with self._lock:
+            return [
+                EngineView(
+                    engine_id=engine_id,
+                    load=(state := self._engines[engine_id]).load,
+                    num_booked=len(state.bookings),
+                    age_s=None if state.reported_at is None else now - state.reported_at,
+                )
+                for engine_id in self._members.get(deployment, ())
+                if engine_id in self._engines
+            ]
+
+    def _drop(self, request_id: str) -> None:
+        engine_id = self._placed.pop(request_id, None)
+        if engine_id in self._engines:
+            self._engines[engine_id].bookings.pop(request_id, None)
+
+
+@functools.cache
+def load_table() -> LoadTable:
+    """The table of this process."""
+    return LoadTable()

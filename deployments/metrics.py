@@ -1,0 +1,57 @@
+"""Metrics, exported by Ray under `ray_trunkline_…` with the suffixes that vLLM uses.
+
+Every call crosses into Ray's C++ core, so they are made once a report or a request, not a token.
+"""
+
+from __future__ import annotations
+
+from ray.serve.metrics import Counter, Gauge
+
+from deployments.wire import EngineReport
+from engine.outputs import EngineLoad
+
+_TAGS = ("model_name",)
+
+
+def _gauge(name: str, description: str) -> Gauge:
+    return Gauge(f"trunkline_{name}", description=description, tag_keys=_TAGS)
+
+
+def _counter(name: str, description: str, *more_tags: str) -> Counter:
+    return Counter(f"trunkline_{name}", description=description, tag_keys=_TAGS + more_tags)
+
+
+class EngineMetrics:
+    """Load and totals of one engine, set by its replica."""
+
+    def __init__(self, model_name: str) -> None:
+        self._tags = {"model_name": model_name}
+        self._last = EngineLoad()
+        self._running = _gauge("num_requests_running", "Requests in the running batch.")
+        self._waiting = _gauge("num_requests_waiting", "Requests that wait for admission.")
+        self._usage = _gauge("kv_cache_usage_perc", "Share of KV blocks in use, from 0 to 1.")
+        self._free = _gauge("kv_cache_free_blocks", "KV blocks that a new request could take.")
+        self._tokens = _counter("generation_tokens", "Tokens generated.")
+        self._ended = _counter("request_success", "Requests ended.", "finished_reason")
+        self._preemptions = _counter("num_preemptions", "Requests pushed out and recomputed.")
+        self._queries = _counter("prefix_cache_queries", "Prompt tokens looked up.")
+        self._hits = _counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+
+    def record(self, report: EngineReport) -> None:
+        """Take over what an engine reported."""
+        load, last, tags = report.load, self._last, self._tags
+        self._last = load
+        self._running.set(load.num_running, tags)
+        self._waiting.set(load.num_waiting, tags)
+        self._free.set(load.free_blocks, tags)
+        self._usage.set(1 - load.free_blocks / max(load.total_blocks, 1), tags)
+        for counter, grown in (
+            (self._tokens, report.new_tokens),
+            (self._preemptions, load.num_preemptions - last.num_preemptions),
+            (self._queries, load.prefix_queries - last.prefix_queries),
+            (self._hits, load.prefix_hits - last.prefix_hits),
+        ):
+            if grown > 0:
+                counter.inc(grown, tags)
+        for notice in report.ended:
+            self._ended.inc(1, {**tags, "finished_reason": notice.reason})

@@ -1,0 +1,154 @@
+"""Request bodies of OpenAI's API, with vLLM's additional fields."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from deployments.protocols.body import Body
+from deployments.protocols.sampling import SamplingFields
+from engine.errors import InvalidRequest
+from engine.sampling_params import SamplingParams
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default of `max_tokens` for `/v1/completions`."""
+
+_NOTHING: tuple[Any, ...] = (False, [], {}, "")
+_VLLM_ONLY = {
+    "best_of": (1,),
+    "use_beam_search": _NOTHING,
+    "guided_json": _NOTHING,
+    "guided_regex": _NOTHING,
+    "guided_choice": _NOTHING,
+    "guided_grammar": _NOTHING,
+    "structured_outputs": _NOTHING,
+    "response_format": ({"type": "text"},),
+    "logits_processors": _NOTHING,
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": _NOTHING,
+    "bad_words": _NOTHING,
+}
+
+
+class StreamOptions(Body):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(SamplingFields):
+    """What completions and chat have in common."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = None
+
+    def check_stream_options(self) -> None:
+        """Refuse options of a stream that was not asked for.
+
+        Raises:
+            InvalidRequest: `stream_options` without `stream`.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options needs stream to be true.", "stream_options")
+
+
+class CompletionBody(GenerationBody):
+    """Body of `/v1/completions`."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_VLLM_ONLY,
+        "suffix": _NOTHING,
+        "prompt_embeds": _NOTHING,
+    }
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+    add_special_tokens: bool = True
+
+    def to_params(self) -> SamplingParams:
+        """Sampling options.
+
+        Raises:
+            InvalidRequest: a value is out of range.
+        """
+        max_tokens = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest(
+                "echo with logprobs is not supported; use prompt_logprobs instead.", "echo"
+            )
+        return self.sampling_params(max_tokens=max_tokens, logprobs=self.logprobs)
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or many.
+
+        Raises:
+            InvalidRequest: there is none.
+        """
+        if not self.prompt:
+            raise InvalidRequest("prompt must not be empty.", "prompt")
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        if ids:
+            return [ids]
+        return [item for item in self.prompt if not isinstance(item, int)]
+
+
+class ChatBody(GenerationBody):
+    """Body of `/v1/chat/completions`."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_VLLM_ONLY,
+        "tools": _NOTHING,
+        "tool_choice": ("none", "auto"),
+        "functions": _NOTHING,
+        "function_call": ("none", "auto"),
+        "audio": (),
+        "modalities": (["text"],),
+        "prediction": (),
+        "echo": _NOTHING,
+    }
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def to_params(self) -> SamplingParams:
+        """Sampling options; without a limit the answer may fill the model's context.
+
+        Raises:
+            InvalidRequest: a value is out of range.
+        """
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise InvalidRequest(
+                "max_tokens and max_completion_tokens mean the same; give one.", "max_tokens"
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
+        limit = self.max_tokens
+        if self.max_completion_tokens is not None:
+            limit = self.max_completion_tokens
+        try:
+            return self.sampling_params(
+                max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None
+            )
+        except InvalidRequest as error:
+            raise self._renamed(error) from None
+
+    def _renamed(self, error: InvalidRequest) -> InvalidRequest:
+        """The same error under the name that the client used."""
+        names = {"logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        used = names.get(error.param or "")
+        if used is None:
+            return error
+        return InvalidRequest(error.message.replace(str(error.param), used), used)

@@ -1,0 +1,76 @@
+"""The sampling fields that OpenAI's API and vLLM's additions share among endpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deployments.protocols.body import Body
+from engine.errors import InvalidRequest
+from engine.sampling_params import SamplingParams
+
+_COPIED = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "prompt_logprobs",
+)
+
+
+class SamplingFields(Body):
+    """Null means the default; ranges are checked by `SamplingParams`."""
+
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    priority: int = 0
+    """Lower goes first, under the scheduling policy `priority`."""
+    user: str | None = None
+
+    def sampling_params(self, **more: Any) -> SamplingParams:
+        """The engine's form of the fields; `more` overrides.
+
+        Raises:
+            InvalidRequest: a value is out of range.
+        """
+        given = {
+            name: value for name in _COPIED if (value := getattr(self, name)) is not None
+        } | more
+        if self.logit_bias:
+            given["logit_bias"] = _by_token(self.logit_bias)
+        return SamplingParams(**given)
+
+
+def _by_token(bias: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except ValueError:
+        raise InvalidRequest(
+            "logit_bias must map token ids, written as strings, to numbers.", "logit_bias"
+        ) from None
