@@ -144,6 +144,13 @@ def test_logprobs():
     assert result.cumulative_logprob == -3.5
 
 
+def test_a_sampled_token_among_equals_keeps_its_own_rank():
+    subject = processor(logprobs=2)
+    entry = TokenLogprobs([7, 5, 7], [-1.0, -1.0, -1.0], 1)
+    (found,) = subject.push(TokenDelta("r", [7], logprobs=[entry])).logprobs
+    assert [(token, each.rank) for token, each in found.items()] == [(7, 1), (5, 1)]
+
+
 def test_logprobs_end_with_the_stop_string():
     ids = tokens("abc def ghi")
     subject = processor(logprobs=0, stop="def")

@@ -307,6 +307,25 @@ def test_pre_tokenizers_split_as_their_models_do(pre, pieces):
     assert shown == pieces
 
 
+@pytest.mark.parametrize(("pre", "ids"), [("llama-bpe", [2]), ("qwen2", [0, 1])])
+def test_llama_3_takes_words_of_the_vocabulary_whole(pre, ids):
+    metadata = gguf_metadata(pre=pre, bos_token_id=3, add_bos_token=False, merges=[])
+    assert build_gguf_tokenizer(metadata).encode("ab").ids == ids
+
+
+@pytest.mark.parametrize(("pre", "ids"), [("qwen2", [0, 1]), ("gpt-2", [2])])
+def test_qwen_2_composes_characters(pre, ids):
+    tokens = ["\u00c3", "\u00a9", "e"]  # the bytes of U+00E9, and e before U+0301
+    metadata = gguf_metadata(pre=pre, tokens=tokens, token_type=[1, 1, 1], merges=[])
+    assert build_gguf_tokenizer(metadata).encode("e\u0301").ids == ids
+
+
+def test_unknown_characters_of_a_vocabulary_without_bytes_are_one_token():
+    flags = {"add_bos_token": False, "add_space_prefix": False, "unknown_token_id": 3}
+    metadata = gguf_metadata(model="llama", scores=[0.0] * 6, **flags)
+    assert build_gguf_tokenizer(metadata).encode("a日本b").ids == [0, 3, 1]
+
+
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
