@@ -47,14 +47,14 @@ class BlockAllocator:
             blocks.append(block)
         return blocks
 
-    def admit(self, request: Request) -> bool:
+    def admit(self, request: Request, spare: int = 0) -> bool:
         """Give a request blocks for all its known tokens, or none of them if they do not fit.
 
-        Sets `num_computed_tokens` to what the cache holds already.
+        `spare` blocks must stay free. Sets `num_computed_tokens` to what the cache holds already.
         """
         hits = self.match_prefix(request)
         count = -(-len(request.token_ids) // self.block_size) - len(hits)
-        if count > self.pool.num_free_blocks - self.pool.num_unreferenced(hits):
+        if count + spare > self.pool.num_free_blocks - self.pool.num_unreferenced(hits):
             return False
         self.pool.touch(hits)
         request.block_ids = hits + (self.pool.allocate(count) or [])

@@ -373,6 +373,17 @@ def test_nothing_starts_unless_all_its_tokens_fit():
     assert driver.scheduler.load().num_preemptions == 0
 
 
+def test_an_admission_leaves_room_to_grow():
+    driver = Driver(num_blocks=101, max_model_len=100, block_size=1, budget=200)
+    driver.add("alone", [1] * 49, max_tokens=3)
+    driver.add("tight", [2] * 50, max_tokens=3)
+    driver.step()
+    assert running(driver) == ["alone"]
+    driver.add("fits", [3] * 98, max_tokens=1, arrival_time=-1.0)
+    driver.run()
+    assert order_of_start(driver) == ["alone", "fits", "tight"], "no headroom when none runs"
+
+
 def test_a_preempted_request_finds_its_blocks_again():
     driver = Driver(force_preempt_every=3)
     driver.add("a", [1] * 9, max_tokens=6)
