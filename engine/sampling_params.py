@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import msgspec
@@ -11,6 +10,9 @@ from engine.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for at each position."""
+
+MIN_TEMPERATURE = 1e-5
+"""A lower temperature means greedy: logits divided by it could overflow float32."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -23,7 +25,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     n: int = 1
     """Completions to generate for the prompt."""
     temperature: float = 1.0
-    """Divides the logits; 0 means greedy."""
+    """Divides the logits; 0 (or below `MIN_TEMPERATURE`) means greedy."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probabilities sum to at least this."""
     top_k: int = 0
@@ -69,8 +71,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return self.temperature == 0.0
+        """Whether the likeliest token is always taken, the first one if several tie."""
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
 
 _RANGES: dict[str, tuple[type, float, float, str]] = {
@@ -97,9 +99,7 @@ def _check_numbers(params: SamplingParams) -> None:
         value = getattr(params, name)
         if value is None and name in _OPTIONAL:
             continue
-        allowed = int if kind is int else (int, float)
-        good = isinstance(value, allowed) and not isinstance(value, bool)
-        if not good or math.isnan(value) or not low <= value <= high:
+        if not _is_number(value, kind) or not low <= value <= high:  # NaN fails the comparison
             raise InvalidRequest(f"{name} must be {meaning}, got {value!r}.", name)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise InvalidRequest(
@@ -111,20 +111,24 @@ def _check_numbers(params: SamplingParams) -> None:
             raise InvalidRequest(f"{name} must be true or false.", name)
 
 
+def _is_number(value: object, kind: type = float) -> bool:
+    allowed = int if kind is int else (int, float)
+    return isinstance(value, allowed) and not isinstance(value, bool)
+
+
 def _check_stops(params: SamplingParams) -> None:
-    if isinstance(params.stop, (bytes, dict)) or not all(
-        isinstance(text, str) and text for text in params.stop
-    ):
+    texts, ids = params.stop, params.stop_token_ids
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(s, str) and s for s in texts):
         raise InvalidRequest("stop must be a non-empty string or a list of them.", "stop")
-    if not all(
-        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in params.stop_token_ids
-    ):
+    if not isinstance(ids, (list, tuple)) or not all(_is_number(i, int) and i >= 0 for i in ids):
         raise InvalidRequest("stop_token_ids must be a list of token ids.", "stop_token_ids")
 
 
 def _check_logit_bias(bias: dict[int, float] | None) -> None:
+    if bias is not None and not isinstance(bias, dict):
+        raise InvalidRequest("logit_bias must map token ids to numbers.", "logit_bias")
     for token, value in (bias or {}).items():
-        if not isinstance(token, int) or token < 0 or not isinstance(value, (int, float)):
+        if not _is_number(token, int) or token < 0 or not _is_number(value):
             raise InvalidRequest("logit_bias must map token ids to numbers.", "logit_bias")
-        if not -100 <= value <= 100:  # also catches NaN
+        if not -100 <= value <= 100:  # NaN fails the comparison
             raise InvalidRequest("logit_bias values must lie between -100 and 100.", "logit_bias")

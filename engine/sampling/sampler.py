@@ -88,9 +88,8 @@ class Sampler:
         `params.seed` must be set, and token ids must be inside the vocabulary.
         """
         params, row = new_row.params, new_row.row
-        greedy = params.greedy or params.top_k == 1
-        self._temperature.set(row, 0.0 if greedy else params.temperature)
-        self._seeds.set(row, 0 if greedy or params.seed is None else params.seed)
+        self._temperature.set(row, 0.0 if params.greedy else params.temperature)
+        self._seeds.set(row, 0 if params.greedy or params.seed is None else params.seed)
         self._num_top.pop(row, None)
         if params.logprobs is not None:
             self._num_top[row] = params.logprobs
@@ -107,7 +106,7 @@ class Sampler:
             positions: index in its sequence of the token that each row draws.
         """
         batch = Batch(rows, positions, self._device)
-        logits = logits.float()
+        logits = logits.float().contiguous()
         edits = [feature for feature in self._edits if feature.active(batch)]
         asked = [place for place, row in enumerate(rows) if row in self._num_top]
         raw = self._raw_logits(logits, asked, bool(edits))

@@ -8,13 +8,14 @@ not depend on the order of the vocabulary; only top_k = 1 is exact, because it i
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from engine.sampling.rows import Batch, RowParameter
 from engine.step import NewRow
 
 _CANDIDATES = (256, 4096)
-"""Likeliest tokens among which the CPU looks for a threshold, before it searches them all."""
+"""Likeliest tokens among which the CPU looks for a threshold, before it sorts them all."""
 
 
 class Truncation:
@@ -69,52 +70,66 @@ def by_search(
         float32 [rows, 1], not below `floor`.
     """
     floor = floor.maximum(_search(logits, torch.ones_like(logits), top_k))
-    mass = _mass(logits, logits, floor)
+    mass = _mass(logits, floor)
     nucleus = _search(logits, mass, mass.sum(dim=-1, keepdim=True) * top_p)
     return torch.where(top_p < 1.0, floor.maximum(nucleus), floor)
 
 
 def by_candidates(
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, floor: torch.Tensor
+) -> torch.Tensor:
+    """The same as `by_search`, faster on the CPU: looks among the likeliest tokens of each row.
+
+    Rows whose answer is not among them are tried again with more, and with all at last. Waits for
+    the device.
+    """
+    vocab_size = logits.shape[1]
+    threshold = torch.empty_like(floor)
+    rest = torch.arange(len(logits))
+    for count in (*(count for count in _CANDIDATES if count < vocab_size), vocab_size):
+        arguments = (logits[rest], top_k[rest], top_p[rest], floor[rest])
+        threshold[rest], settled = _among_likeliest(*arguments, count)
+        rest = rest[~settled]
+        if not len(rest):
+            break
+    return threshold
+
+
+def _among_likeliest(
     logits: torch.Tensor,
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     floor: torch.Tensor,
-    counts: tuple[int, ...] = _CANDIDATES,
-) -> torch.Tensor:
-    """The same as `by_search`, faster on the CPU.
-
-    Looks among the `counts[0]` likeliest tokens; rows whose answer is not among them go on with the
-    next count, and with `by_search` at last. Waits for the device.
-    """
-    count = min(counts[0], logits.shape[1])
-    candidates = logits.topk(count, dim=-1).values
-    kth = candidates.gather(-1, top_k.clamp(max=count) - 1)
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Thresholds, float32 [rows, 1], and for which rows `count` candidates suffice, bool [rows]."""
+    vocab_size = logits.shape[1]
+    likeliest = _sort(logits) if count == vocab_size else logits.topk(count, dim=-1).values
+    kth = likeliest.gather(-1, top_k.clamp(max=count) - 1)
     floor = torch.where(top_k <= count, floor.maximum(kth), floor)
-    covered = _mass(candidates, logits, floor).cumsum(dim=-1)
+    nucleus = top_p < 1.0
+    covered = _mass(likeliest, floor).cumsum(dim=-1)
     total = covered[:, -1:]
-    beyond = (floor <= candidates[:, -1:]) & (top_p < 1.0)
-    if bool(beyond.any()):
-        total = torch.where(beyond, _mass(logits, logits, floor).sum(-1, keepdim=True), total)
+    # Tokens that are kept so far but are no candidates belong to the total as well.
+    if count < vocab_size and bool((nucleus & (floor <= likeliest[:, -1:])).any()):
+        total = _mass(logits, floor).sum(dim=-1, keepdim=True)
     target = total * top_p
     last = (covered < target).sum(dim=-1, keepdim=True).clamp_(max=count - 1)
-    nucleus = floor.maximum(candidates.gather(-1, last))
-    threshold = torch.where(top_p < 1.0, nucleus, floor)
-    unsettled = (top_k > count) & (top_k < logits.shape[1])
-    unsettled |= (covered[:, -1:] < target) & (top_p < 1.0)
-    if bool(unsettled.any()):
-        rest = unsettled.squeeze(-1)
-        arguments = (logits[rest], top_k[rest], top_p[rest], floor[rest])
-        last_resort = len(counts) == 1
-        threshold[rest] = (
-            by_search(*arguments) if last_resort else by_candidates(*arguments, counts[1:])
-        )
-    return threshold
+    threshold = torch.where(nucleus, floor.maximum(likeliest.gather(-1, last)), floor)
+    known_k = (top_k <= count) | (top_k == vocab_size)
+    settled = known_k & (~nucleus | (covered[:, -1:] >= target) | (count == vocab_size))
+    return threshold, settled.squeeze(-1)
 
 
-def _mass(values: torch.Tensor, logits: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
-    """Probabilities of `values`, some of the logits, relative to the likeliest; 0 below `floor`."""
-    mass = (values - logits.amax(dim=-1, keepdim=True)).exp_()
-    return mass.masked_fill_(values < floor, 0.0)
+def _sort(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of each row from the largest; NumPy sorts with SIMD, in a third of torch's time."""
+    return torch.from_numpy(np.sort(logits.neg().numpy(), axis=-1)).neg_()
+
+
+def _mass(logits: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """Probabilities relative to the likeliest; 0 below `floor`. `logits` hold the row's largest."""
+    mass = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
+    return mass.masked_fill_(logits < floor, 0.0)
 
 
 def _search(logits: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

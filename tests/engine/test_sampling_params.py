@@ -1,0 +1,73 @@
+import math
+
+import pytest
+
+from engine.errors import InvalidRequest
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+
+BAD = [
+    *[("n", v) for v in (0, -1, 129, 1.5, "1", None, True)],
+    *[("temperature", v) for v in (-1, -0.1, 101, math.nan, math.inf, "hot", None, True, 10**400)],
+    *[("top_p", v) for v in (0, -0.5, 1.01, math.nan, None, "1")],
+    *[("top_k", v) for v in (-2, 1.5, None, "5", 2**31)],
+    *[("min_p", v) for v in (-0.1, 1.1, math.nan, None)],
+    *[("presence_penalty", v) for v in (-2.1, 2.1, math.nan, None)],
+    *[("frequency_penalty", v) for v in (-2.1, 2.1, math.nan, None)],
+    *[("repetition_penalty", v) for v in (0, -1, 101, math.nan, None)],
+    *[("seed", v) for v in (2**63, -(2**63) - 1, 1.0, "1")],
+    *[("max_tokens", v) for v in (0, -1, 1.5, "9")],
+    *[("min_tokens", v) for v in (-1, 1.5, None)],
+    *[("logprobs", v) for v in (-1, MAX_LOGPROBS + 1, True, 1.0)],
+    *[("prompt_logprobs", v) for v in (-1, MAX_LOGPROBS + 1, "1")],
+    *[("stop", v) for v in ("", [""], [1], None, b"x", 5, {"x": 1})],
+    *[("stop_token_ids", v) for v in ([-1], [1.5], [True], ["2"], None, 7, b"\x01")],
+    *[("logit_bias", v) for v in ([1], "x", {"a": 1}, {-1: 1}, {1: "x"}, {True: 1}, {1: True})],
+    *[("logit_bias", {1: v}) for v in (100.5, -101, math.nan, math.inf)],
+    *[(flag, v) for flag in ("ignore_eos", "skip_special_tokens") for v in (1, None, "yes")],
+    ("include_stop_str_in_output", 0),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
+def test_bad_value_names_its_field(field, value):
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.param == field
+    assert field in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 128, "temperature": 0, "top_p": 1, "top_k": -1, "min_p": 1, "seed": -(2**63)},
+        {"temperature": 100.0, "top_p": 1e-9, "top_k": 2**31 - 1, "seed": 2**63 - 1},
+        {"max_tokens": None, "min_tokens": 10**6, "logprobs": 0, "prompt_logprobs": MAX_LOGPROBS},
+        {"stop": "end", "stop_token_ids": [0, 5], "logit_bias": {0: -100, 7: 100.0}},
+    ],
+)
+def test_limits_are_allowed(fields):
+    SamplingParams(**fields)
+
+
+def test_one_stop_string_becomes_a_tuple():
+    assert SamplingParams(stop="end").stop == ("end",)
+
+
+def test_min_tokens_above_max_tokens():
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(min_tokens=5, max_tokens=4)
+    assert caught.value.param == "min_tokens"
+
+
+@pytest.mark.parametrize(
+    ("fields", "greedy"),
+    [
+        ({"temperature": 0}, True),
+        ({"temperature": 1e-6}, True),
+        ({"top_k": 1}, True),
+        ({"temperature": 0.01}, False),
+        ({"top_k": 2}, False),
+    ],
+)
+def test_greedy(fields, greedy):
+    assert SamplingParams(**fields).greedy is greedy
