@@ -62,7 +62,7 @@ class DeploymentOptions(Options):
 class ModelOptions(Options):
     """One served model."""
 
-    engine: EngineConfig = Field(default_factory=EngineConfig)
+    engine: EngineConfig = Field(default_factory=lambda: EngineConfig.parse({}))
     deployment: DeploymentOptions = DeploymentOptions()
 
 

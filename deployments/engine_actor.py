@@ -140,6 +140,7 @@ class EngineActor:
         subscriber = self._subscriber(subscriber_id)
         self._readers += 1
         me = subscriber.reader = self._readers
+        subscriber.mailbox.wake()  # the first message tells the load, and that the trunk is open
         try:
             while subscriber.reader == me and not self._finished(subscriber):
                 deltas = await subscriber.mailbox.take()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 """HAProxy instead of the Python proxy; gRPC between deployments, and one event loop a replica."""
@@ -26,3 +27,18 @@ def missing_flags(environment: Mapping[str, str] = os.environ) -> list[str]:
     return [
         f"{name}={value}" for name, value in FAST_PATH.items() if environment.get(name) != value
     ]
+
+
+def haproxy_files(folder: Path) -> dict[str, str]:
+    """Settings that keep HAProxy's files in a folder of one's own.
+
+    By default they lie in /tmp/haproxy-serve, where two users or two servers get into each other's
+    way.
+    """
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+    }

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from deployments.ingress.chat import handle_chat
 from deployments.ingress.completions import handle_completion
 from deployments.ingress.errors import handle_http_exception
-from deployments.ingress.exchange import EventStream, endpoint
+from deployments.ingress.exchange import Endpoint, EventStream
 from deployments.ingress.info import handle_health, handle_model, handle_models
 from deployments.ingress.served import ServedModels
 from deployments.ingress.simple import (
@@ -40,7 +40,7 @@ ROUTES: tuple[tuple[str, str, ModelsHandler], ...] = (
 def build_asgi_app(models: ServedModels, max_body_bytes: int) -> Starlette:
     """Make the application that serves these models."""
     routes = [
-        Route(path, endpoint(partial(handler, models), max_body_bytes), methods=[method])
+        Route(path, Endpoint(partial(handler, models), max_body_bytes), methods=[method])
         for method, path, handler in ROUTES
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: handle_http_exception})

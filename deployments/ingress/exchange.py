@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from deployments.ingress.errors import ApiError, to_api_error
 
@@ -37,24 +37,27 @@ class EventStream:
 Handler = Callable[[Request, bytes], Awaitable[Response | EventStream]]
 
 
-def endpoint(handler: Handler, max_body_bytes: int) -> ASGIApp:
-    """Wrap a handler: it is cancelled as soon as the client has gone.
+class Endpoint:
+    """An ASGI application around a handler, which is cancelled as soon as the client has gone.
 
     Done here because Serve's proxies differ in whether and how they tell of a disconnect.
     """
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, handler: Handler, max_body_bytes: int) -> None:
+        self._handler = handler
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
         request = Request(scope, receive)
         try:
-            body = await _read_body(receive, max_body_bytes)
+            body = await _read_body(receive, self._max_body_bytes)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
         if body is not None:
-            work = asyncio.ensure_future(_answer(handler, request, body, send))
+            work = asyncio.ensure_future(_answer(self._handler, request, body, send))
             await _run_until_disconnect(work, receive)
-
-    return app
 
 
 async def _answer(handler: Handler, request: Request, body: bytes, send: Send) -> None:

@@ -1,0 +1,140 @@
+"""The whole plane without Ray: engine actors, trunks and routes in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+
+from deployments.engine_actor import EngineActor
+from deployments.engine_client import EngineClient
+from deployments.ingress.app import build_asgi_app
+from deployments.ingress.served import ServedModel, ServedModels
+from deployments.load_table import LoadTable
+from deployments.routing import Booking
+from deployments.trunk import TrunkHub
+from deployments.wire import decode_submission, encode
+from engine.config import EngineConfig
+from engine.model_source import resolve_model
+from engine.tokenizer import Tokenizer
+from tests.deployments.fake_core import FakeCore
+
+DEPLOYMENT = "Engine-m"
+MAX_MODEL_LEN = 256
+
+
+@cache
+def bundled_tokenizer() -> Tokenizer:
+    return Tokenizer.load(resolve_model("smollm2-135m-instruct"))
+
+
+class LocalLink:
+    """Calls an engine actor in this loop."""
+
+    def __init__(self, actor: EngineActor) -> None:
+        self._actor = actor
+
+    async def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
+        async for message in self._actor.subscribe(subscriber_id):
+            yield message
+
+    def abort(self, request_ids: list[str]) -> None:
+        asyncio.ensure_future(self._actor.abort(request_ids))
+
+
+class LocalCall:
+    """A unary Serve call in this loop."""
+
+    def __init__(self, work: Any) -> None:
+        self.task = asyncio.ensure_future(work)
+
+    def __await__(self) -> Any:
+        return self.task.__await__()
+
+    def cancel(self) -> None:
+        self.task.cancel()
+
+
+class LocalHandle:
+    """A Serve handle whose router books in the table and whose replicas are engine actors."""
+
+    deployment_name = DEPLOYMENT
+
+    def __init__(self, table: LoadTable, actors: dict[str, EngineActor]) -> None:
+        self._table = table
+        self._actors = actors
+        self.generate = SimpleNamespace(remote=lambda *args: LocalCall(self._generate(*args)))
+        self.failure: Exception | None = None
+
+    async def _generate(self, submission: bytes, booking: Booking) -> str:
+        if self.failure is not None:
+            raise self.failure
+        chosen = self._table.book(self._actors, booking.request_id, booking.num_tokens)
+        await self._actors[chosen].submit(encode([decode_submission(submission)]))
+        await asyncio.Event().wait()
+        return ""
+
+
+class Plane:
+    def __init__(self, actors: dict[str, EngineActor], tokenizer: Tokenizer | None) -> None:
+        self.table = LoadTable()
+        self.actors = actors
+        links = {engine_id: LocalLink(actor) for engine_id, actor in actors.items()}
+        self.hub = TrunkHub("ingress-test", self.table, connect=links.__getitem__)
+        self.handle = LocalHandle(self.table, actors)
+        self.client = EngineClient(self.handle, self.hub, self.table)
+        self.model = ServedModel(
+            name="m",
+            tokenizer=tokenizer,
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=49152,
+            client=self.client,
+            max_concurrent_requests=64,
+            retry_after_s=3,
+        )
+        app = build_asgi_app(ServedModels({"m": self.model}), max_body_bytes=100_000)
+        self.http = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://test", timeout=20
+        )
+
+    async def idle(self) -> None:
+        """Wait until no engine has anything to do."""
+        await self.until(lambda: all(v.load.num_running == 0 for v in self.view()))
+
+    def view(self) -> list[Any]:
+        return self.table.view(DEPLOYMENT)
+
+    async def until(self, condition: Any) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def open_plane(
+    num_engines: int = 1, tokenizer: Tokenizer | None = None, **fake: Any
+) -> AsyncIterator[Plane]:
+    """Start engines around fake cores and an ingress that is connected to them."""
+    config = EngineConfig(model="smollm2-135m-instruct", max_num_seqs=16)
+    actors = {f"e{i}": EngineActor(config, partial(FakeCore, **fake)) for i in range(num_engines)}
+    for actor in actors.values():
+        await actor.start()
+    plane = Plane(actors, tokenizer or bundled_tokenizer())
+    plane.table.set_members(DEPLOYMENT, actors)
+    plane.hub.follow(DEPLOYMENT)
+    await plane.until(lambda: len(plane.hub.connected(DEPLOYMENT)) == num_engines)
+    try:
+        yield plane
+    finally:
+        await plane.http.aclose()
+        for actor in actors.values():
+            await actor.drain()
+        plane.table.set_members(DEPLOYMENT, [])
+        await asyncio.sleep(0)
+
+

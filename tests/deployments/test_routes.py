@@ -1,0 +1,285 @@
+"""The HTTP surface on the plane without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from ray.serve.exceptions import BackPressureError
+
+from engine.errors import EngineDead
+from tests.deployments.fake_core import expected_tokens
+from tests.deployments.plane import MAX_MODEL_LEN, bundled_tokenizer, open_plane
+
+PROMPT = "one two three four"
+
+
+@pytest.fixture
+async def plane():
+    async with open_plane() as opened:
+        yield opened
+
+
+def echo(prompt: str, count: int) -> str:
+    tokenizer = bundled_tokenizer()
+    return tokenizer.decode(expected_tokens(tokenizer.encode(prompt), count))
+
+
+def events(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+async def test_completion(plane):
+    body = {"model": "m", "prompt": PROMPT, "max_tokens": 6}
+    answer = (await plane.http.post("/v1/completions", json=body)).json()
+    assert answer["object"] == "text_completion"
+    assert answer["choices"][0]["text"] == echo(PROMPT, 6)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 6
+    assert answer["usage"]["prompt_tokens"] == 4
+
+
+async def test_streamed_completion_says_the_same(plane):
+    body = {"model": "m", "prompt": PROMPT, "max_tokens": 6, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    response = await plane.http.post("/v1/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    chunks = events(response.text)
+    usage = chunks.pop()
+    assert "".join(c["choices"][0]["text"] for c in chunks) == echo(PROMPT, 6)
+    assert [c["choices"][0]["finish_reason"] for c in chunks][-1] == "length"
+    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 6
+    assert {c["id"] for c in chunks} == {usage["id"]}
+
+
+async def test_many_prompts_and_completions_keep_their_places(plane):
+    body = {"model": "m", "prompt": [PROMPT, "alpha beta"], "n": 2, "max_tokens": 5}
+    answer = (await plane.http.post("/v1/completions", json=body)).json()
+    texts = [c["text"] for c in sorted(answer["choices"], key=lambda c: c["index"])]
+    assert texts == [echo(PROMPT, 5)] * 2 + [echo("alpha beta", 5)] * 2
+
+
+async def test_token_ids_as_prompt_and_echo(plane):
+    ids = bundled_tokenizer().encode(PROMPT)
+    body = {"model": "m", "prompt": ids, "max_tokens": 4}
+    answer = (await plane.http.post("/v1/completions", json=body)).json()
+    assert answer["choices"][0]["text"] == echo(PROMPT, 4)
+    body = {"model": "m", "prompt": PROMPT, "max_tokens": 4, "echo": True}
+    answer = (await plane.http.post("/v1/completions", json=body)).json()
+    assert answer["choices"][0]["text"] == PROMPT + echo(PROMPT, 4)
+
+
+async def test_chat(plane):
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    answer = (await plane.http.post("/v1/chat/completions", json=body)).json()
+    prompt = bundled_tokenizer().encode_chat(body["messages"])
+    expected = bundled_tokenizer().decode(expected_tokens(prompt, 3))
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected}
+    body["stream"] = True
+    chunks = events((await plane.http.post("/v1/chat/completions", json=body)).text)
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert "".join(d.get("content", "") for d in deltas) == expected
+
+
+async def test_chat_needs_no_limit(plane):
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stop": [" AI"]}
+    answer = (await plane.http.post("/v1/chat/completions", json=body)).json()
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_stop_string_ends_the_request_at_the_engine(plane):
+    body = {"model": "m", "prompt": PROMPT, "max_tokens": 200, "stop": " three"}
+    answer = (await plane.http.post("/v1/completions", json=body)).json()
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("one two", "stop")
+    assert choice["stop_reason"] == " three"
+    await plane.idle()
+    assert plane.client.num_running == 0
+
+
+async def test_simple_endpoints(plane):
+    answer = (await plane.http.post("/generate", json={"prompt": PROMPT, "max_tokens": 4})).json()
+    assert answer["text"] == echo(PROMPT, 4)
+    body = {"prompts": [PROMPT, "a b c"], "max_tokens": 4}
+    answer = (await plane.http.post("/batch_generate", json=body)).json()
+    assert answer["texts"] == [echo(PROMPT, 4), echo("a b c", 4)]
+    body = {"prompt": PROMPT, "max_tokens": 4}
+    parts = events((await plane.http.post("/generate_stream", json=body)).text)
+    assert "".join(p["text"] for p in parts) == echo(PROMPT, 4)
+    assert parts[-1]["finished"]
+
+
+async def test_models_and_health(plane):
+    listed = (await plane.http.get("/v1/models")).json()
+    assert [m["id"] for m in listed["data"]] == ["m"]
+    assert (await plane.http.get("/v1/models/m")).json()["max_model_len"] == MAX_MODEL_LEN
+    health = await plane.http.get("/health")
+    assert health.status_code == 200
+    assert health.json()["engines"][0]["free_blocks"] == 4096
+
+
+COMPLETION = {"model": "m", "prompt": "hi", "max_tokens": 2}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": "2"}, "n"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias"),
+        ({"logprobs": 999}, "logprobs"),
+        ({"stop": 5}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [49152]}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "long " * MAX_MODEL_LEN}, "prompt"),
+        ({"model": 5}, "model"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+    ],
+)
+async def test_bad_field_is_named(plane, change, param):
+    content = json.dumps({**COMPLETION, **change})
+    response = await plane.http.post("/v1/completions", content=content)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].endswith(".") and "Traceback" not in error["message"]
+    good = await plane.http.post("/v1/completions", json=COMPLETION)
+    assert good.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"content": "hi"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "long " * MAX_MODEL_LEN}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
+        ({"max_completion_tokens": 0, "max_tokens": None}, "max_completion_tokens"),
+        ({"max_completion_tokens": 5}, "max_tokens"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"chat_template": "{% bad"}, "chat_template"),
+    ],
+)
+async def test_bad_chat_field_is_named(plane, change, param):
+    response = await plane.http.post("/v1/chat/completions", json={**CHAT, **change})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"n":' + b"9" * 5000]
+)
+async def test_malformed_json(plane, content):
+    response = await plane.http.post("/v1/completions", content=content)
+    assert response.status_code in (400, 413)
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_unknown_things(plane):
+    response = await plane.http.post("/v1/completions", json={**COMPLETION, "model": "nope"})
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert (await plane.http.get("/v1/models/nope")).status_code == 404
+    response = await plane.http.get("/nowhere")
+    assert (response.status_code, "error" in response.json()) == (404, True)
+    response = await plane.http.get("/v1/completions")
+    assert (response.status_code, "error" in response.json()) == (405, True)
+    assert response.headers["allow"] == "POST"
+    response = await plane.http.post("/v1/completions", json={**COMPLETION, "whatever": 1})
+    assert response.status_code == 200
+
+
+async def test_body_too_large(plane):
+    response = await plane.http.post("/v1/completions", content=b" " * 100_001)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "body_too_large"
+
+
+async def test_chat_without_template_names_the_remedy():
+    bare = bundled_tokenizer()
+    from engine.tokenizer import Tokenizer
+
+    async with open_plane(tokenizer=Tokenizer(bare._backend)) as plane:
+        response = await plane.http.post("/v1/chat/completions", json=CHAT)
+        assert response.status_code == 400
+        assert "chat template" in response.json()["error"]["message"]
+
+
+async def test_full_server_answers_429_with_retry_after(plane):
+    plane.model.max_concurrent_requests = 3
+    response = await plane.http.post("/v1/completions", json={**COMPLETION, "n": 4})
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "3"
+
+
+async def test_no_engine_answers_503(plane):
+    plane.table.set_members("Engine-m", [])
+    response = await plane.http.post("/v1/completions", json=COMPLETION)
+    assert response.status_code == 503
+    assert "retry-after" in response.headers
+    assert (await plane.http.get("/health")).status_code == 503
+
+
+async def test_errors_of_the_serve_call(plane):
+    plane.handle.failure = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+    response = await plane.http.post("/v1/completions", json=COMPLETION)
+    assert (response.status_code, "retry-after" in response.headers) == (503, True)
+    plane.handle.failure = EngineDead("secret detail")
+    response = await plane.http.post("/v1/completions", json=COMPLETION)
+    assert response.status_code == 503 and "secret" not in response.text
+    plane.handle.failure = KeyError("/secret/path")
+    response = await plane.http.post("/v1/completions", json=COMPLETION)
+    assert response.status_code == 500 and "secret" not in response.text
+    plane.handle.failure = None
+    assert (await plane.http.post("/v1/completions", json=COMPLETION)).status_code == 200
+    assert plane.client.num_running == 0
+
+
+async def test_engine_death_mid_stream_is_an_error_event():
+    async with open_plane(step_s=0.001, die_at_token=5) as plane:
+        body = {**COMPLETION, "max_tokens": 50, "stream": True}
+        parts = events((await plane.http.post("/v1/completions", json=body)).text)
+        assert "error" in parts[-1] and "choices" in parts[0]
+        answer = await plane.http.post("/v1/completions", json={**body, "stream": False})
+        assert answer.status_code == 503
+
+
+async def test_streams_are_not_mixed_up(plane):
+    prompts = [f"request number {i} has its own words" for i in range(24)]
+
+    async def one(prompt: str) -> str:
+        body = {"model": "m", "prompt": prompt, "max_tokens": 20, "stream": True}
+        parts = events((await plane.http.post("/v1/completions", json=body)).text)
+        return "".join(c["choices"][0]["text"] for c in parts)
+
+    texts = await asyncio.gather(*map(one, prompts))
+    assert texts == [echo(prompt, 20) for prompt in prompts]

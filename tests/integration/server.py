@@ -1,0 +1,162 @@
+"""A Trunkline server of its own on this machine, in a process that takes commands on stdin.
+
+Ray Serve reads its flags when it is imported and Ray's processes inherit them, so each set of flags
+needs a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 120
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+class Server:
+    """Starts `python -m tests.integration.server` and talks to it."""
+
+    def __init__(self, *, fast_path: bool, args: dict[str, Any], fake: dict[str, Any] | None):
+        self._folder = Path(tempfile.mkdtemp(prefix="tl-"))
+        self.port, *others = free_ports(6)
+        self.url = f"http://127.0.0.1:{self.port}"
+        spec = {"port": self.port, "folder": str(self._folder), "args": args, "fake": fake}
+        self._log = (self._folder / "server.log").open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.server", json.dumps(spec)],
+            cwd=ROOT,
+            env=self._environment(fast_path, others),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            self._answer()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _environment(self, fast_path: bool, ports: list[int]) -> dict[str, str]:
+        sys.path.insert(0, str(ROOT))
+        from deployments.flags import FAST_PATH, haproxy_files
+
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        kept |= FAST_PATH if fast_path else {}
+        kept |= haproxy_files(self._folder)
+        kept |= {
+            "PYTHONPATH": str(ROOT),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[3]),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        return kept
+
+    def call(self, command: str, **more: Any) -> Any:
+        """Run a command of `COMMANDS` in the server's driver process."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"command": command, **more}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+        raise RuntimeError(f"the server ended; its log:\n{self.log()[-6000:]}")
+
+    def log(self) -> str:
+        """What the driver and, through it, Ray's workers wrote."""
+        return (self._folder / "server.log").read_text()
+
+    def stop(self) -> None:
+        """End the server and everything that it started."""
+        if self._process.poll() is None and self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(10)
+        self._log.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Start Ray and the application, then obey until stdin ends."""
+    import ray
+    from ray import serve
+
+    from deployments.app import build, compose
+    from deployments.config import AppArgs
+    from tests.deployments.fake_core import FakeCore
+
+    spec = json.loads(sys.argv[1])
+    ray.init(
+        address="local",
+        num_cpus=8,
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        _temp_dir=spec["folder"],
+        namespace="serve",
+    )
+    serve.start(http_options={"host": "127.0.0.1", "port": spec["port"]})
+    args = AppArgs(**spec["args"])
+    fake = spec["fake"]
+    serve.run(build(args) if fake is None else compose(args, partial(FakeCore, **fake)))
+    print("ANSWER null", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = COMMANDS[request.pop("command")](**request)
+        print("ANSWER", json.dumps(answer), flush=True)
+    serve.shutdown()
+    ray.shutdown()
+
+
+def _engine_pids() -> dict[str, int]:
+    """Engine id → process id of its engine actor."""
+    return _pids("EngineActor")
+
+
+def _pids(class_name: str) -> dict[str, int]:
+    """Actor name → process id, of living actors whose class name contains `class_name`."""
+    import ray
+
+    states = ray._private.state.actors().values()
+    return {
+        state["Name"]: state["Pid"]
+        for state in states
+        if class_name in state["ActorClassName"] and state["State"] == "ALIVE"
+    }
+
+
+COMMANDS = {"engine_pids": _engine_pids, "pids": _pids}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Two engines and two ingress replicas on a real Ray cluster, with and without the fast path."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.deployments.fake_core import expected_tokens
+from tests.deployments.plane import bundled_tokenizer
+from tests.integration.server import Server
+
+pytestmark = pytest.mark.integration
+
+ARGS = {
+    "models": {
+        "m": {
+            "engine": {"max_num_seqs": 64},
+            "deployment": {"num_replicas": 2, "num_cpus": 0.1, "graceful_shutdown_timeout_s": 5},
+        }
+    },
+    "ingress": {"num_replicas": 2, "graceful_shutdown_timeout_s": 5},
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["default-flags", "fast-path"])
+def server(request):
+    started = Server(fast_path=request.param, args=ARGS, fake={"step_s": 0.01})
+    try:
+        wait_for(started, lambda health: len(health["engines"]) == 2 and all_connected(health))
+        yield started
+    finally:
+        started.stop()
+
+
+def health(server: Server) -> dict[str, Any]:
+    try:
+        return httpx.get(f"{server.url}/health", timeout=5).json()
+    except (httpx.HTTPError, json.JSONDecodeError):
+        return {"status": "unreachable", "engines": []}
+
+
+def all_connected(state: dict[str, Any]) -> bool:
+    return state["status"] == "ok" and all(e["age_s"] is not None for e in state["engines"])
+
+
+def wait_for(server: Server, condition: Any, timeout_s: float = 60) -> float:
+    """Poll /health until several answers in a row (of either ingress) agree; returns seconds."""
+    begin, agreed = time.monotonic(), 0
+    while agreed < 4:
+        agreed = agreed + 1 if condition(health(server)) else 0
+        if time.monotonic() - begin > timeout_s:
+            pytest.fail(f"not in {timeout_s} s: {health(server)}\n{server.log()[-4000:]}")
+        time.sleep(0.03)
+    return time.monotonic() - begin
+
+
+def idle(state: dict[str, Any]) -> bool:
+    return len(state["engines"]) == 2 and all(
+        e["running"] == e["waiting"] == e["booked"] == 0 and e["free_blocks"] == e["total_blocks"]
+        for e in state["engines"]
+    )
+
+
+def echo(prompt: str, count: int) -> str:
+    tokenizer = bundled_tokenizer()
+    return tokenizer.decode(expected_tokens(tokenizer.encode(prompt), count))
+
+
+def completion(prompt: str, max_tokens: int, **more: Any) -> dict[str, Any]:
+    return {"model": "m", "prompt": prompt, "max_tokens": max_tokens, **more}
+
+
+async def read_stream(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[str, list[Any]]:
+    text, others = "", []
+    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if "choices" in chunk:
+                text += chunk["choices"][0]["text"]
+            else:
+                others.append(chunk)
+    return text, others
+
+
+def connect(server: Server) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=200)
+    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits)
+
+
+async def test_concurrent_streams_are_not_mixed_up(server):
+    prompts = [f"stream {i} speaks of nothing but {i * 37}" for i in range(64)]
+    async with connect(server) as client:
+        answers = await asyncio.gather(
+            *(read_stream(client, completion(p, 20 + i % 13)) for i, p in enumerate(prompts))
+        )
+    assert [text for text, _ in answers] == [
+        echo(prompt, 20 + i % 13) for i, prompt in enumerate(prompts)
+    ]
+    wait_for(server, idle)
+
+
+async def test_fan_out_of_one_request(server):
+    async with connect(server) as client:
+        body = completion("fan out", 5, n=8)
+        answer = (await client.post("/v1/completions", json=body)).json()
+    assert [c["text"] for c in answer["choices"]] == [echo("fan out", 5)] * 8
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_disconnect_frees_blocks_within_a_second(server, stream):
+    async with connect(server) as client:
+        body = completion("a client that leaves", 3000, stream=stream)
+        request = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        await asyncio.to_thread(
+            wait_for, server, lambda h: True, 1
+        )  # several steps pass meanwhile
+        busy = await asyncio.to_thread(health, server)
+        assert sum(e["running"] for e in busy["engines"]) == 1
+        request.cancel()
+    took = await asyncio.to_thread(wait_for, server, idle, 5)
+    assert took < 1.5  # a second, and the polls that confirm it
+
+
+async def test_burst_spreads_evenly(server):
+    async with connect(server) as client:
+        requests = [
+            asyncio.ensure_future(client.post("/v1/completions", json=completion("even", 400)))
+            for _ in range(16)
+        ]
+        await asyncio.sleep(2)
+        state = await asyncio.to_thread(health, server)
+        for request in requests:
+            request.cancel()
+    # Each of the two ingress replicas spreads its own share evenly, so they may differ by one each.
+    counts = sorted(e["running"] for e in state["engines"])
+    assert sum(counts) == 16 and counts[1] - counts[0] <= 2
+    await asyncio.to_thread(wait_for, server, idle, 10)
+
+
+async def test_bad_requests_leave_the_server_well(server):
+    async with connect(server) as client:
+        bad = [
+            (b"{", 400),
+            (json.dumps(completion("x", 0)).encode(), 400),
+            (json.dumps({**completion("x", 1), "model": "none"}).encode(), 404),
+            (json.dumps(completion("word " * 5000, 1)).encode(), 400),
+        ]
+        for content, status in bad:
+            response = await client.post("/v1/completions", content=content)
+            assert (response.status_code, "error" in response.json()) == (status, True)
+        assert (await client.get("/v1/nothing")).json()["error"]["message"]
+        answer = (await client.post("/v1/completions", json=completion("fine", 2))).json()
+        assert answer["choices"][0]["text"] == echo("fine", 2)
+
+
+async def test_killed_ingress_has_its_requests_aborted(server):
+    async with connect(server) as client:
+        requests = [
+            asyncio.ensure_future(client.post("/v1/completions", json=completion("orphan", 3000)))
+            for _ in range(8)
+        ]
+        await asyncio.sleep(1)
+        pids = server.call("pids", class_name="Ingress")
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL)
+        answers = await asyncio.gather(*requests, return_exceptions=True)
+    assert all(isinstance(a, Exception) or a.status_code >= 500 for a in answers)
+    await asyncio.to_thread(wait_for, server, idle, 60)
+
+
+async def test_killed_engine_ends_its_streams_with_an_error_event(server):
+    async with connect(server) as client:
+        streams = [
+            asyncio.ensure_future(read_stream(client, completion("doomed", 3000)))
+            for _ in range(4)
+        ]
+        await asyncio.sleep(1)
+        name, pid = next(iter(server.call("engine_pids").items()))
+        os.kill(pid, signal.SIGKILL)
+        ended, running = await asyncio.wait(streams, timeout=10)
+        assert len(ended) == 2 and len(running) == 2
+        for stream in ended:
+            text, others = stream.result()
+            assert text and others[-1]["error"]["code"] == "engine_unavailable"
+        answer = (await client.post("/v1/completions", json=completion("on we go", 3))).json()
+        assert answer["choices"][0]["text"] == echo("on we go", 3)
+        for stream in running:
+            stream.cancel()
+    await asyncio.to_thread(wait_for, server, idle, 60)
+    assert name not in server.call("engine_pids")
