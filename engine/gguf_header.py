@@ -29,6 +29,7 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
+_ALIGNMENT = 32
 
 
 @dataclass(slots=True, frozen=True)
@@ -49,6 +50,8 @@ class GgufHeader:
     metadata: dict[str, Any]
     """Key → number, bool, str, or a sequence of them."""
     tensors: dict[str, GgufTensor]
+    data_offset: int
+    """Byte offset of the tensor data in the file."""
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -80,7 +83,8 @@ def _parse(data: mmap.mmap, path: Path) -> GgufHeader:
     num_tensors, num_keys = cursor.scalar("Q"), cursor.scalar("Q")
     metadata = {cursor.string(): cursor.value(cursor.scalar("I")) for _ in range(num_keys)}
     tensors = {cursor.string(): cursor.tensor() for _ in range(num_tensors)}
-    return GgufHeader(metadata, tensors)
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    return GgufHeader(metadata, tensors, -(-cursor.offset // alignment) * alignment)
 
 
 class _Cursor:

@@ -23,6 +23,8 @@ class AttentionBatch:
     """Block ids of each row, int32 [rows, blocks], padded with 0."""
     slot_mapping: torch.Tensor
     """Cache slot (block × block size + offset) of each token, int64 [tokens]."""
+    block_size: int
+    """Tokens in a block."""
 
 
 class AttentionBackend(ABC):

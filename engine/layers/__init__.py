@@ -1,1 +1,1 @@
-"""TODO."""
+"""Building blocks that the model families share."""

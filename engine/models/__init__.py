@@ -1,1 +1,1 @@
-"""TODO."""
+"""Model families, one short file each."""

@@ -58,11 +58,9 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
     dtype = _dtype(config, shape, device)
     max_model_len = config.resolve_max_model_len(shape.max_position_embeddings)
     step_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
-    model = load_model(
-        shape, source.path, config.load_format, dtype, device, config.seed, max_model_len
-    )
+    model = load_model(config, source, shape, dtype, device, max_model_len)
     stopwatch.lap("weights")
-    backend = select_backend(config.attention_backend, device)
+    backend = select_backend(config.attention_backend, device, dtype)
     cache = allocate_kv_cache(config, shape, backend, dtype, device, max_model_len, step_tokens)
     row_blocks = math.ceil(max_model_len / cache.block_size)
     batch = InputBatch(config.max_num_seqs, row_blocks, cache.block_size, device)

@@ -94,6 +94,7 @@ class InputBatch:
             seq_lens=seq_lens.tolist(),
             block_table=self._to_device(self.block_table[rows, :width]),
             slot_mapping=self._to_device(slots),
+            block_size=self.block_size,
         )
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from engine.attention.backend import AttentionBackend
@@ -55,13 +56,24 @@ def allocate_kv_cache(
         )
     full = backend.kv_cache_shape(num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
     try:
-        layers = [torch.zeros(full, dtype=dtype, device=device) for _ in range(shape.num_layers)]
+        layers = [_zeros(full, dtype, device) for _ in range(shape.num_layers)]
     except RuntimeError as error:
         raise ConfigError(
             f"no memory for a KV cache of {num_blocks * block_bytes / 2**30:.1f} GiB; lower "
             "kv_cache_memory_bytes, num_kvcache_blocks or gpu_memory_utilization."
         ) from error
     return KVCache(layers, num_blocks, block_size)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on CPU the system hands out their pages when they are first written, not now.
+
+    Padding must be finite: attention multiplies it by a weight of 0.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 def _cache_bytes(

@@ -30,6 +30,7 @@ def line(engine, seconds, seed=0, digests=(1, 2)):
         "seconds": seconds,
         "prefill_seconds": 1.0,
         "digests": list(digests),
+        "disturbance": 0.25,
         "seed": seed,
     }
 
@@ -50,7 +51,7 @@ def test_the_table_tells_ratios_and_equal_outputs():
     table = results.compare([{"records": records}], "ours")
     ours, theirs = table.splitlines()[2:]
     assert "ours is" in table
-    assert "2.00 x" in theirs and "1 of 2" in theirs
+    assert "2.00 x" in theirs and "1 of 2" in theirs and "25%" in theirs
     assert "x |" not in ours
 
 
@@ -65,6 +66,7 @@ def test_measuring_counts_what_was_made():
     assert measured["output_tokens"] == 192
     assert measured["input_tokens"] == 512
     assert len(set(measured["digests"])) == 4
+    assert 0 <= measured["disturbance"]
     json.dumps(measured)
 
 

@@ -1,0 +1,101 @@
+"""The self-attention block: projections, rotary embedding, and the attention backend between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.attention.backend import AttentionBackend
+from engine.layers.linear import Linear
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import RotaryEmbedding
+from engine.model_config import ModelConfig
+
+
+@dataclass(slots=True)
+class StepContext:
+    """What every layer of one step shares."""
+
+    cos_sin: tuple[torch.Tensor, torch.Tensor]
+    backend: AttentionBackend
+    metadata: Any
+    """What the backend prepared."""
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) over the paged cache.
+
+    Args:
+        config: gives the shapes.
+        rotary: shared by all layers.
+        qk_norm: normalise each head of queries and keys before the rotation.
+        dtype: of the parameters.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rotary: RotaryEmbedding,
+        *,
+        qk_norm: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim, self.sliding_window = config.head_dim, config.sliding_window
+        self.rotary = rotary
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        bias = config.attention_bias
+        hidden = config.hidden_size
+        self.qkv = Linear(hidden, (q_size, kv_size, kv_size), bias=bias, dtype=dtype, device=device)
+        self.out = Linear(q_size, (hidden,), bias=False, dtype=dtype, device=device)
+        self.norms: tuple[RMSNorm, RMSNorm] | None = None
+        if qk_norm:
+            eps = config.rms_norm_eps
+            self.q_norm = RMSNorm(self.head_dim, eps, dtype=dtype, device=device)
+            self.k_norm = RMSNorm(self.head_dim, eps, dtype=dtype, device=device)
+            self.norms = (self.q_norm, self.k_norm)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        kv_cache: torch.Tensor,
+        context: StepContext,
+    ) -> torch.Tensor:
+        """[tokens, hidden] → residual plus the block's output, [tokens, hidden]."""
+        heads = self.qkv(x).view(len(x), -1, self.head_dim)
+        num_qk = self.num_heads + self.num_kv_heads
+        query_key, value = heads[:, :num_qk], heads[:, num_qk:]
+        if self.norms is not None:
+            query_key = self._normalise(query_key)
+        query_key = self.rotary.rotate(query_key, context.cos_sin)
+        attended = context.backend.forward(
+            query_key[:, : self.num_heads],
+            query_key[:, self.num_heads :],
+            value,
+            kv_cache,
+            context.metadata,
+            self.head_dim**-0.5,
+            self.sliding_window,
+        )
+        return self.out.forward_add(attended.reshape(len(x), -1), residual)
+
+    def slots(self) -> dict[str, torch.Tensor]:
+        """Parameters by checkpoint name."""
+        found = self.qkv.slots("q_proj", "k_proj", "v_proj") | self.out.slots("o_proj")
+        if self.norms is not None:
+            q_norm, k_norm = self.norms
+            found |= {"q_norm.weight": q_norm.weight, "k_norm.weight": k_norm.weight}
+        return found
+
+    def _normalise(self, query_key: torch.Tensor) -> torch.Tensor:
+        assert self.norms is not None
+        q_norm, k_norm = self.norms
+        query, key = query_key[:, : self.num_heads], query_key[:, self.num_heads :]
+        return torch.cat((q_norm(query), k_norm(key)), dim=1)

@@ -1,0 +1,29 @@
+"""The gated feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from engine.layers.linear import Linear
+from engine.model_config import ModelConfig
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) · up(x)), gate and up merged."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up = Linear(hidden, (inner, inner), bias=False, dtype=dtype, device=device)
+        self.down = Linear(inner, (hidden,), bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] → residual plus the block's output, [tokens, hidden]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down.forward_add(functional.silu(gate).mul_(up), residual)
+
+    def slots(self) -> dict[str, torch.Tensor]:
+        """Parameters by checkpoint name."""
+        return self.gate_up.slots("gate_proj", "up_proj") | self.down.slots("down_proj")

@@ -1,0 +1,142 @@
+"""The decoder-only transformer that every family is an instance of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from engine.attention.backend import AttentionBackend
+from engine.layers.attention import SelfAttention, StepContext
+from engine.layers.linear import Linear
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import RotaryEmbedding
+from engine.model_config import ModelConfig
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each on a normalised input and added to the residual stream."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rotary: RotaryEmbedding,
+        *,
+        qk_norm: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
+        self.attention = SelfAttention(config, rotary, qk_norm=qk_norm, dtype=dtype, device=device)
+        self.mlp_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
+        self.mlp = GatedMLP(config, dtype, device)
+
+    def forward(
+        self, x: torch.Tensor, kv_cache: torch.Tensor, context: StepContext
+    ) -> torch.Tensor:
+        """[tokens, hidden] → the same."""
+        x = self.attention(self.attention_norm(x), x, kv_cache, context)
+        x = self.mlp(self.mlp_norm(x), x)
+        return x
+
+    def slots(self) -> dict[str, torch.Tensor]:
+        """Parameters by checkpoint name."""
+        attention = {f"self_attn.{name}": slot for name, slot in self.attention.slots().items()}
+        mlp = {f"mlp.{name}": slot for name, slot in self.mlp.slots().items()}
+        return {
+            "input_layernorm.weight": self.attention_norm.weight,
+            "post_attention_layernorm.weight": self.mlp_norm.weight,
+            **attention,
+            **mlp,
+        }
+
+
+class CausalLM(nn.Module):
+    """Token ids to hidden states to logits. A family sets what it does differently.
+
+    Args:
+        config: shape of the checkpoint.
+        dtype: of parameters and activations.
+        device: of the parameters, which are not set yet: fill `slots()`, then call `finalize`.
+        max_positions: longest sequence.
+    """
+
+    qk_norm: ClassVar[bool] = False
+    """Each head of queries and keys is normalised."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_positions: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embedding = torch.empty(vocab, hidden, dtype=dtype, device=device)
+        self.rotary = RotaryEmbedding(config, max_positions, dtype, device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, self.rotary, qk_norm=self.qk_norm, dtype=dtype, device=device)
+            for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
+        self.head = Linear(
+            hidden,
+            (0 if config.tie_word_embeddings else vocab,),
+            bias=False,
+            dtype=dtype,
+            device=device,
+        )
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_caches: Sequence[torch.Tensor],
+        backend: AttentionBackend,
+        metadata: Any,
+    ) -> torch.Tensor:
+        """Run the layers over one step's tokens.
+
+        Args:
+            token_ids: int64 [tokens].
+            positions: int64 [tokens].
+            kv_caches: one a layer.
+            backend: attends.
+            metadata: what the backend prepared for this step.
+
+        Returns:
+            Normalised hidden states, [tokens, hidden].
+        """
+        context = StepContext(self.rotary.at(positions), backend, metadata)
+        x = functional.embedding(token_ids, self.embedding)
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            x = layer(x, kv_cache, context)
+        normalised: torch.Tensor = self.norm(x)
+        return normalised
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] → float32 logits [rows, vocab]."""
+        logits: torch.Tensor = self.head(hidden)
+        return logits.float()
+
+    def slots(self) -> dict[str, torch.Tensor]:
+        """Where each tensor of a checkpoint goes: Hugging Face name → view of a parameter."""
+        found = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
+        if not self.config.tie_word_embeddings:
+            found["lm_head.weight"] = self.head.weight
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            found |= {f"model.layers.{index}.{name}": slot for name, slot in layer.slots().items()}
+        return found
+
+    def finalize(self) -> None:
+        """Make the parameters ready to run, once all slots are filled."""
+        if self.config.tie_word_embeddings:
+            self.head.weight = self.embedding
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()

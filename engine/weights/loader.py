@@ -1,0 +1,92 @@
+"""Builds a model and fills it from its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.model_config import ModelConfig
+from engine.model_source import ModelSource
+from engine.models.causal_lm import CausalLM
+from engine.models.registry import build_model
+from engine.weights.dummy import fill_dummy
+from engine.weights.gguf import read_gguf
+from engine.weights.safetensors import read_safetensors
+
+_BUFFERS = ("rotary_emb.inv_freq", "rope_freqs.weight")
+"""Tensors that some checkpoints carry and that follow from the configuration."""
+
+
+def load_model(
+    config: EngineConfig,
+    source: ModelSource,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_positions: int,
+) -> CausalLM:
+    """Build the model of `source` and fill its parameters.
+
+    Raises:
+        ConfigError: the architecture is not supported, or the weights are missing, damaged, or not
+            of the configured shape.
+    """
+    model = build_model(shape, dtype, device, max_positions)
+    if config.load_format == "dummy":
+        fill_dummy(model.slots(), config.seed)
+    else:
+        _fill(model.slots(), _read(config.load_format, source, shape), source)
+    model.finalize()
+    return model
+
+
+def _read(
+    load_format: str, source: ModelSource, shape: ModelConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    kind = "gguf" if source.kind == "gguf" else "safetensors"
+    if load_format not in ("auto", kind):
+        raise ConfigError(
+            f"load_format is '{load_format}', but {source.name} holds {kind} weights; set it to "
+            "'auto'."
+        )
+    if kind == "gguf":
+        return read_gguf(source.path, shape)
+    return read_safetensors(source.path)
+
+
+def _fill(
+    slots: dict[str, torch.Tensor],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    source: ModelSource,
+) -> None:
+    """Copy each tensor to its slot, and insist that every slot got one."""
+    missing = dict(slots)
+    for name, tensor in tensors:
+        slot = missing.pop(name, None)
+        if slot is None:
+            _check_spare(name, slots, source)
+        elif slot.shape != tensor.shape:
+            raise ConfigError(
+                f"tensor '{name}' in {source.name} has shape {list(tensor.shape)}, but the "
+                f"configuration asks for {list(slot.shape)}; the checkpoint and its configuration "
+                "do not belong together."
+            )
+        else:
+            slot.copy_(tensor)
+    if missing:
+        raise ConfigError(
+            f"{source.name} lacks {len(missing)} tensors, such as '{next(iter(missing))}'; fetch "
+            "the checkpoint again."
+        )
+
+
+def _check_spare(name: str, slots: dict[str, torch.Tensor], source: ModelSource) -> None:
+    """Accept what can be done without: buffers, and the head of a model that ties it."""
+    if not (name.endswith(_BUFFERS) or (name == "lm_head.weight" and name not in slots)):
+        raise ConfigError(
+            f"{source.name} holds the tensor '{name}', which {len(slots)} known parameters do not "
+            "include; the model is of a kind that is not supported."
+        )
