@@ -39,6 +39,16 @@ def describe_commit() -> str:
     return lines[0] if lines else "unknown"
 
 
+def read_cpu_seconds() -> tuple[float, float]:
+    """CPU seconds spent so far: by the whole machine, time stolen by its host included, and by
+    this process. Linux's `/proc/stat`, whose first line has user, nice, system, idle, iowait, irq,
+    softirq and steal in clock ticks (man proc_stat)."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    own = os.times()
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -38,6 +38,7 @@ def _join(group: list[Record]) -> Record:
         "seeds": [line["seed"] for line in group],
         "seconds": [round(line["seconds"], 4) for line in group],
         "prefill_seconds": [round(line["prefill_seconds"], 4) for line in group],
+        "disturbance": [round(line["disturbance"], 3) for line in group],
         "digests": [line["digests"] for line in group],
         "median": {
             "output_tok_s": round(first["output_tokens"] / total, 1),
@@ -50,12 +51,13 @@ def _join(group: list[Record]) -> Record:
 def compare(documents: Iterable[dict[str, Any]], engine: str) -> str:
     """A Markdown table of every result, with `engine`'s speed relative to each other engine.
 
-    `same output` counts the requests whose tokens equal those that `engine` gave them.
+    `same output` counts the requests whose tokens equal those that `engine` gave them;
+    `disturbance` is the most CPU time that others took in any of the runs.
     """
     rows = [
         "| workload | engine | output tok/s | prefill tok/s | decode tok/s "
-        f"| {engine} is | same output |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        f"| {engine} is | same output | disturbance |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for document in documents:
         records = document["records"]
@@ -74,7 +76,9 @@ def _row(record: Record, ours: Record | None) -> str:
         f"{median[key]:,.1f}" if median[key] is not None else "-"
         for key in ("output_tok_s", "prefill_tok_s", "decode_tok_s")
     )
-    return f"| {record['workload']} | {record['engine']} | {speeds} | {ratio} | {same} |"
+    disturbed = f"{max(record['disturbance']):.0%}"
+    names = f"{record['workload']} | {record['engine']}"
+    return f"| {names} | {speeds} | {ratio} | {same} | {disturbed} |"
 
 
 def _count_same(record: Record, ours: Record) -> str:

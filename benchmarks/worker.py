@@ -6,13 +6,14 @@ Started by `benchmarks.offline`, perhaps under another interpreter than its own.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import zlib
 from typing import Any
 
 from benchmarks.engines import Engine, EngineSpec
-from benchmarks.machine import describe_versions
+from benchmarks.machine import describe_versions, read_cpu_seconds
 from benchmarks.workloads import WORKLOADS, Requests, Workload
 
 _WARM_UP_TOKENS = 4
@@ -32,14 +33,18 @@ def main() -> None:
 def measure(engine: Engine, workload: Workload, seed: int) -> dict[str, Any]:
     """Time one run of `workload`, and one of its prefill alone, after a short warm-up.
 
-    Each of the three draws other prompts, so that no cache of prompts can help.
+    Each of the three draws other prompts, so that no cache of prompts can help. `disturbance` is
+    the share of the machine's CPU time that others had during the run: figures with much of it say
+    nothing.
     """
     draws = [workload.draw(engine.vocab_size, 3 * seed + offset) for offset in range(3)]
     warm_up = [min(size, _WARM_UP_TOKENS) for size in draws[0].outputs]
     draws[0].outputs = warm_up
     engine.run(draws[0])
     prefill_seconds, _ = _timed(engine, draws[1].first_token_only())
+    machine, own = read_cpu_seconds()
     seconds, outputs = _timed(engine, draws[2])
+    machine, own = (b - a for a, b in zip((machine, own), read_cpu_seconds(), strict=True))
     return {
         "seed": seed,
         "requests": len(outputs),
@@ -47,6 +52,7 @@ def measure(engine: Engine, workload: Workload, seed: int) -> dict[str, Any]:
         "output_tokens": draws[2].output_tokens,
         "seconds": seconds,
         "prefill_seconds": prefill_seconds,
+        "disturbance": max(0.0, (machine - own) / (seconds * (os.cpu_count() or 1))),
         "digests": [zlib.crc32(repr(tokens).encode()) for tokens in outputs],
     }
 
