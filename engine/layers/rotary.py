@@ -59,7 +59,8 @@ def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
         return config.rope_theta**-exponents, 1.0
     if kind not in ROPE_INIT_FUNCTIONS:
         raise ConfigError(
-            f"rope scaling '{kind}' is not known; known are default, {', '.join(ROPE_INIT_FUNCTIONS)}."
+            f"rope scaling '{kind}' is not known; "
+            f"known are default, {', '.join(ROPE_INIT_FUNCTIONS)}."
         )
     parameters = {"rope_theta": config.rope_theta, **scaling, "rope_type": kind}
     described = PretrainedConfig(
