@@ -8,7 +8,7 @@ from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.outputs import EngineLoad, TokenDelta
 from engine.request import EngineRequest, Request
-from engine.runner.build import EngineInfo, build_runner
+from engine.runner.build import build_runner
 from engine.runner.model_runner import PendingStep
 from engine.scheduler.scheduler import Scheduler
 from engine.startup import Stopwatch

@@ -62,7 +62,7 @@ class InferenceEngine:
         """
         params = SamplingParams(max_tokens=max_tokens, **sampling)
         for delta in self.llm.stream(prompt, params):
-            *head, last = delta.token_ids or [None]
-            yield from ((token, "") for token in head if token is not None)
-            if last is not None:
-                yield last, delta.text
+            for token in delta.token_ids[:-1]:
+                yield token, ""
+            for token in delta.token_ids[-1:]:
+                yield token, delta.text

@@ -76,7 +76,7 @@ class FlashAttention(AttentionBackend):
         decodes = metadata.num_decodes
         if metadata.cu_query_lens is None:
             return _decode(query, kv_cache, metadata, scale, window)
-        prefilled = flash_attn_varlen_func(
+        prefilled: torch.Tensor = flash_attn_varlen_func(
             query[decodes:],
             kv_cache[0],
             kv_cache[1],

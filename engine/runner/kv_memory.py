@@ -50,8 +50,8 @@ def allocate_kv_cache(
     needed = math.ceil(max_model_len / block_size) + 1  # one more: the null block
     if num_blocks < needed:
         raise ConfigError(
-            f"the KV cache has room for {max(num_blocks - 1, 0) * block_size} tokens, less than one "
-            f"sequence of max_model_len = {max_model_len}; lower max_model_len or raise "
+            f"the KV cache has room for {max(num_blocks - 1, 0) * block_size} tokens, less than "
+            f"one sequence of max_model_len = {max_model_len}; lower max_model_len or raise "
             "kv_cache_memory_bytes, gpu_memory_utilization or num_kvcache_blocks."
         )
     full = backend.kv_cache_shape(num_blocks, block_size, shape.num_kv_heads, shape.head_dim)

@@ -67,8 +67,6 @@ def run_core(core, requests: Iterable[EngineRequest], max_steps: int = 20_000) -
     return {rid: (tokens[rid], reasons.get(rid)) for rid in tokens}
 
 
-def request(
-    rid: str, prompt: list[int], outputs: Iterable[int] = (), **params
-) -> EngineRequest:
+def request(rid: str, prompt: list[int], outputs: Iterable[int] = (), **params) -> EngineRequest:
     params = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, "seed": 0, **params}
     return EngineRequest(rid, prompt, SamplingParams(**params), output_token_ids=list(outputs))

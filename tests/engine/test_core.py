@@ -3,10 +3,10 @@
 import random
 
 import pytest
-from tests.engine.conftest import request, run_core, tiny_config
 
 from engine.core import EngineCore
 from engine.errors import ConfigError, InvalidRequest
+from tests.engine.conftest import request, run_core, tiny_config
 
 GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1}

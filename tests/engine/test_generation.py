@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.conftest import request, run_core
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from tests.engine.conftest import request, run_core
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "greedy.json").read_text())["rows"]
 TIE = 1e-4
