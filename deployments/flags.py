@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 """HAProxy instead of the Python proxy; gRPC between deployments, and one event loop a replica."""
@@ -29,16 +28,12 @@ def missing_flags(environment: Mapping[str, str] = os.environ) -> list[str]:
     ]
 
 
-def haproxy_files(folder: Path) -> dict[str, str]:
-    """Settings that keep HAProxy's files in a folder of one's own.
-
-    By default they lie in /tmp/haproxy-serve, where two users or two servers get into each other's
-    way.
-    """
-    return {
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-    }
+ONE_MACHINE = {
+    # How long an ingress replica stays up for load balancers to notice that it leaves; Serve's
+    # 30 s would make every stop of a single machine take as long.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    # The fast path keeps the replicas' warnings and errors from the terminal.
+    "RAY_SERVE_LOG_TO_STDERR": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Values for a server on a single machine that somebody watches."""

@@ -136,5 +136,3 @@ async def open_plane(
             await actor.drain()
         plane.table.set_members(DEPLOYMENT, [])
         await asyncio.sleep(0)
-
-

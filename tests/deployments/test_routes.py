@@ -196,7 +196,8 @@ async def test_bad_chat_field_is_named(plane, change, param):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"n":' + b"9" * 5000]
+    "content",
+    [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"n":' + b"9" * 5000],
 )
 async def test_malformed_json(plane, content):
     response = await plane.http.post("/v1/completions", content=content)

@@ -60,11 +60,12 @@ class Server:
 
     def _environment(self, fast_path: bool, ports: list[int]) -> dict[str, str]:
         sys.path.insert(0, str(ROOT))
-        from deployments.flags import FAST_PATH, haproxy_files
+        from deployments.flags import FAST_PATH
+        from deployments.haproxy import haproxy_settings
 
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         kept |= FAST_PATH if fast_path else {}
-        kept |= haproxy_files(self._folder)
+        kept |= haproxy_settings(self._folder, loopback=True)
         kept |= {
             "PYTHONPATH": str(ROOT),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),

