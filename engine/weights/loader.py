@@ -13,7 +13,6 @@ from engine.model_source import ModelSource
 from engine.models.causal_lm import CausalLM
 from engine.models.registry import build_model
 from engine.weights.dummy import fill_dummy
-from engine.weights.gguf import read_gguf
 from engine.weights.safetensors import read_safetensors
 
 _BUFFERS = ("rotary_emb.inv_freq", "rope_freqs.weight")
@@ -53,6 +52,8 @@ def _read(
             "'auto'."
         )
     if kind == "gguf":
+        from engine.weights.gguf import read_gguf  # its library is not needed elsewhere
+
         return read_gguf(source.path, shape)
     return read_safetensors(source.path)
 

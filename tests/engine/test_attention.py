@@ -22,11 +22,11 @@ BATCHES = {
 
 
 def reference(query, keys, values, start, window):
-    """float64 attention of one row: query [n, heads, d], keys and values [start + n, kv heads, d]."""
+    """float64: query [n, heads, d], keys and values [start + n, kv heads, d]."""
     shared = query.shape[1] // keys.shape[1]
     q, k, v = (x.double() for x in (query, keys, values))
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-    scores = torch.einsum("qhd,khd->hqk", q, k) * HEAD_DIM**-0.5
+    scores = torch.einsum("qhd,khd->hqk", q, k) * query.shape[-1] ** -0.5
     at, positions = torch.arange(len(k)), torch.arange(start, start + len(q))[:, None]
     seen = at <= positions
     if window is not None:
