@@ -27,6 +27,9 @@ from engine.startup import start_engine
 
 REPLICA_CPUS = 0.1
 """An engine replica only passes requests on."""
+START_TRIES = 3
+"""Starts that may fail before the deployment counts as failed; most failures are lasting ones, such
+as a broken checkpoint, and each try loads a model. (Serve's default is 20.)"""
 SHUTDOWN_POLL_S = 0.5
 """How often a replica that shuts down looks whether its requests have ended; Serve's 2 s would be
 the least time that an idle one takes."""
@@ -74,6 +77,7 @@ def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.
         placement_group_bundles=[{"CPU": REPLICA_CPUS}, resources],
         # All of an engine's GPUs on one node: tensor parallelism over Ethernet is no use.
         placement_group_strategy="STRICT_PACK",
+        max_constructor_retry_count=START_TRIES,
         max_ongoing_requests=options.max_ongoing_requests or 2 * engine.max_num_seqs,
         max_queued_requests=options.max_queued_requests,
         graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,

@@ -78,6 +78,8 @@ class EngineActor:
     """Async Ray actor. Its loop thread only ever hands a step's deltas to the event loop."""
 
     def __init__(self, config: EngineConfig, start_core: StartCore) -> None:
+        # Ray's workers have no handler; this reaches the terminal of whoever started the server.
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         self._config = config
         self._start_core = start_core
         self._subscribers: dict[str, Subscriber] = {}

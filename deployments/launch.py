@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pydantic import ValidationError
 from deployments.config import AppArgs
 from deployments.flags import FAST_PATH, LONG_STREAMS, ONE_MACHINE
 from deployments.haproxy import haproxy_binary, haproxy_settings
-from deployments.leftovers import end_leftovers, marked
+from deployments.leftovers import adopt_orphans, end_descendants
 from engine.errors import ConfigError
 from engine.model_source import resolve_model
 
@@ -35,6 +36,8 @@ SIDE_PORTS = {
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500,
 }
 """Ports of Serve's proxies beside the public one, with Serve's defaults."""
+STOP_LIMIT_S = 90.0
+"""How long the server may take to shut down before it is killed."""
 LEFTOVERS_S = 5.0
 """How long Ray's processes may take to end after `serve run` has."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -130,7 +133,7 @@ def environment(plan: Plan, folder: Path) -> dict[str, str]:
     wanted |= haproxy_settings(folder, loopback=plan.host in LOOPBACK)
     wanted |= {name: str(_free_port(port)) for name, port in SIDE_PORTS.items()}
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**wanted, **os.environ, "PYTHONPATH": os.pathsep.join(paths), **marked(folder)}
+    return {**wanted, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _serve(plan: Plan, folder: Path) -> int:
@@ -139,37 +142,67 @@ def _serve(plan: Plan, folder: Path) -> int:
     if "RAY_ADDRESS" not in os.environ:
         command += ["--address", "local"]  # not some other cluster that this machine runs
     print(f"trunkline: starting {plan.model} with {plan.config} …", flush=True)
+    adopt_orphans()
+    stop = _Stop()
     # A session of its own, so that Ctrl-C reaches the launcher alone, which ends things in order.
-    server = subprocess.Popen(command, env=environment(plan, folder), start_new_session=True)
-    stopper = _Stopper(server)
+    server = subprocess.Popen(
+        command,
+        env=environment(plan, folder),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    threading.Thread(target=_show, args=(server,), daemon=True).start()
     try:
-        if _wait_until_ready(plan, server, stopper):
+        if _wait_until_ready(plan, server, stop):
             print(_ready_text(plan, time.monotonic() - begin), flush=True)
-        server.wait()
+        while server.poll() is None and not stop.asked:
+            time.sleep(0.2)
+        _shut_down(server, stop)
     finally:
-        end_leftovers(folder, LEFTOVERS_S)
-    return 0 if stopper.asked else server.returncode or 1
+        end_descendants(LEFTOVERS_S)
+    return 0 if stop.asked else server.returncode or 1
 
 
-class _Stopper:
-    """Passes SIGINT and SIGTERM on as the SIGINT that `serve run` shuts down at."""
+def _show(server: subprocess.Popen[bytes]) -> None:
+    """Pass on what the server writes but Serve's own progress, which its log files have too."""
+    assert server.stdout is not None
+    for line in server.stdout:
+        if b" INFO " not in line:
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
 
-    def __init__(self, server: subprocess.Popen[bytes]) -> None:
-        self.asked = False
-        self._server = server
+
+class _Stop:
+    """How often the user has asked for the end, by SIGINT or SIGTERM.
+
+    Handling both also gives a child the default of SIGINT, which a shell's `&` would take away.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
+            signal.signal(number, self._count)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._server.poll() is None:
-            self._server.send_signal(signal.SIGKILL if self.asked else signal.SIGINT)
-        if not self.asked:
-            print("trunkline: stopping; once more to stop at once …", flush=True)
-        self.asked = True
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.asked += 1
 
 
-def _wait_until_ready(plan: Plan, server: subprocess.Popen[bytes], stopper: _Stopper) -> bool:
-    while server.poll() is None and not stopper.asked:
+def _shut_down(server: subprocess.Popen[bytes], stop: _Stop) -> None:
+    """Let `serve run` shut down, which it does at SIGINT; asked again or too late, kill it."""
+    if server.poll() is not None:
+        return
+    print("trunkline: stopping; once more to stop at once …", flush=True)
+    server.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + STOP_LIMIT_S
+    while server.poll() is None:
+        if stop.asked > 1 or time.monotonic() > deadline:
+            server.kill()
+        time.sleep(0.1)
+
+
+def _wait_until_ready(plan: Plan, server: subprocess.Popen[bytes], stop: _Stop) -> bool:
+    while server.poll() is None and not stop.asked:
         try:
             with urllib.request.urlopen(f"{plan.url}/health", timeout=5) as response:
                 if json.load(response)["status"] == "ok":

@@ -1,56 +1,73 @@
-"""Ends what a server has left behind: processes that carry its mark in their environment."""
+"""Leaves no process behind: adopts orphaned descendants and ends them."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-_MARK = "TRUNKLINE_SERVER"
 
 GRACE_S = 5.0
 """How long a process may take to end after a signal."""
+_PR_SET_CHILD_SUBREAPER = 36
 
 
-def marked(folder: Path) -> dict[str, str]:
-    """Environment variable that all processes of the server inherit; `folder` is its own."""
-    return {_MARK: str(folder)}
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends, instead of process 1.
 
-
-def end_leftovers(folder: Path, patience_s: float) -> None:
-    """End the processes that the server's own shutdown has not, by force after a while.
-
-    Ray puts its processes into sessions of their own, so no process group holds them all. Only
-    Linux says what is in the environment of a process; elsewhere this does nothing.
+    Ray puts its processes into sessions of their own and renames them, so that neither a process
+    group nor their environment tells whose they are; their ancestry does. Linux only.
     """
-    if _gone_within(folder, patience_s):
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants(patience_s: float) -> None:
+    """End what this process has started and adopted: wait, then ask, then force."""
+    if _gone_within(patience_s):
         return
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in _find(folder):
+        for pid in _descendants():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-        if _gone_within(folder, GRACE_S):
+        if _gone_within(GRACE_S):
             return
 
 
-def _gone_within(folder: Path, seconds: float) -> bool:
+def _gone_within(seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while any(_find(folder)):
+    while _descendants():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
     return True
 
 
-def _find(folder: Path) -> Iterator[int]:
-    mark = f"{_MARK}={folder}".encode()
+def _descendants() -> list[int]:
+    """Living descendants, after collecting the dead."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    children: dict[int, list[int]] = {}
+    for pid, parent in _parents():
+        children.setdefault(parent, []).append(pid)
+    found, queue = [], [os.getpid()]
+    while queue:
+        mine = children.get(queue.pop(), [])
+        found += mine
+        queue += mine
+    return found
+
+
+def _parents() -> list[tuple[int, int]]:
+    """(process, parent) of every process that is no zombie."""
+    pairs = []
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            own = mark in (entry / "environ").read_bytes().split(b"\0")
-        except OSError:  # gone, or somebody else's
-            continue
-        if own and int(entry.name) != os.getpid():
-            yield int(entry.name)
+        with contextlib.suppress(OSError):
+            state, parent, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+            if state != "Z":
+                pairs.append((int(entry.name), int(parent)))
+    return pairs

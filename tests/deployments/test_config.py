@@ -1,0 +1,167 @@
+"""Arguments of the application, the builder, the configuration file and the launcher's checks."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deployments.app import build
+from deployments.config import AppArgs, DeploymentOptions, IngressOptions, deployment_name
+from deployments.flags import FAST_PATH, missing_flags
+from deployments.haproxy import haproxy_settings
+from deployments.launch import Plan, check_port_free, read_plan
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from tests.integration.server import ROOT
+
+CONFIG = ROOT / "serve_config.yaml"
+
+
+def test_shortcut_with_dotted_options_as_the_command_line_gives_them():
+    args = AppArgs(
+        **{
+            "model": "smollm2-135m-instruct",
+            "engine.max_num_seqs": "8",
+            "engine.enable_prefix_caching": "false",
+            "deployment.num_replicas": "2",
+            "ingress.num_replicas": "3",
+        }
+    )
+    model = args.models["smollm2-135m-instruct"]
+    assert (model.engine.max_num_seqs, model.engine.enable_prefix_caching) == (8, False)
+    assert (model.deployment.num_replicas, args.ingress.num_replicas) == (2, 3)
+
+
+def test_nothing_at_all_serves_the_bundled_model():
+    assert list(AppArgs(**{}).models) == ["smollm2-135m-instruct"]
+
+
+def test_path_is_served_under_its_last_part():
+    assert list(AppArgs(model="/models/Qwen2.5-7B/").models) == ["Qwen2.5-7B"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"engine.max_num_seq": 8}, ["max_num_seq", "did you mean 'max_num_seqs'"]),
+        ({"engine.max_num_seqs": "many"}, ["engine.max_num_seqs", "integer"]),
+        ({"engine.max_num_seqs": 0}, ["engine.max_num_seqs", "greater"]),
+        ({"modle": "x"}, ["modle"]),
+        ({"ingress.port": 1}, ["ingress.port"]),
+        ({"deployment.num_replicas": 0}, ["deployment.num_replicas"]),
+        ({"models": {}}, ["models"]),
+        ({"models": {"a/b": {}, "a-b": {}}}, ["Engine-a-b"]),
+    ],
+)
+def test_bad_options_are_named(values, words):
+    with pytest.raises(ValidationError) as caught:
+        AppArgs(**values)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_model_that_is_not_there_fails_at_build():
+    with pytest.raises(ConfigError, match="/nowhere/model"):
+        build(AppArgs(model="/nowhere/model"))
+
+
+def test_context_longer_than_the_model_fails_at_build():
+    with pytest.raises(ConfigError, match="max_model_len"):
+        build(AppArgs(**{"engine.max_model_len": 10**7}))
+
+
+def test_several_models_have_readable_deployments():
+    args = AppArgs(models={"a/b": {}, "c": {"engine": {"max_num_seqs": 3}}})
+    app = build(args)
+    assert app._bound_deployment.name == "Ingress"
+    engines = app._bound_deployment.init_args[1]
+    names = {name: e._bound_deployment.name for name, e in engines.items()}
+    assert names == {"a/b": "Engine-a-b", "c": "Engine-c"}
+    assert engines["c"]._bound_deployment.max_ongoing_requests == 6
+    assert deployment_name("Qwen/Qwen2.5") == "Engine-Qwen-Qwen2.5"
+
+
+def test_gpus_follow_tensor_parallelism():
+    app = build(AppArgs(**{"engine.device": "cuda", "deployment.accelerator_type": "A100"}))
+    (engine,) = app._bound_deployment.init_args[1].values()
+    bundles = engine._bound_deployment._replica_config.placement_group_bundles
+    assert bundles[1] == {"CPU": 0.5, "GPU": 1.0, "accelerator_type:A100": 0.001}
+
+
+def test_shipped_configuration_is_valid_and_names_every_option():
+    plan = read_plan(CONFIG)
+    assert (plan.host, plan.port, plan.model) == ("127.0.0.1", 8000, "smollm2-135m-instruct")
+    text = CONFIG.read_text()
+    for options in (EngineConfig, DeploymentOptions, IngressOptions):
+        for name in options.model_fields:
+            assert f"{name}:" in text, f"{name} is not in serve_config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("{", "YAML"),
+        ("[]", "applications"),
+        ("applications: []", "applications"),
+        (None, "cannot read"),
+    ],
+)
+def test_bad_configuration_file(tmp_path, change, words):
+    path = tmp_path / "config.yaml"
+    if change is not None:
+        path.write_text(change)
+    with pytest.raises(ConfigError, match=words):
+        read_plan(path)
+
+
+def test_bad_options_in_the_file_are_named(tmp_path):
+    values = yaml.safe_load(CONFIG.read_text())
+    values["applications"][0]["args"]["models"]["x"] = {"engine": {"max_num_seq": 1}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"models\.x\.engine.*did you mean 'max_num_seqs'"):
+        read_plan(path)
+
+
+def test_taken_port_names_the_remedy(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        plan = Plan(CONFIG, "127.0.0.1", taken.getsockname()[1], "m")
+        with pytest.raises(ConfigError, match=r"http_options\.port"):
+            check_port_free(plan)
+
+
+def test_missing_flags():
+    assert missing_flags(FAST_PATH) == []
+    assert missing_flags({}) == [f"{name}=1" for name in FAST_PATH]
+
+
+def test_haproxy_wrapper_mends_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr("deployments.haproxy.haproxy_binary", lambda: "/bin/echo")
+    settings = haproxy_settings(tmp_path, loopback=True)
+    config = tmp_path / "c.cfg"
+    config.write_text(
+        "    option splice-request\n    bind :9101\n  bind *:8404\n    bind 127.0.0.1:8000\n"
+    )
+    wrapper = settings["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    said = subprocess.check_output([wrapper, "-db", "-f", str(config)], text=True)
+    assert said == f"-db -f {config}\n"
+    assert config.read_text() == (
+        "    bind 127.0.0.1:9101\n  bind 127.0.0.1:8404\n    bind 127.0.0.1:8000\n"
+    )
+
+
+def test_ingress_and_replica_processes_import_no_torch():
+    code = (
+        "import sys; import deployments.app, deployments.ingress.deployment; "
+        "import deployments.engine_replica; "
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert said.strip() == "[]"

@@ -1,0 +1,188 @@
+"""Mailboxes, the actor's trunk and the ingress's end of it, with fakes."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+import pytest
+
+from deployments import engine_actor
+from deployments.engine_actor import EngineActor
+from deployments.mailbox import Mailbox
+from deployments.wire import (
+    Submission,
+    TrunkMessage,
+    decode_report,
+    decode_trunk_message,
+    encode,
+    merge_delta,
+)
+from engine.config import EngineConfig
+from engine.errors import EngineDead
+from engine.outputs import EngineLoad, TokenDelta, TokenLogprobs
+from engine.request import EngineRequest
+from engine.sampling_params import SamplingParams
+from tests.deployments.fake_core import FakeCore, expected_tokens
+from tests.deployments.plane import open_plane
+
+
+def request(request_id: str, max_tokens: int = 5) -> EngineRequest:
+    return EngineRequest(request_id, [1, 2, 3], SamplingParams(max_tokens=max_tokens, seed=0))
+
+
+def test_merged_deltas_say_what_the_two_said():
+    first = TokenDelta("r", [1], logprobs=[TokenLogprobs([1], [-0.5], 1)], num_cached_tokens=16)
+    second = TokenDelta("r", [2], "stop", 7, logprobs=[TokenLogprobs([2], [-0.1], 1)])
+    merge_delta(first, second)
+    assert first == TokenDelta(
+        "r",
+        [1, 2],
+        "stop",
+        7,
+        logprobs=[TokenLogprobs([1], [-0.5], 1), TokenLogprobs([2], [-0.1], 1)],
+        num_cached_tokens=16,
+    )
+
+
+def test_wire_round_trip():
+    message = TrunkMessage([TokenDelta("r", [1], "length")], EngineLoad(num_running=3), ["r"])
+    assert decode_trunk_message(encode(message)) == message
+
+
+async def test_mailbox_merges_while_nobody_reads():
+    mailbox = Mailbox()
+    for token in range(1000):
+        mailbox.add([TokenDelta("a", [token]), TokenDelta("b", [token])])
+    assert len(mailbox) == 2
+    deltas = await mailbox.take()
+    assert [d.token_ids for d in deltas] == [list(range(1000))] * 2
+
+
+async def test_mailbox_fails_after_what_is_pending():
+    mailbox = Mailbox()
+    mailbox.add([TokenDelta("a", [1])])
+    mailbox.fail(EngineDead("lost"))
+    assert len(await mailbox.take()) == 1
+    for _ in range(2):
+        with pytest.raises(EngineDead):
+            await mailbox.take()
+
+
+@pytest.fixture
+async def actor():
+    started = EngineActor(EngineConfig(max_num_seqs=8), partial(FakeCore, step_s=0.001))
+    await started.start()
+    yield started
+    await started.drain()
+
+
+async def submit(actor: EngineActor, subscriber: str, *requests: EngineRequest) -> None:
+    await actor.submit(encode([Submission(subscriber, each) for each in requests]))
+
+
+async def collect(trunk, until: int) -> dict[str, list[int]]:
+    """Tokens by request, until so many requests have ended."""
+    tokens: dict[str, list[int]] = {}
+    ended = 0
+    async for data in trunk:
+        for delta in decode_trunk_message(data).deltas:
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            ended += delta.finish_reason is not None
+        if ended == until:
+            return tokens
+    return tokens
+
+
+async def test_each_subscriber_gets_its_own_requests(actor):
+    trunks = [actor.subscribe("x"), actor.subscribe("y")]
+    await submit(actor, "x", request("x1"), request("x2", 9))
+    await submit(actor, "y", request("y1", 4))
+    mine, others = await asyncio.gather(collect(trunks[0], 2), collect(trunks[1], 1))
+    assert mine == {i: expected_tokens([1, 2, 3], n) for i, n in (("x1", 5), ("x2", 9))}
+    assert others == {"y1": expected_tokens([1, 2, 3], 4)}
+
+
+async def test_trunk_that_nobody_reads_holds_one_delta_a_request(actor):
+    trunk = actor.subscribe("x")
+    await anext(trunk)
+    await submit(actor, "x", request("r", 200))
+    while actor._owners:
+        await asyncio.sleep(0.01)
+    messages = decode_trunk_message(await anext(trunk))
+    assert [len(d.token_ids) for d in messages.deltas] == [200]
+
+
+async def test_load_and_reflected_requests_ride_the_trunk(actor):
+    trunk = actor.subscribe("x")
+    await submit(actor, "x", request("r", 100))
+    async for data in trunk:
+        message = decode_trunk_message(data)
+        if "r" in message.reflected:
+            assert message.load.num_running == 1
+            return
+
+
+async def test_reader_that_leaves_has_its_requests_aborted(actor):
+    watch = actor.watch()
+    trunk = actor.subscribe("x")
+    await submit(actor, "x", request("r", 100_000))
+    await anext(trunk)
+    await trunk.aclose()
+    async for data in watch:
+        ended = decode_report(data).ended
+        if ended:
+            assert (ended[0].request_id, ended[0].reason) == ("r", "abort")
+            break
+    while actor._loop._core.has_work:
+        await asyncio.sleep(0.01)
+
+
+async def test_submission_of_a_subscriber_that_never_comes_is_aborted(actor, monkeypatch):
+    monkeypatch.setattr(engine_actor, "UNREAD_LIMIT_S", 0.0)
+    await submit(actor, "ghost", request("r", 100_000))
+    while actor._owners:
+        await asyncio.sleep(0.05)
+
+
+async def test_drain_ends_the_trunks(actor):
+    trunk = actor.subscribe("x")
+    await anext(trunk)
+    await actor.drain()
+    async with asyncio.timeout(5):
+        async for _ in trunk:
+            pass
+
+
+async def test_death_is_told_on_trunk_and_watch():
+    actor = EngineActor(EngineConfig(), partial(FakeCore, die_at_token=2))
+    await actor.start()
+    trunk, watch = actor.subscribe("x"), actor.watch()
+    await submit(actor, "x", request("r"))
+    deltas = [d async for data in trunk for d in decode_trunk_message(data).deltas]
+    assert deltas[-1].finish_reason == "error" and deltas[-1].error
+    reports = [decode_report(data) async for data in watch]
+    assert "told to die" in (reports[-1].dead or "")
+    with pytest.raises(EngineDead):
+        await submit(actor, "x", request("s"))
+
+
+async def test_lost_trunk_fails_its_requests_and_is_read_again():
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        with plane.client.start([request("r", 100_000)]) as generation:
+            await anext(generation)
+            engine_id = plane.table.engine_of("r")
+            plane.hub._lose(engine_id, "cut")
+            with pytest.raises(EngineDead):
+                async for _ in generation:
+                    pass
+        assert plane.client.num_running == 0
+
+
+async def test_tokens_so_far_are_kept_for_a_resubmission():
+    async with open_plane(step_s=0.005) as plane:
+        wire = request("r", 20)
+        with plane.client.start([wire]) as generation:
+            async for _ in generation:
+                pass
+        assert wire.output_token_ids == expected_tokens([1, 2, 3], 20)

@@ -1,0 +1,205 @@
+"""End to end: the launcher, `serve run`, the real engine with the bundled model, real clients."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+
+from tests.integration.server import ROOT, free_ports
+
+pytestmark = pytest.mark.integration
+
+MODEL = "smollm2-135m-instruct"
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+class Launched:
+    def __init__(self, folder: Path) -> None:
+        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+        (port,) = free_ports(1)
+        config["http_options"]["port"] = port
+        engine = config["applications"][0]["args"]["models"][MODEL]["engine"]
+        engine |= {"kv_cache_memory_bytes": 512 * 2**20, "cpu_threads": 2}
+        self.config = folder / "serve_config.yaml"
+        self.config.write_text(yaml.safe_dump(config))
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "launch.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "deployments.launch", str(self.config)],
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def wait_until_ready(self) -> None:
+        for _ in range(600):
+            if "trunkline: ready in" in self.log.read_text():
+                return
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.2)
+        pytest.fail(f"not ready; the launcher said:\n{self.log.read_text()[-6000:]}")
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(120)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    server = Launched(tmp_path_factory.mktemp("launch"))
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture
+def client(launched):
+    return openai.OpenAI(base_url=f"{launched.url}/v1", api_key="none", max_retries=0)
+
+
+def test_says_what_the_start_cost_and_how_to_try(launched):
+    log = launched.log.read_text()
+    assert re.search(r"engine ready in .* s \(import .*weights .*KV cache .*warm-up", log)
+    assert "curl -N" in log
+
+
+def test_openai_client_streams_a_chat(client):
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=QUESTION,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert "Paris" in text
+    assert chunks[-1].usage.completion_tokens > 3
+    whole = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0)
+    assert whole.choices[0].message.content == text
+
+
+def test_openai_client_completes_with_logprobs(client):
+    answer = client.completions.create(
+        model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=4, logprobs=2
+    )
+    choice = answer.choices[0]
+    assert "Paris" in choice.text
+    assert len(choice.logprobs.token_logprobs) == 4
+    assert max(choice.logprobs.token_logprobs) <= 0
+
+
+def test_openai_client_sees_errors_as_its_own(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=-1)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="none", messages=QUESTION)
+
+
+def test_seed_fixes_the_answer(client):
+    def ask(seed: int) -> str:
+        answer = client.completions.create(
+            model=MODEL, prompt="Once upon a time", max_tokens=12, temperature=1.0, seed=seed
+        )
+        return answer.choices[0].text
+
+    assert ask(7) == ask(7) != ask(8)
+
+
+def test_64_streams_each_get_their_own_answer(client):
+    prompts = [f"Count on: {i}, {i + 1}, {i + 2}," for i in range(64)]
+
+    def ask(prompt: str, **more: Any) -> str:
+        parts = client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=12, temperature=0, stream=True, **more
+        )
+        return "".join(part.choices[0].text for part in parts)
+
+    with ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(ask, prompts))
+    sample = range(0, 64, 8)
+    assert [together[i] for i in sample] == [ask(prompts[i]) for i in sample]
+    assert len(set(together)) > 48
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_disconnect_frees_blocks_within_a_second(launched, stream):
+    body = {"model": MODEL, "prompt": "Tell me a long story.", "max_tokens": 2000}
+    body |= {"stream": stream, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        if stream:
+            with httpx.stream(
+                "POST", f"{launched.url}/v1/completions", json=body, timeout=3
+            ) as response:
+                for number, _ in enumerate(response.iter_lines()):
+                    if number > 5:
+                        raise httpx.ReadTimeout("leave")
+        else:
+            httpx.post(f"{launched.url}/v1/completions", json=body, timeout=1)
+    left = time.monotonic()
+    while True:
+        (engine,) = httpx.get(f"{launched.url}/health").json()["engines"]
+        if engine["running"] == 0 and engine["free_blocks"] == engine["total_blocks"]:
+            break
+        assert time.monotonic() - left < 1.0, engine
+        time.sleep(0.02)
+
+
+def test_port_taken_is_said_clearly(launched):
+    second = subprocess.run(
+        [sys.executable, "-m", "deployments.launch", str(launched.config)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert "cannot listen on 127.0.0.1" in second.stderr and "http_options.port" in second.stderr
+
+
+def test_stops_cleanly_and_leaves_nothing(launched):
+    """The last test of this module: it ends the server."""
+    mine = _descendants(launched.process.pid)
+    assert mine
+    assert launched.stop() == 0
+    assert not [pid for pid in mine if _alive(pid)]
+
+
+def _descendants(root: int) -> list[int]:
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(entry.name)] = int(stat[1])
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
