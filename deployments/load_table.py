@@ -7,6 +7,7 @@ Ray Serve copies router modules by value, and there must be one table a process.
 from __future__ import annotations
 
 import functools
+import random
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -29,10 +30,12 @@ class EngineState:
     """Cost of each request that was sent there and that `load` does not count yet."""
     reported_at: float | None = None
     """`time.monotonic()` of the last report; None before the first."""
-    last_booking: int = 0
+    last_booking: float = field(default_factory=random.random)
+    """Number of its last booking; before the first a fraction, so that ingress replicas do not all
+    begin with the same one of several idle engines."""
     down: bool = False
 
-    def score(self) -> tuple[bool, bool, int, int]:
+    def score(self) -> tuple[bool, bool, int, float]:
         """Sorts engines, best first: alive, with room, least load, longest without a booking."""
         load = self.load
         crowded = load.free_blocks < CROWDED_SHARE * load.total_blocks

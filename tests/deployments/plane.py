@@ -38,13 +38,14 @@ class LocalLink:
 
     def __init__(self, actor: EngineActor) -> None:
         self._actor = actor
+        self._aborts: set[asyncio.Future[None]] = set()
 
     async def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
         async for message in self._actor.subscribe(subscriber_id):
             yield message
 
     def abort(self, request_ids: list[str]) -> None:
-        asyncio.ensure_future(self._actor.abort(request_ids))
+        self._aborts.add(asyncio.ensure_future(self._actor.abort(request_ids)))
 
 
 class LocalCall:

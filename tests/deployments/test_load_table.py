@@ -32,13 +32,13 @@ def test_burst_from_many_threads_is_spread_evenly():
 
 def test_long_prompts_weigh_more():
     table = LoadTable()
-    assert table.book(["a", "b"], "long", cost=4000) == "a"
-    assert [table.book(["a", "b"], f"r{i}", cost=100) for i in range(3)] == ["b"] * 3
+    first = table.book(["a", "b"], "long", cost=4000)
+    assert first not in [table.book(["a", "b"], f"r{i}", cost=100) for i in range(3)]
 
 
 def test_booking_gives_way_to_the_report_that_counts_it():
     table = LoadTable()
-    table.book(["a", "b"], "r", cost=1000)
+    table.book(["a"], "r", cost=1000)
     table.report("a", EngineLoad(num_running=1, running_tokens=10, free_blocks=9, total_blocks=10))
     table.report("b", EngineLoad(num_running=3, running_tokens=500, free_blocks=9, total_blocks=10))
     assert table.book(["a", "b"], "s", cost=1) == "b"

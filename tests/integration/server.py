@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,17 @@ def _pids(class_name: str) -> dict[str, int]:
     }
 
 
-COMMANDS = {"engine_pids": _engine_pids, "pids": _pids}
+def _metrics() -> str:
+    """What Ray exports on this node."""
+    import ray
+
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=5) as response:
+        return str(response.read().decode())
+
+
+COMMANDS = {"metrics": _metrics, "engine_pids": _engine_pids, "pids": _pids}
 
 if __name__ == "__main__":
     main()

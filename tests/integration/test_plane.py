@@ -129,6 +129,21 @@ async def test_disconnect_frees_blocks_within_a_second(server, stream):
     assert took < 1.5  # a second, and the polls that confirm it
 
 
+async def test_metrics_are_exported(server):
+    async with connect(server) as client:
+        (await client.post("/v1/completions", json=completion("count me", 7))).raise_for_status()
+        deadline = time.monotonic() + 30
+        wanted = [
+            "ray_trunkline_num_requests_running{",
+            "ray_trunkline_kv_cache_free_blocks{",
+            "ray_trunkline_generation_tokens_total{",
+            'finished_reason="length"',
+        ]
+        while missing := [name for name in wanted if name not in server.call("metrics")]:
+            assert time.monotonic() < deadline, missing
+            await asyncio.sleep(0.5)
+
+
 async def test_bad_requests_leave_the_server_well(server):
     async with connect(server) as client:
         bad = [
@@ -163,19 +178,27 @@ async def test_killed_ingress_has_its_requests_aborted(server):
 async def test_killed_engine_ends_its_streams_with_an_error_event(server):
     async with connect(server) as client:
         streams = [
-            asyncio.ensure_future(read_stream(client, completion("doomed", 3000))) for _ in range(4)
+            asyncio.ensure_future(read_stream(client, completion("doomed", 3000))) for _ in range(8)
         ]
-        await asyncio.sleep(1)
+        await asyncio.to_thread(
+            wait_for, server, lambda h: sum(e["running"] for e in h["engines"]) == 8
+        )
+        engines = (await asyncio.to_thread(health, server))["engines"]
         name, pid = next(iter(server.call("engine_pids").items()))
+        (lost,) = (e["running"] for e in engines if name.endswith(e["id"]))
+        assert 0 < lost < 8
         os.kill(pid, signal.SIGKILL)
-        ended, running = await asyncio.wait(streams, timeout=10)
-        assert len(ended) == 2 and len(running) == 2
+        async with asyncio.timeout(10):
+            while sum(stream.done() for stream in streams) < lost:
+                await asyncio.sleep(0.05)
+        ended = [stream for stream in streams if stream.done()]
         for stream in ended:
             text, others = stream.result()
             assert text and others[-1]["error"]["code"] == "engine_unavailable"
+        assert len(ended) == lost
         answer = (await client.post("/v1/completions", json=completion("on we go", 3))).json()
         assert answer["choices"][0]["text"] == echo("on we go", 3)
-        for stream in running:
+        for stream in streams:
             stream.cancel()
     await asyncio.to_thread(wait_for, server, idle, 60)
     assert name not in server.call("engine_pids")
