@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,10 @@ def start_engine(config: EngineConfig) -> EngineCore:
     Raises:
         ConfigError: the model or an option cannot be used.
     """
+    # Threads that wait for each other must sleep, not spin: where something else wants the cores,
+    # and in a server something always does, spinning makes a step tens of times slower. The OpenMP
+    # library reads this when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stopwatch = Stopwatch()
     from engine.core import EngineCore
 

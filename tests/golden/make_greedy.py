@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from tests.golden.prompts import golden_prompts
 from transformers import AutoModelForCausalLM
 
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
+from tests.golden.prompts import golden_prompts
 
 NEW_TOKENS = 64
 FILE = Path(__file__).with_name("greedy.json")
