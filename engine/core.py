@@ -79,6 +79,14 @@ class EngineCore:
         self._in_flight = None
         return self.scheduler.fail_all(error)
 
+    def check_invariants(self) -> None:
+        """Check the scheduler's bookkeeping.
+
+        Raises:
+            InvariantViolation: it contradicts itself.
+        """
+        self.scheduler.check_invariants()
+
     def _check(self, wire: EngineRequest) -> None:
         num_prompt, limit = len(wire.prompt_token_ids), self.info.max_model_len
         if num_prompt == 0:

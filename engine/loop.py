@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from engine.errors import InvalidRequest
@@ -40,6 +40,9 @@ class Core(Protocol):
 
     def fail_all(self, error: str) -> list[TokenDelta]:
         """End every request with an error."""
+
+    def check_invariants(self) -> None:
+        """Raise if the bookkeeping contradicts itself."""
 
 
 OnStep = Callable[[list[TokenDelta], EngineLoad], None]
@@ -100,14 +103,23 @@ class EngineLoop:
     def _take_commands(self) -> list[TokenDelta] | None:
         """Carry out what is in the inbox; returns refusals, or None when told to stop."""
         refused: list[TokenDelta] = []
-        try:
-            command = self._inbox.get(not self._core.has_work, IDLE_WAKEUP_S)
-            while command is not None:
-                self._carry_out(command, refused)
-                command = self._inbox.get_nowait()
-            return None
-        except queue.Empty:
-            return refused
+        for command in self._commands():
+            if command is None:
+                return None
+            self._carry_out(command, refused)
+        return refused
+
+    def _commands(self) -> Iterator[list[EngineRequest] | list[str] | None]:
+        """What is in the inbox; waits for it while there is nothing else to do."""
+        idle = not self._core.has_work
+        while True:
+            try:
+                yield self._inbox.get(idle, IDLE_WAKEUP_S)
+            except queue.Empty:
+                if idle:  # there is time to look whether anything leaked
+                    self._core.check_invariants()
+                return
+            idle = False
 
     def _carry_out(
         self, command: list[EngineRequest] | list[str], refused: list[TokenDelta]

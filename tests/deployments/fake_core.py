@@ -77,6 +77,9 @@ class FakeCore:
             step=self._steps,
         )
 
+    def check_invariants(self) -> None:
+        assert self.load().num_running == self.load().num_waiting == 0
+
     def fail_all(self, error: str) -> list[TokenDelta]:
         lost = list(self._requests)
         self._requests.clear()

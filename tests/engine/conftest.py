@@ -63,7 +63,7 @@ def run_core(core, requests: Iterable[EngineRequest], max_steps: int = 20_000) -
                 assert delta.request_id not in reasons
                 reasons[delta.request_id] = delta.finish_reason
     assert not core.has_work
-    core.scheduler.check_invariants()
+    core.check_invariants()
     return {rid: (tokens[rid], reasons.get(rid)) for rid in tokens}
 
 

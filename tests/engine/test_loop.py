@@ -1,0 +1,98 @@
+"""The loop around a core: commands from any thread, deltas out, a loud end."""
+
+import queue
+import time
+
+import pytest
+
+from engine import loop as loop_module
+from engine.config import EngineConfig
+from engine.errors import InvalidRequest
+from engine.loop import EngineLoop
+from tests.deployments.fake_core import FakeCore, expected_tokens
+from tests.engine.conftest import request
+
+
+class Recorder:
+    """A loop around a core, and what it said."""
+
+    def __init__(self, core) -> None:
+        self.core = core
+        self.steps = queue.Queue()
+        self.deaths = queue.Queue()
+        self.loop = EngineLoop(core, lambda *step: self.steps.put(step), self.deaths.put)
+
+    def deltas_until_finished(self, count: int) -> list:
+        found = []
+        while sum(d.finish_reason is not None for d in found) < count:
+            found += self.steps.get(timeout=5)[0]
+        return found
+
+
+@pytest.fixture
+def recorder():
+    recorder = Recorder(FakeCore(EngineConfig()))
+    yield recorder
+    recorder.loop.stop()
+    assert not recorder.loop.alive
+
+
+def test_requests_run_to_their_end(recorder):
+    recorder.loop.submit([request("a", [1, 2], max_tokens=3), request("b", [5], max_tokens=2)])
+    deltas = recorder.deltas_until_finished(2)
+    tokens = {rid: [t for d in deltas if d.request_id == rid for t in d.token_ids] for rid in "ab"}
+    assert tokens == {"a": expected_tokens([1, 2], 3), "b": expected_tokens([5], 2)}
+    assert recorder.loop.alive
+
+
+def test_a_refused_request_is_told_so_alone(recorder, monkeypatch):
+    add = recorder.core.add
+
+    def refuse_a(wire):
+        if wire.request_id == "a":
+            raise InvalidRequest("too long", "prompt")
+        add(wire)
+
+    monkeypatch.setattr(recorder.core, "add", refuse_a)
+    recorder.loop.submit([request("a", [1]), request("b", [2], max_tokens=1)])
+    ends = {d.request_id: d for d in recorder.deltas_until_finished(2)}
+    assert ends["a"].finish_reason == "error"
+    assert ends["a"].error == "too long"
+    assert ends["b"].finish_reason == "length"
+
+
+def test_abort_silences_a_request(recorder):
+    recorder.loop.submit([request("a", [1], max_tokens=10**6)])
+    assert recorder.steps.get(timeout=5)
+    recorder.loop.abort(["a"])
+    deadline = time.monotonic() + 5
+    while recorder.core.has_work:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_failing_step_tells_everyone_and_ends_the_loop(recorder, monkeypatch):
+    def fail():
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(recorder.core, "step", fail)
+    recorder.loop.submit([request("a", [1]), request("b", [2])])
+    ends = recorder.deltas_until_finished(2)
+    assert {d.finish_reason for d in ends} == {"error"}
+    assert not any("boom" in d.error for d in ends)
+    assert str(recorder.deaths.get(timeout=5)) == "boom"
+    recorder.loop.stop()
+    assert not recorder.loop.alive
+
+
+def test_an_idle_loop_shows_life_and_looks_for_leaks(monkeypatch):
+    monkeypatch.setattr(loop_module, "IDLE_WAKEUP_S", 0.01)
+    core, checks = FakeCore(EngineConfig()), queue.Queue()
+    monkeypatch.setattr(core, "check_invariants", lambda: checks.put(True))
+    recorder = Recorder(core)
+    began = recorder.loop.last_progress
+    for _ in range(3):
+        assert recorder.steps.get(timeout=5)[0] == []
+        assert checks.get(timeout=5)
+    assert recorder.loop.last_progress > began
+    recorder.loop.stop()
