@@ -10,8 +10,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engine.attention.backend import AttentionBackend, AttentionBatch
 
-_REGROUP_GAIN = 1.5
-"""Decode rows are split by length when padding them together would read this much more."""
+_GROUP_SPAN = 0.75
+"""Decode rows go apart from one of which they have less than this share of the length …"""
+_GROUP_GAIN = 256
+"""… when that spares more tokens of padding than this: a further group takes as long as they do."""
+_GROUP_TOKENS = 8192
+"""Most tokens, padding included, of a group, so that what it gathers stays in the CPU's caches."""
 
 
 @dataclass(slots=True)
@@ -74,7 +78,7 @@ class TorchAttention(AttentionBackend):
             count = batch.query_lens[row]
             prefills.append(PrefillRow(first, count, batch.seq_lens[row], batch.block_table[row]))
             first += count
-        return TorchMetadata(batch.slot_mapping, list(_group_decodes(batch)), prefills)
+        return TorchMetadata(batch.slot_mapping, list(_decode_groups(batch)), prefills)
 
     def forward(
         self,
@@ -131,22 +135,32 @@ class TorchAttention(AttentionBackend):
         return attended.reshape(query.shape)
 
 
-def _group_decodes(batch: AttentionBatch) -> Iterator[DecodeGroup]:
-    """All decode rows together, or apart by length class if that saves enough reads."""
-    lens = torch.tensor(batch.seq_lens[: batch.num_decodes])
-    blocks = (lens + batch.block_size - 1) // batch.block_size
-    if not len(lens):
-        return
-    table, device = batch.block_table, batch.block_table.device
-    if int(blocks.max()) * len(blocks) <= _REGROUP_GAIN * int(blocks.sum()):
-        pages = table[: len(lens), : int(blocks.max())]
-        yield DecodeGroup(None, len(lens), pages.flatten(), lens[:, None].to(device))
-        return
-    classes = blocks.log2().ceil()  # lengths within a factor of two go together
-    for each in classes.unique():
-        rows = (classes == each).nonzero().squeeze(1)
-        pages = table[rows.to(device), : int(blocks[rows].max())]
-        yield DecodeGroup(rows.to(device), len(rows), pages.flatten(), lens[rows, None].to(device))
+def _decode_groups(batch: AttentionBatch) -> Iterator[DecodeGroup]:
+    """Decode rows by falling length, a new group whenever that saves enough padding."""
+    lens = batch.seq_lens[: batch.num_decodes]
+    order = sorted(range(len(lens)), key=lens.__getitem__, reverse=True)
+    first = 0
+    for last in range(1, len(order) + 1):
+        longest = lens[order[first]]
+        if last < len(order):
+            shorter, rest = lens[order[last]], len(order) - last
+            apart = shorter < _GROUP_SPAN * longest and rest * (longest - shorter) > _GROUP_GAIN
+            if not apart and (last - first + 1) * longest <= _GROUP_TOKENS:
+                continue
+        yield _decode_group(batch, order[first:last])
+        first = last
+
+
+def _decode_group(batch: AttentionBatch, rows: list[int]) -> DecodeGroup:
+    device = batch.block_table.device
+    width = -(-batch.seq_lens[rows[0]] // batch.block_size)
+    everyone = len(rows) == batch.num_decodes
+    if everyone:
+        rows = sorted(rows)
+    lens = torch.tensor([[batch.seq_lens[row]] for row in rows], device=device)
+    index = torch.tensor(rows, device=device)
+    blocks = batch.block_table[index, :width].flatten()
+    return DecodeGroup(None if everyone else index, len(rows), blocks, lens)
 
 
 def _decode_mask(

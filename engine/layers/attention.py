@@ -31,6 +31,7 @@ class SelfAttention(nn.Module):
     Args:
         config: gives the shapes.
         rotary: shared by all layers.
+        output_bias: a configured bias is on the output projection too.
         qk_norm: normalise each head of queries and keys before the rotation.
         dtype: of the parameters.
         device: of the parameters.
@@ -41,6 +42,7 @@ class SelfAttention(nn.Module):
         config: ModelConfig,
         rotary: RotaryEmbedding,
         *,
+        output_bias: bool,
         qk_norm: bool,
         dtype: torch.dtype,
         device: torch.device,
@@ -53,7 +55,7 @@ class SelfAttention(nn.Module):
         bias = config.attention_bias
         hidden = config.hidden_size
         self.qkv = Linear(hidden, (q_size, kv_size, kv_size), bias=bias, dtype=dtype, device=device)
-        self.out = Linear(q_size, (hidden,), bias=False, dtype=dtype, device=device)
+        self.out = Linear(q_size, (hidden,), bias=bias and output_bias, dtype=dtype, device=device)
         self.norms: tuple[RMSNorm, RMSNorm] | None = None
         if qk_norm:
             eps = config.rms_norm_eps
@@ -68,8 +70,12 @@ class SelfAttention(nn.Module):
         kv_cache: torch.Tensor,
         context: StepContext,
     ) -> torch.Tensor:
-        """[tokens, hidden] → residual plus the block's output, [tokens, hidden]."""
-        heads = self.qkv(x).view(len(x), -1, self.head_dim)
+        """[rows, hidden] → residual plus the block's output, [rows, hidden].
+
+        Rows below those of the step's tokens are padding: they are not attended.
+        """
+        num_tokens = len(context.cos_sin[0])
+        heads = self.qkv(x)[:num_tokens].view(num_tokens, -1, self.head_dim)
         num_qk = self.num_heads + self.num_kv_heads
         query_key, value = heads[:, :num_qk], heads[:, num_qk:]
         if self.norms is not None:
@@ -84,7 +90,8 @@ class SelfAttention(nn.Module):
             self.head_dim**-0.5,
             self.sliding_window,
         )
-        return self.out.forward_add(attended.reshape(len(x), -1), residual)
+        attended = self.out.padded(attended.reshape(num_tokens, -1))
+        return self.out.forward_add(attended, residual)
 
     def slots(self) -> dict[str, torch.Tensor]:
         """Parameters by checkpoint name."""

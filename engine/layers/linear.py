@@ -7,7 +7,10 @@ from torch import nn
 from torch.nn import functional
 
 _PACK_ROWS = 32
-"""Rows that oneDNN is told to expect when it chooses the packed layout."""
+"""Rows that oneDNN is told to expect when it chooses the packed layout, which then does well from
+1 row to 1024."""
+_FAST_ROWS = 4
+"""Packed products of fewer rows take longer: oneDNN then runs a matrix-vector kernel."""
 
 
 class Linear(nn.Module):
@@ -46,20 +49,20 @@ class Linear(nn.Module):
             found |= {f"{name}.bias": view for name, view in biases}
         return found
 
-    def pack(self) -> None:
-        """Put a CPU weight into oneDNN's blocked layout; it can be multiplied, no longer read.
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """x with rows of zeros below, if the product is faster with more rows."""
+        missing = _FAST_ROWS - len(x) if self._packed else 0
+        return functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
-        MKL, which torch takes for a plain float32 product, is 2 to 5 times slower at the few rows
-        of a decode step on CPUs that are not Intel's.
-        """
-        if self.weight.device.type == "cpu" and _can_pack():
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, _PACK_ROWS)
-            self._packed = True
+    def finalize(self) -> None:
+        """Pack the weight where the device gains by it; it can then no longer be read."""
+        if (packed := _pack(self.weight)) is not None:
+            self.weight, self._packed = packed, True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in_features] → [tokens, sum of out_features]."""
         if self._packed:
-            product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
                 x, self.weight, self.bias, "none", [], ""
             )
             return product
@@ -72,11 +75,22 @@ class Linear(nn.Module):
                 x, residual, self.weight, self.bias, "add"
             )
             return total
+        if self.bias is None:
+            return torch.addmm(residual, x, self.weight.t())
         return functional.linear(x, self.weight, self.bias).add_(residual)
 
 
-def _can_pack() -> bool:
-    """Whether this build of torch has the operators; they are not part of its public API."""
-    return torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_reorder_linear_weight"
-    )
+def _pack(weight: torch.Tensor) -> torch.Tensor | None:
+    """The weight in oneDNN's blocked layout; None where that cannot be had.
+
+    MKL, which torch takes for a plain float32 product, is 2 to 5 times slower at the few rows of a
+    decode step on CPUs that are not Intel's. The operators are those that torch's compiler emits
+    for linear layers; they are not part of its public API.
+    """
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+    except (AttributeError, RuntimeError):  # no such operator, or a type that this CPU lacks
+        return None
+    return packed

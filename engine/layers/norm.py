@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -21,7 +23,18 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.ones(size, dtype=dtype, device=device)
+        self._floor = torch.tensor(math.sqrt(size * eps))
+        self._scaled: torch.Tensor | None = None
+
+    def finalize(self) -> None:
+        """Prepare the loaded weight for the device."""
+        if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32:
+            self._scaled = self.weight * math.sqrt(len(self.weight))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[…, size] → the same."""
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self._scaled is None:
+            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # The same as sqrt(n) · x / sqrt(‖x‖² + n · eps): on CPU half the passes of rms_norm.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floor)
+        return x.div(length).mul_(self._scaled)

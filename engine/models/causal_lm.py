@@ -26,6 +26,7 @@ class DecoderLayer(nn.Module):
         config: ModelConfig,
         rotary: RotaryEmbedding,
         *,
+        output_bias: bool,
         qk_norm: bool,
         dtype: torch.dtype,
         device: torch.device,
@@ -33,7 +34,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
-        self.attention = SelfAttention(config, rotary, qk_norm=qk_norm, dtype=dtype, device=device)
+        self.attention = SelfAttention(
+            config, rotary, output_bias=output_bias, qk_norm=qk_norm, dtype=dtype, device=device
+        )
         self.mlp_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
         self.mlp = GatedMLP(config, dtype, device)
 
@@ -67,6 +70,8 @@ class CausalLM(nn.Module):
         max_positions: longest sequence.
     """
 
+    output_bias: ClassVar[bool] = True
+    """A configured attention bias is on the output projection too."""
     qk_norm: ClassVar[bool] = False
     """Each head of queries and keys is normalised."""
 
@@ -79,7 +84,14 @@ class CausalLM(nn.Module):
         self.embedding = torch.empty(vocab, hidden, dtype=dtype, device=device)
         self.rotary = RotaryEmbedding(config, max_positions, dtype, device)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, self.rotary, qk_norm=self.qk_norm, dtype=dtype, device=device)
+            DecoderLayer(
+                config,
+                self.rotary,
+                output_bias=self.output_bias,
+                qk_norm=self.qk_norm,
+                dtype=dtype,
+                device=device,
+            )
             for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
@@ -112,16 +124,16 @@ class CausalLM(nn.Module):
             Normalised hidden states, [tokens, hidden].
         """
         context = StepContext(self.rotary.at(positions), backend, metadata)
-        x = functional.embedding(token_ids, self.embedding)
+        x = self.head.padded(functional.embedding(token_ids, self.embedding))
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x = layer(x, kv_cache, context)
         normalised: torch.Tensor = self.norm(x)
-        return normalised
+        return normalised[: len(token_ids)]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] → float32 logits [rows, vocab]."""
-        logits: torch.Tensor = self.head(hidden)
-        return logits.float()
+        logits: torch.Tensor = self.head(self.head.padded(hidden))
+        return logits[: len(hidden)].float()
 
     def slots(self) -> dict[str, torch.Tensor]:
         """Where each tensor of a checkpoint goes: Hugging Face name → view of a parameter."""
@@ -138,5 +150,5 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             self.head.weight = self.embedding
         for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
+            if isinstance(module, Linear | RMSNorm):
+                module.finalize()

@@ -7,3 +7,5 @@ from engine.models.causal_lm import CausalLM
 
 class Qwen2ForCausalLM(CausalLM):
     """Llama's decoder with a bias on the q, k and v projections (`ModelConfig.attention_bias`)."""
+
+    output_bias = False

@@ -74,6 +74,17 @@ def test_skewed_decodes_are_read_in_groups():
     assert read <= 2 * needed
 
 
+def test_groups_are_bounded(monkeypatch):
+    monkeypatch.setattr("engine.attention.torch_sdpa._GROUP_TOKENS", 300)
+    rows = [(i, 1, 99) for i in range(8)]
+    tables = torch.arange(1, 257).view(8, 32).int()
+    metadata = TorchAttention().prepare(attention_batch(rows, tables, 16))
+    assert [group.size for group in metadata.decodes] == [3, 3, 2]
+    assert torch.cat([group.rows for group in metadata.decodes]).sort().values.tolist() == [
+        *range(8)
+    ]
+
+
 def test_choice():
     cpu = torch.device("cpu")
     assert isinstance(select_backend("auto", cpu, torch.float32), TorchAttention)

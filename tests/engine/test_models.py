@@ -50,6 +50,7 @@ YARN_ROPE = {
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
     "llama tied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "llama biases": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True)),
     "llama3 rope": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE)),
     "linear rope": (
         LlamaForCausalLM,
