@@ -21,8 +21,6 @@ from deployments.engine_replica import EngineReplica
 from deployments.ingress.deployment import IngressASGI
 from deployments.routing import LeastLoadedRouter
 from engine.config import EngineConfig
-from engine.model_config import read_model_config
-from engine.model_source import resolve_model
 from engine.startup import start_engine
 
 REPLICA_CPUS = 0.1
@@ -54,18 +52,12 @@ def compose(args: AppArgs, start_core: StartCore) -> serve.Application:
     Raises:
         ConfigError: a model is not there, or an option does not fit it.
     """
+    for options in args.models.values():
+        options.check()
     engines = {
-        name: _engine_app(name, _checked(options), start_core)
-        for name, options in args.models.items()
+        name: _engine_app(name, options, start_core) for name, options in args.models.items()
     }
     return _ingress_deployment(args.ingress).bind(args, engines)
-
-
-def _checked(options: ModelOptions) -> ModelOptions:
-    """Find out now what would else fail in every replica."""
-    shape = read_model_config(resolve_model(options.engine.model))
-    options.engine.resolve_max_model_len(shape.max_position_embeddings)
-    return options
 
 
 def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.Application:

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.config import BUNDLED_MODEL, EngineConfig
+from engine.model_config import read_model_config
+from engine.model_source import resolve_model, weight_files
 
 
 class Options(BaseModel):
@@ -64,6 +66,18 @@ class ModelOptions(Options):
 
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig.parse({}))
     deployment: DeploymentOptions = DeploymentOptions()
+
+    def check(self) -> None:
+        """Find out now what would else fail in every replica, again and again.
+
+        Raises:
+            ConfigError: the model is not there, or only half, or an option does not fit it.
+        """
+        source = resolve_model(self.engine.model)
+        shape = read_model_config(source)
+        self.engine.resolve_max_model_len(shape.max_position_embeddings)
+        if source.kind == "directory" and self.engine.load_format != "dummy":
+            weight_files(source.path)
 
 
 class IngressOptions(Options):

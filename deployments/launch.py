@@ -27,7 +27,6 @@ from deployments.flags import FAST_PATH, LONG_STREAMS, ONE_MACHINE
 from deployments.haproxy import haproxy_binary, haproxy_settings
 from deployments.leftovers import adopt_orphans, end_descendants
 from engine.errors import ConfigError
-from engine.model_source import resolve_model
 
 SIDE_PORTS = {
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
@@ -104,7 +103,7 @@ def read_plan(config: Path) -> Plan:
             "deployments.app:build, and http_options with a host and a port."
         ) from None
     for options in models.values():
-        resolve_model(options.engine.model)
+        options.check()
     return Plan(config, host, port, next(iter(models)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from deployments.haproxy import haproxy_settings
 from deployments.launch import Plan, check_port_free, read_plan
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from tests.engine.conftest import TINY_LLAMA
 from tests.integration.server import ROOT
 
 CONFIG = ROOT / "serve_config.yaml"
@@ -68,6 +70,21 @@ def test_bad_options_are_named(values, words):
 def test_model_that_is_not_there_fails_at_build():
     with pytest.raises(ConfigError, match="/nowhere/model"):
         build(AppArgs(model="/nowhere/model"))
+
+
+def test_model_that_is_half_there_fails_at_build(tiny_folder):
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tiny_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tiny_folder / "model-1.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"lacks 1 of the 2 weight files.*model-2\.safetensors"):
+        build(AppArgs(model=str(tiny_folder)))
+    build(AppArgs(**{"model": str(tiny_folder), "engine.load_format": "dummy"}))
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA))
+    return tmp_path
 
 
 def test_context_longer_than_the_model_fails_at_build():
