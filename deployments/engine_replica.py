@@ -62,8 +62,9 @@ class EngineReplica:
         self._dead: str | None = None
         self._load = EngineLoad()
         self._progress_age_s = 0.0
-        self._last_report = time.monotonic()
         self.info = await self._actor.start.remote()
+        # Not before: loading may take minutes, and Serve checks the health right after this.
+        self._last_report = time.monotonic()
         self._metrics = EngineMetrics(self.info["model"])
         self._watcher = asyncio.create_task(self._watch())
 

@@ -1,0 +1,93 @@
+"""The engine's Serve replica with its actor in the same event loop, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deployments import engine_replica
+from deployments.engine_actor import EngineActor
+from deployments.engine_replica import EngineReplica
+from engine.config import EngineConfig
+from tests.deployments.fake_core import FakeCore
+
+
+class LocalMethod:
+    """`actor.method.remote(...)` of an actor in this loop."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+
+    def options(self, **_: Any) -> LocalMethod:
+        return self
+
+    def remote(self, *args: Any) -> Any:
+        result = self._method(*args)
+        return _refs(result) if hasattr(result, "__aiter__") else asyncio.ensure_future(result)
+
+
+async def _refs(values: AsyncIterator[Any]) -> AsyncIterator[asyncio.Future[Any]]:
+    async for value in values:
+        ref = asyncio.get_running_loop().create_future()
+        ref.set_result(value)
+        yield ref
+
+
+class LocalActor:
+    """Stands in for Ray's handle of an `EngineActor`."""
+
+    def __init__(self, actor: EngineActor) -> None:
+        self.actor = actor
+
+    def __getattr__(self, name: str) -> LocalMethod:
+        return LocalMethod(getattr(self.actor, name))
+
+
+@pytest.fixture
+def local(monkeypatch):
+    """Lets replicas be made without Ray; holds the exit statuses of those that have ended."""
+    exits: list[int] = []
+
+    def remote(actor_class: type) -> Any:
+        made = SimpleNamespace(remote=lambda *args: LocalActor(actor_class(*args)))
+        return SimpleNamespace(options=lambda **_: made)
+
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
+    monkeypatch.setattr(engine_replica.ray, "remote", remote)
+    monkeypatch.setattr(engine_replica.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(
+        engine_replica, "EngineMetrics", lambda _: SimpleNamespace(record=lambda _: None)
+    )
+    monkeypatch.delattr(EngineReplica, "__del__")  # Serve alone knows how to call it
+    monkeypatch.setattr(engine_replica, "EXIT_DELAY_S", 0.0)
+    monkeypatch.setattr(engine_replica.os, "_exit", exits.append)
+    return exits
+
+
+async def start(start_core: Callable[[EngineConfig], Any] = FakeCore) -> EngineReplica:
+    replica = EngineReplica.__new__(EngineReplica)
+    await replica.__init__(EngineConfig(), {}, start_core)
+    return replica
+
+
+async def stop(replica: EngineReplica) -> None:
+    replica._watcher.cancel()
+    await replica._actor.actor.drain()
+
+
+def load_slowly(config: EngineConfig, seconds: float) -> FakeCore:
+    time.sleep(seconds)
+    return FakeCore(config)
+
+
+async def test_slow_load_does_not_count_as_silence(local, monkeypatch):
+    monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.3)
+    replica = await start(partial(load_slowly, seconds=0.5))
+    await replica.check_health()
+    await stop(replica)
