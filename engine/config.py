@@ -33,7 +33,7 @@ class EngineConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; `auto` takes a GPU when there is one."""
     seed: int = 0
-    """Seed of dummy weights, and of the seeds drawn for unseeded requests."""
+    """Seed of dummy weights, and of the seeds that `LLM` draws for unseeded requests."""
 
     max_model_len: int | None = Field(None, ge=1)
     """Most tokens of prompt and output together; None takes the model's own, at most 4096."""
@@ -71,7 +71,7 @@ class EngineConfig(BaseModel):
     tensor_parallel_size: int = Field(1, ge=1, le=8)
     """GPUs that share one model."""
     cpu_threads: int | None = Field(None, ge=1)
-    """Threads of a CPU engine; None takes torch's default."""
+    """Threads of a CPU engine; None takes all cores that the process may use."""
 
     @model_validator(mode="before")
     @classmethod

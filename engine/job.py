@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 from engine.errors import InvalidRequest
@@ -34,8 +35,9 @@ class Job:
         tokenizer: Tokenizer | None,
         max_model_len: int,
         vocab_size: int,
+        rng: random.Random | None = None,
     ) -> Job:
-        """Check and tokenize a prompt.
+        """Check and tokenize a prompt; `rng` draws the seed when `params` has none.
 
         Raises:
             InvalidRequest: the prompt or an option cannot be served.
@@ -44,7 +46,7 @@ class Job:
         check_token_options(params, vocab_size)
         if params.stop and tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and the model has none.", "stop")
-        parts = fan_out(params, request_id)
+        parts = fan_out(params, request_id, rng)
         return cls(
             request_id,
             prompt_text(prompt),

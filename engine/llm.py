@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """An engine in this process. Calls block, one at a time.
+    """An engine in this process. Calls block; for one thread at a time.
 
     Args:
         model: see `EngineConfig.model`.
@@ -39,6 +41,10 @@ class LLM:
         self._tokenizer = Tokenizer.load(source) if has_tokenizer(source) else None
         self.core = start_engine(self.config)
         self._ids = itertools.count()
+        self._rng = random.Random(self.config.seed)
+        self._owners: dict[str, tuple[Job, deque[tuple[Job, TextDelta]]]] = {}
+        """Request id → its job, and where to put what is new of it."""
+        self._dead: Exception | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -131,33 +137,43 @@ class LLM:
             self._tokenizer,
             info.max_model_len,
             info.vocab_size,
+            self._rng,
         )
 
     def _run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, TextDelta]]:
-        owners = {request_id: job for job in jobs for request_id in job.requests}
+        """Run jobs to their end; several such iterators may take turns."""
+        inbox: deque[tuple[Job, TextDelta]] = deque()
+        request_ids = [request_id for job in jobs for request_id in job.requests]
         try:
             for job in jobs:
-                for wire in job.requests.values():
+                for request_id, wire in job.requests.items():
                     self.core.add(wire)
-            while owners:
-                yield from self._step(owners)
+                    self._owners[request_id] = (job, inbox)
+            while inbox or any(request_id in self._owners for request_id in request_ids):
+                if not inbox:
+                    self._step()
+                while inbox:
+                    yield inbox.popleft()
         finally:
-            self.core.abort(list(owners))
+            self.core.abort([i for i in request_ids if self._owners.pop(i, None)])
 
-    def _step(self, owners: dict[str, Job]) -> Iterator[tuple[Job, TextDelta]]:
+    def _step(self) -> None:
+        """Do one step and sort what is new to whoever waits for it."""
+        if self._dead is not None:
+            raise EngineDead("a step failed earlier; build a new LLM.") from self._dead
         try:
             deltas = self.core.step()
         except Exception as error:
+            self._dead = error
             self.core.fail_all(str(error))
             raise EngineDead("a step failed; build a new LLM to go on.") from error
         for delta in deltas:
-            if (job := owners.get(delta.request_id)) is None:
-                continue
+            job, inbox = self._owners[delta.request_id]
             text = job.push(delta)
             if text.finish_reason is not None:
-                del owners[delta.request_id]
+                del self._owners[delta.request_id]
                 self.core.abort([delta.request_id])  # a stop string ended it: the engine goes on
-            yield job, text
+            inbox.append((job, text))
 
 
 def _one_each(values: Any, count: int, name: str) -> Sequence[Any]:

@@ -94,10 +94,11 @@ class EngineLoop:
                 self._on_step(deltas, self._core.load())
         except BaseException as error:
             logger.exception("the engine loop died")
-            self._on_step(
-                self._core.fail_all("The engine failed while it ran the request; try again."),
-                self._core.load(),
-            )
+            try:
+                failed = self._core.fail_all("The engine failed while it ran the request.")
+                self._on_step(failed, EngineLoad())
+            except Exception:
+                logger.exception("its requests could not be told")
             self._on_death(error)
 
     def _take_commands(self) -> list[TokenDelta] | None:
@@ -131,6 +132,8 @@ class EngineLoop:
             try:
                 self._core.add(item)
             except InvalidRequest as error:
-                refused.append(
-                    TokenDelta(item.request_id, [], finish_reason="error", error=error.message)
-                )
+                refused.append(_refusal(item.request_id, error))
+
+
+def _refusal(request_id: str, error: InvalidRequest) -> TokenDelta:
+    return TokenDelta(request_id, [], finish_reason="error", error=error.message, refused=True)

@@ -27,6 +27,8 @@ class TextDelta:
     """The stop token or stop string that ended the completion."""
     error: str | None = None
     """A sentence for the client when `finish_reason` is `error`."""
+    refused: bool = False
+    """The error is the request's own: it can never run on its engine."""
 
 
 class OutputProcessor:
@@ -102,7 +104,13 @@ class OutputProcessor:
         if delta.logprobs is not None and self._logprobs is not None:
             logprobs = self._add_logprobs(delta.logprobs[:count])
         return TextDelta(
-            text, token_ids, logprobs, self.finish_reason, self.stop_reason, delta.error
+            text,
+            token_ids,
+            logprobs,
+            self.finish_reason,
+            self.stop_reason,
+            delta.error,
+            delta.refused,
         )
 
     def result(self) -> CompletionOutput:

@@ -39,6 +39,8 @@ class TokenDelta(msgspec.Struct, array_like=True, omit_defaults=True):
     """Prompt tokens found in the prefix cache; set on the first delta."""
     error: str | None = None
     """A sentence for the client when `finish_reason` is `error`."""
+    refused: bool = False
+    """The error is the request's own: it can never run on this engine."""
 
 
 class EngineLoad(msgspec.Struct, array_like=True):

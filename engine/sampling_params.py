@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import msgspec
 
@@ -10,6 +10,11 @@ from engine.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for at each position."""
+MAX_STOP_STRINGS = 32
+MAX_STOP_LENGTH = 1024
+"""In characters; each token of the output is held against every stop string."""
+MAX_NAMED_TOKENS = 1024
+"""Most entries of `stop_token_ids` or `logit_bias`, for which every row of a batch has room."""
 
 MIN_TEMPERATURE = 1e-5
 """A lower temperature means greedy: logits divided by it could overflow float32."""
@@ -120,6 +125,12 @@ def _check_stops(params: SamplingParams) -> None:
     texts, ids = params.stop, params.stop_token_ids
     if not isinstance(texts, (list, tuple)) or not all(isinstance(s, str) and s for s in texts):
         raise InvalidRequest("stop must be a non-empty string or a list of them.", "stop")
+    if len(texts) > MAX_STOP_STRINGS or any(len(text) > MAX_STOP_LENGTH for text in texts):
+        raise InvalidRequest(
+            f"stop takes up to {MAX_STOP_STRINGS} strings of up to {MAX_STOP_LENGTH} characters.",
+            "stop",
+        )
+    _check_count("stop_token_ids", ids)
     if not isinstance(ids, (list, tuple)) or not all(_is_number(i, int) and i >= 0 for i in ids):
         raise InvalidRequest("stop_token_ids must be a list of token ids.", "stop_token_ids")
 
@@ -127,8 +138,14 @@ def _check_stops(params: SamplingParams) -> None:
 def _check_logit_bias(bias: dict[int, float] | None) -> None:
     if bias is not None and not isinstance(bias, dict):
         raise InvalidRequest("logit_bias must map token ids to numbers.", "logit_bias")
+    _check_count("logit_bias", bias)
     for token, value in (bias or {}).items():
         if not _is_number(token, int) or token < 0 or not _is_number(value):
             raise InvalidRequest("logit_bias must map token ids to numbers.", "logit_bias")
         if not -100 <= value <= 100:  # NaN fails the comparison
             raise InvalidRequest("logit_bias values must lie between -100 and 100.", "logit_bias")
+
+
+def _check_count(name: str, entries: object) -> None:
+    if isinstance(entries, Sized) and len(entries) > MAX_NAMED_TOKENS:
+        raise InvalidRequest(f"{name} takes up to {MAX_NAMED_TOKENS} entries.", name)

@@ -12,6 +12,9 @@ from engine.config import EngineConfig
 if TYPE_CHECKING:
     from engine.core import EngineCore
 
+SPIN_COUNT = "3000"
+"""Turns (some tens of microseconds) that a thread of a CPU step spins before it sleeps."""
+
 logger = logging.getLogger("trunkline.engine")
 
 
@@ -39,10 +42,10 @@ def start_engine(config: EngineConfig) -> EngineCore:
     Raises:
         ConfigError: the model or an option cannot be used.
     """
-    # Threads that wait for each other must sleep, not spin: where something else wants the cores,
-    # and in a server something always does, spinning makes a step tens of times slower. The OpenMP
-    # library reads this when torch loads it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for each other must soon sleep, not spin on: where something else wants the
+    # cores, and in a server something always does, torch's default (some milliseconds) makes a step
+    # tens of times slower. The OpenMP library reads this when torch loads it.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     stopwatch = Stopwatch()
     from engine.core import EngineCore
 

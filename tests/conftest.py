@@ -1,4 +1,6 @@
 import os
 
-# As `engine.startup` does; torch may be imported before it here.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from engine.startup import SPIN_COUNT
+
+# As `start_engine` does; torch may be imported before it here.
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -50,11 +51,12 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
     """
     if config.tensor_parallel_size > 1:
         raise ConfigError("tensor_parallel_size above 1 is not supported yet; set it to 1.")
-    if config.cpu_threads is not None:
-        torch.set_num_threads(config.cpu_threads)
     source = resolve_model(config.model)
     shape = read_model_config(source)
     device = _device(config)
+    if device.type == "cpu":
+        # Not torch's default: launchers such as Ray set OMP_NUM_THREADS to what they account for.
+        torch.set_num_threads(config.cpu_threads or len(os.sched_getaffinity(0)))
     dtype = _dtype(config, shape, device)
     max_model_len = config.resolve_max_model_len(shape.max_position_embeddings)
     step_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]

@@ -1,5 +1,6 @@
 """The offline API on the bundled model."""
 
+import itertools
 import math
 
 import pytest
@@ -130,6 +131,32 @@ def test_stream_yields_the_same_text_and_closing_it_frees(llm):
     assert llm.core.load().free_blocks == llm.core.info.num_blocks - 1
 
 
+def test_streams_and_calls_may_take_turns(llm):
+    wanted = [greedy(llm, p, max_tokens=16).text for p in (PARIS, REPEATING, "Hello")]
+    params = SamplingParams(temperature=0.0, max_tokens=16)
+    first, second = llm.stream(PARIS, params), llm.stream(REPEATING, params)
+    texts = [next(first).text, next(second).text]
+    third = greedy(llm, "Hello", max_tokens=16).text
+    for a, b in itertools.zip_longest(first, second):
+        texts[0] += a.text if a else ""
+        texts[1] += b.text if b else ""
+    assert [*texts, third] == wanted
+
+
+def test_unseeded_calls_repeat_with_the_engines_seed(tiny_model):
+    def draw(seed):
+        llm = LLM(
+            tiny_model, load_format="dummy", seed=seed, num_kvcache_blocks=64, max_model_len=128
+        )
+        prompt = {"prompt_token_ids": [1, 2, 3]}
+        params = SamplingParams(ignore_eos=True, max_tokens=8)
+        return [llm.generate(prompt, params, use_tqdm=False)[0].tokens for _ in range(2)]
+
+    first = draw(5)
+    assert first == draw(5)
+    assert first[0] != first[1]
+
+
 def test_progress_bar_shows_both_rates(llm, capsys):
     llm.generate([PARIS] * 3, SamplingParams(max_tokens=4))
     shown = capsys.readouterr().err
@@ -209,6 +236,8 @@ def test_a_failing_step_is_loud_and_final(tiny_model, monkeypatch):
     )
     monkeypatch.setattr(llm.core.runner, "execute", lambda plan: 1 / 0)
     with pytest.raises(EngineDead):
+        llm.generate(prompt, use_tqdm=False)
+    with pytest.raises(EngineDead, match="build a new LLM"):
         llm.generate(prompt, use_tqdm=False)
     with pytest.raises(ConfigError, match="no tokenizer"):
         _ = llm.tokenizer

@@ -57,7 +57,7 @@ def test_a_refused_request_is_told_so_alone(recorder, monkeypatch):
     recorder.loop.submit([request("a", [1]), request("b", [2], max_tokens=1)])
     ends = {d.request_id: d for d in recorder.deltas_until_finished(2)}
     assert ends["a"].finish_reason == "error"
-    assert ends["a"].error == "too long"
+    assert (ends["a"].error, ends["a"].refused) == ("too long", True)
     assert ends["b"].finish_reason == "length"
 
 
@@ -83,6 +83,16 @@ def test_a_failing_step_tells_everyone_and_ends_the_loop(recorder, monkeypatch):
     assert str(recorder.deaths.get(timeout=5)) == "boom"
     recorder.loop.stop()
     assert not recorder.loop.alive
+
+
+def test_death_is_told_even_if_failing_fails(recorder, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(recorder.core, "step", fail)
+    monkeypatch.setattr(recorder.core, "fail_all", fail)
+    recorder.loop.submit([request("a", [1])])
+    assert str(recorder.deaths.get(timeout=5)) == "boom"
 
 
 def test_an_idle_loop_shows_life_and_looks_for_leaks(monkeypatch):

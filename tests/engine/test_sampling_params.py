@@ -71,3 +71,18 @@ def test_min_tokens_above_max_tokens():
 )
 def test_greedy(fields, greedy):
     assert SamplingParams(**fields).greedy is greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stop", ["x"] * 33),
+        ("stop", ["x" * 1025]),
+        ("stop_token_ids", list(range(1025))),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+    ],
+)
+def test_lists_are_bounded(name, value):
+    with pytest.raises(InvalidRequest, match="up to") as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
