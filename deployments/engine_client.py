@@ -58,7 +58,16 @@ class Generation:
     def __init__(self, client: EngineClient, requests: Iterable[EngineRequest]) -> None:
         self._client = client
         self._mailbox = Mailbox()
-        self._flights = {r.request_id: self._launch(r) for r in requests}
+        self._flights: dict[str, Flight] = {}
+        subscriber_id = client.hub.subscriber_id
+        # All are encoded before any is sent: what cannot be encoded must not leave others running.
+        encoded = [(request, encode(Submission(subscriber_id, request))) for request in requests]
+        try:
+            for request, submission in encoded:
+                self._launch(request, submission)
+        except BaseException:
+            self.abort(list(self._flights))  # nobody gets to the end of this `with`
+            raise
 
     def __enter__(self) -> Generation:
         return self
@@ -98,15 +107,16 @@ class Generation:
             self._flights[request_id].call.cancel()
             self._land(request_id)
 
-    def _launch(self, request: EngineRequest) -> Flight:
+    def _launch(self, request: EngineRequest, submission: bytes) -> None:
         client, request_id = self._client, request.request_id
+        call = client.handle.generate.remote(
+            submission, Booking(request_id, len(request.prompt_token_ids))
+        )
+        # Tokens arrive in this event loop, so none can have come before the mailbox is known.
+        watcher = asyncio.create_task(self._watch(call, request_id))
+        self._flights[request_id] = Flight(request, call, watcher)
         client.hub.register(request_id, self._mailbox)
         client.num_running += 1
-        call = client.handle.generate.remote(
-            encode(Submission(client.hub.subscriber_id, request)),
-            Booking(request_id, len(request.prompt_token_ids)),
-        )
-        return Flight(request, call, asyncio.create_task(self._watch(call, request_id)))
 
     def _land(self, request_id: str) -> None:
         del self._flights[request_id]

@@ -34,6 +34,8 @@ def parse_body(kind: type[B], data: bytes) -> B:
         InvalidRequest: the body is not JSON, not an object, or a field is wrong.
     """
     values = _decode(data)
+    if b"\\ud" in data.lower():  # how JSON spells surrogates, paired or not
+        _refuse_surrogates(values)
     for name, harmless in kind.unsupported.items():
         value = values.get(name)
         if value is not None and value not in harmless:
@@ -46,13 +48,30 @@ def parse_body(kind: type[B], data: bytes) -> B:
 
 def _decode(data: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(data)
+        values = json.loads(data.decode("utf-8-sig"))  # bytes would let raw surrogates through
     except (ValueError, RecursionError) as error:
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise InvalidRequest(f"the request body is not valid JSON{where}.") from None
     if not isinstance(values, dict):
         raise InvalidRequest("the request body must be a JSON object.")
     return values
+
+
+def _refuse_surrogates(values: dict[str, Any]) -> None:
+    """Half of a surrogate pair is no character: neither engines nor answers can be told of it."""
+    for name, value in values.items():
+        if not _encodable(name):
+            raise InvalidRequest("a field's name holds an unpaired surrogate; remove it.")
+        if not _encodable(value):
+            raise InvalidRequest(f"{name} holds an unpaired surrogate; remove it.", name)
+
+
+def _encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def _first_error(error: ValidationError) -> InvalidRequest:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from deployments.protocols.body import Body
 from engine.errors import InvalidRequest
@@ -49,7 +51,7 @@ class SamplingFields(Body):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
-    priority: int = 0
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Lower goes first, under the scheduling policy `priority`."""
     user: str | None = None
 
