@@ -44,7 +44,8 @@ class DeploymentOptions(Options):
     num_gpus: float | None = Field(default=None, ge=0)
     """GPUs of an engine; None takes `tensor_parallel_size` when the engine runs on GPUs."""
     num_cpus: float = Field(default=0.5, ge=0)
-    """CPUs that Ray reserves for an engine; it bounds nothing, `cpu_threads` does."""
+    """CPUs that Ray counts as taken by an engine when it places others; how many threads the engine
+    computes with is `cpu_threads`, whatever this is."""
     accelerator_type: str | None = None
     """Such as `A100`: places the engines on nodes with this accelerator."""
     max_ongoing_requests: int | None = Field(default=None, ge=1)

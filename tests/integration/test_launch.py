@@ -31,7 +31,7 @@ class Launched:
         (port,) = free_ports(1)
         config["http_options"]["port"] = port
         engine = config["applications"][0]["args"]["models"][MODEL]["engine"]
-        engine |= {"kv_cache_memory_bytes": 512 * 2**20, "cpu_threads": 2}
+        engine |= {"kv_cache_memory_bytes": 512 * 2**20}
         self.config = folder / "serve_config.yaml"
         self.config.write_text(yaml.safe_dump(config))
         self.url = f"http://127.0.0.1:{port}"
