@@ -117,6 +117,7 @@ class EngineReplica:
         self._actor.submit.remote(encode(batch))
 
     async def _watch(self) -> None:
+        """Follow the engine's reports to their end, which is the end of this replica too."""
         reports = self._actor.watch.options(
             num_returns="streaming", _generator_backpressure_num_objects=UNREAD_OBJECTS
         ).remote()
@@ -125,6 +126,9 @@ class EngineReplica:
                 self._take(decode_report(await ref))
         except ray.exceptions.RayError as error:
             self._dead = f"the engine actor died: {error}"
+        except Exception as error:  # without its reports no request would ever end
+            logger.exception("cannot follow the engine's reports")
+            self._dead = f"its reports cannot be followed: {type(error).__name__}: {error}"
         self._die()
 
     def _take(self, report: EngineReport) -> None:

@@ -15,6 +15,7 @@ from deployments import engine_replica
 from deployments.engine_actor import EngineActor
 from deployments.engine_replica import EngineReplica
 from engine.config import EngineConfig
+from engine.errors import EngineDead
 from tests.deployments.fake_core import FakeCore
 
 
@@ -64,14 +65,18 @@ def local(monkeypatch):
     monkeypatch.setattr(
         engine_replica, "EngineMetrics", lambda _: SimpleNamespace(record=lambda _: None)
     )
-    monkeypatch.delattr(EngineReplica, "__del__")  # Serve alone knows how to call it
     monkeypatch.setattr(engine_replica, "EXIT_DELAY_S", 0.0)
     monkeypatch.setattr(engine_replica.os, "_exit", exits.append)
     return exits
 
 
+class Replica(EngineReplica):
+    def __del__(self) -> None:
+        """Only Serve can call one that is a coroutine."""
+
+
 async def start(start_core: Callable[[EngineConfig], Any] = FakeCore) -> EngineReplica:
-    replica = EngineReplica.__new__(EngineReplica)
+    replica = Replica.__new__(Replica)
     await replica.__init__(EngineConfig(), {}, start_core)
     return replica
 
@@ -90,4 +95,19 @@ async def test_slow_load_does_not_count_as_silence(local, monkeypatch):
     monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.3)
     replica = await start(partial(load_slowly, seconds=0.5))
     await replica.check_health()
+    await stop(replica)
+
+
+async def test_report_that_cannot_be_read_ends_the_replica(local, monkeypatch):
+    async def garbage(_: EngineActor) -> AsyncIterator[bytes]:
+        yield b"no report"
+
+    monkeypatch.setattr(EngineActor, "watch", garbage)
+    replica = await start()
+    async with asyncio.timeout(5):
+        while not local:
+            await asyncio.sleep(0.01)
+    assert local == [1]
+    with pytest.raises(EngineDead, match="ValidationError"):
+        await replica.check_health()
     await stop(replica)
