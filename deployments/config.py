@@ -92,6 +92,9 @@ class IngressOptions(Options):
     """`Retry-After` of such an answer, in seconds."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """Longest request body; a longer one gets 413."""
+    allow_request_chat_templates: bool = False
+    """Whether clients may send a `chat_template`. It is a program that runs in the ingress, for as
+    long as it likes: only for clients that are trusted."""
     graceful_shutdown_timeout_s: float = Field(default=600, ge=0)
     """Longest stream that an update of the ingress waits for."""
 

@@ -26,6 +26,7 @@ async def handle_chat(
     model = models.find(body.model)
     params = body.to_params()
     body.check_stream_options()
+    body.check_template_options(model.allow_request_chat_templates)
     answer_id = new_id("chatcmpl")
     prompt = await aside(len(data), lambda: _prompt(model, body))
     jobs = await build_jobs(

@@ -74,6 +74,7 @@ def _load(
         max_concurrent_requests=ingress.max_concurrent_requests,
         retry_after_s=ingress.retry_after_s,
         may_scale_to_zero=scaling is not None and scaling.min_replicas == 0,
+        allow_request_chat_templates=ingress.allow_request_chat_templates,
         created=int(time.time()),
     )
 

@@ -43,6 +43,7 @@ class ServedModel:
     max_concurrent_requests: int
     retry_after_s: int
     may_scale_to_zero: bool = False
+    allow_request_chat_templates: bool = False
     created: int = 0
 
     def check_admission(self, num_requests: int) -> None:

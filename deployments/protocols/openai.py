@@ -27,6 +27,17 @@ _VLLM_ONLY = {
     "allowed_token_ids": _NOTHING,
     "bad_words": _NOTHING,
 }
+_NOT_VARIABLES = frozenset(
+    (
+        "self",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+    )
+)
+"""Names of `chat_template_kwargs` that mean something else than a variable of the template."""
 
 
 class StreamOptions(Body):
@@ -142,6 +153,27 @@ class ChatBody(GenerationBody):
             )
         except InvalidRequest as error:
             raise self._renamed(error) from None
+
+    def check_template_options(self, allow_template: bool) -> None:
+        """Refuse a template of the client's own, and variables of names that are taken.
+
+        Args:
+            allow_template: whether clients may send templates. A template is a program, which can
+                run for as long as it likes.
+
+        Raises:
+            InvalidRequest: see above.
+        """
+        if self.chat_template is not None and not allow_template:
+            raise InvalidRequest(
+                "chat_template is not accepted by this server; leave it out.", "chat_template"
+            )
+        if taken := sorted(_NOT_VARIABLES.intersection(self.chat_template_kwargs or ())):
+            raise InvalidRequest(
+                f"chat_template_kwargs must not name {', '.join(taken)}; use the request's own "
+                "fields.",
+                "chat_template_kwargs",
+            )
 
     def _renamed(self, error: InvalidRequest) -> InvalidRequest:
         """The same error under the name that the client used."""

@@ -187,12 +187,31 @@ async def test_bad_field_is_named(plane, change, param):
         ({"max_completion_tokens": 0, "max_tokens": None}, "max_completion_tokens"),
         ({"max_completion_tokens": 5}, "max_tokens"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"chat_template": "{% bad"}, "chat_template"),
+        ({"chat_template": "{{ 'ab ' * 5000000 }}"}, "chat_template"),
+        ({"chat_template": ""}, "chat_template"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"add_generation_prompt": True}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"continue_final_message": True}}, "chat_template_kwargs"),
     ],
 )
 async def test_bad_chat_field_is_named(plane, change, param):
     response = await plane.http.post("/v1/chat/completions", json={**CHAT, **change})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def test_chat_template_of_trusted_clients(plane):
+    plane.model.allow_request_chat_templates = True
+    body = {**CHAT, "chat_template": "{{ messages[0].content }} {{ more }}", "max_tokens": 6}
+    body["chat_template_kwargs"] = {"more": "alpha beta"}
+    answer = (await plane.http.post("/v1/chat/completions", json=body)).json()
+    assert answer["choices"][0]["message"]["content"] == echo("hi alpha beta", 6)
+    response = await plane.http.post(
+        "/v1/chat/completions", json={**CHAT, "chat_template": "{% bad"}
+    )
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "chat_template")
 
 
 @pytest.mark.parametrize(
