@@ -10,7 +10,7 @@ import functools
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from engine.outputs import EngineLoad
@@ -19,6 +19,10 @@ REQUEST_COST = 64
 """What a request costs beside its tokens, in tokens: each step has a fixed price a sequence."""
 CROWDED_SHARE = 0.05
 """An engine with less of its cache free than this is taken only when all others are so too."""
+FIRST_PAUSE_S = 0.02
+"""An engine that turns a request away gets none for about this long, and twice as long each time
+that it does so again, up to `LAST_PAUSE_S`."""
+LAST_PAUSE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -34,6 +38,21 @@ class EngineState:
     """Number of its last booking; before the first a fraction, so that ingress replicas do not all
     begin with the same one of several idle engines."""
     down: bool = False
+    refusals: int = 0
+    """Requests it turned away since it last took one."""
+    closed_until: float = 0.0
+    """`time.monotonic()` of the end of the pause after a refusal."""
+
+    def has_room(self, max_requests: int) -> bool:
+        """Whether it would take one more request, as far as this process knows."""
+        held = self.load.num_running + self.load.num_waiting + len(self.bookings)
+        return held < max_requests and time.monotonic() >= self.closed_until
+
+    def close(self) -> None:
+        """Begin the pause after a refusal; its length varies, so that ingresses do not meet."""
+        pause = min(FIRST_PAUSE_S * 2 ** min(self.refusals, 10), LAST_PAUSE_S)
+        self.refusals += 1
+        self.closed_until = time.monotonic() + pause * random.uniform(0.5, 1.0)
 
     def score(self) -> tuple[bool, bool, int, float]:
         """Sorts engines, best first: alive, with room, least load, longest without a booking."""
@@ -64,6 +83,8 @@ class LoadTable:
         self._placed: dict[str, str] = {}
         self._bookings_made = 0
         self._listeners: list[Callable[[], None]] = []
+        self._room_listeners: list[Callable[[], None]] = []
+        self._full = False
 
     def set_members(self, deployment: str, engine_ids: Iterable[str]) -> None:
         """Take over from Serve which engines of a deployment are in service."""
@@ -78,6 +99,7 @@ class LoadTable:
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
+        self._tell_of_room()
 
     def members(self, deployment: str) -> tuple[str, ...]:
         """Engines of the deployment that are in service."""
@@ -89,23 +111,30 @@ class LoadTable:
         with self._lock:
             self._listeners.append(listener)
 
-    def book(
-        self, candidates: Collection[str], request_id: str, cost: int, avoid: str | None = None
-    ) -> str:
-        """Choose the least loaded candidate and book the request there, in one step.
+    def on_room(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called, in whatever thread, when `book` may succeed that did not."""
+        with self._lock:
+            self._room_listeners.append(listener)
+
+    def book(self, limits: Mapping[str, int], request_id: str, cost: int) -> str | None:
+        """Choose the least loaded engine with room and book the request there, in one step.
 
         Args:
-            candidates: engine ids, at least one.
+            limits: engine id → most requests that it holds, running and waiting.
             request_id: a request that is booked already moves.
             cost: tokens that the request brings.
-            avoid: an engine to take only if it is the only one.
+
+        Returns:
+            The engine, or None when none has room; `on_room` tells when to try again.
         """
         with self._lock:
             self._drop(request_id)
-            for engine_id in candidates:
-                self._engines.setdefault(engine_id, EngineState())
-            good = [i for i in candidates if i != avoid] or list(candidates)
-            chosen = min(good, key=lambda i: self._engines[i].score())
+            states = {i: self._engines.setdefault(i, EngineState()) for i in limits}
+            roomy = [i for i, state in states.items() if state.has_room(limits[i])]
+            if not roomy:
+                self._full = True
+                return None
+            chosen = min(roomy, key=lambda i: states[i].score())
             self._bookings_made += 1
             state = self._engines[chosen]
             state.last_booking = self._bookings_made
@@ -117,6 +146,14 @@ class LoadTable:
         """Where the request is booked."""
         with self._lock:
             return self._placed.get(request_id)
+
+    def refuse(self, request_id: str) -> None:
+        """Undo a booking that the engine turned away, and leave the engine alone for a moment."""
+        with self._lock:
+            engine_id = self._placed.get(request_id)
+            if engine_id in self._engines:
+                self._engines[engine_id].close()
+            self._drop(request_id)
 
     def mark_down(self, engine_id: str) -> list[str]:
         """Avoid an engine that is lost until it reports again; returns the requests booked on it.
@@ -136,12 +173,15 @@ class LoadTable:
             state.down = False
             state.reported_at = time.monotonic()
             for request_id in reflected:
-                state.bookings.pop(request_id, None)
+                if state.bookings.pop(request_id, None) is not None:
+                    state.refusals = 0
+        self._tell_of_room()
 
     def release(self, request_id: str) -> None:
         """Forget a request that has ended."""
         with self._lock:
             self._drop(request_id)
+        self._tell_of_room()
 
     def forget(self, engine_id: str) -> None:
         """Drop a lost engine: its load, and the bookings on it."""
@@ -164,6 +204,13 @@ class LoadTable:
                 for engine_id in self._members.get(deployment, ())
                 if engine_id in self._engines
             ]
+
+    def _tell_of_room(self) -> None:
+        with self._lock:
+            listeners = list(self._room_listeners) if self._full else []
+            self._full = False
+        for listener in listeners:
+            listener()
 
     def _drop(self, request_id: str) -> None:
         engine_id = self._placed.pop(request_id, None)

@@ -7,6 +7,7 @@ shared is imported inside the methods.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any, NamedTuple
 
 from ray.serve.request_router import (
@@ -16,8 +17,9 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-RETRY_DELAY_S = 0.02
-"""Pause before a request that a full engine turned away is routed again."""
+RECHECK_S = 0.1
+"""The request at the head of the line looks for room this often even if nothing told of any: what
+an engine's pause after a refusal needs, as nobody tells of its end."""
 
 
 class Booking(NamedTuple):
@@ -29,11 +31,21 @@ class Booking(NamedTuple):
 
 
 class LeastLoadedRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
-    """Chooses and books without giving up control in between.
+    """Chooses and books without giving up control in between; requests wait here, in the order of
+    their arrival, while the load table knows of no engine with room.
 
     Overrides the private method that Serve's own capacity-queue router overrides too: the public
     hook only ranks, and requests that arrive together would all see the same idle engine.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        from deployments.load_table import load_table
+
+        super().__init__(*args, **kwargs)
+        self._line = asyncio.Lock()
+        self._room = asyncio.Event()
+        self._room_loop: asyncio.AbstractEventLoop | None = None
+        load_table().on_room(self._tell_of_room)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Tell the load table which engines Serve has in service."""
@@ -50,17 +62,31 @@ class LeastLoadedRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         from deployments.load_table import load_table
 
         booking = _booking(pending_request)
-        refused_by = load_table().engine_of(booking.request_id) if is_retry else None
-        if is_retry:
-            await asyncio.sleep(RETRY_DELAY_S)
-        while not self._replicas_list:
-            self._replicas_updated_event.clear()
-            await self._replicas_updated_event.wait()
-        replicas = {replica.replica_id.unique_id: replica for replica in self._replicas_list}
-        chosen = load_table().book(
-            replicas.keys(), booking.request_id, booking.num_tokens, avoid=refused_by
-        )
-        return replicas[chosen]
+        if is_retry:  # it has stood in line before
+            load_table().refuse(booking.request_id)
+            return await self._place(booking)
+        async with self._line:  # free, it does not give up control either
+            return await self._place(booking)
+
+    async def _place(self, booking: Booking) -> RunningReplica:
+        """Book as soon as there is room."""
+        from deployments.load_table import load_table
+
+        self._room_loop = asyncio.get_running_loop()
+        while True:
+            self._room.clear()
+            replicas = {replica.replica_id.unique_id: replica for replica in self._replicas_list}
+            limits = {i: replica.max_ongoing_requests for i, replica in replicas.items()}
+            chosen = load_table().book(limits, booking.request_id, booking.num_tokens)
+            if chosen is not None:
+                return replicas[chosen]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._room.wait(), RECHECK_S)
+
+    def _tell_of_room(self) -> None:
+        """Called in whatever thread changed the load table."""
+        if self._room_loop is not None:
+            self._room_loop.call_soon_threadsafe(self._room.set)
 
     async def choose_replicas(
         self,
@@ -71,6 +97,7 @@ class LeastLoadedRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         return [candidate_replicas]
 
 
-def _booking(pending_request: PendingRequest) -> Any:
+def _booking(pending_request: PendingRequest) -> Booking:
     """The `Booking` among the call's arguments."""
-    return pending_request.kwargs.get("booking") or pending_request.args[1]
+    booking: Booking = pending_request.kwargs.get("booking") or pending_request.args[1]
+    return booking

@@ -75,7 +75,8 @@ class LocalHandle:
     async def _generate(self, submission: bytes, booking: Booking) -> str:
         if self.failure is not None:
             raise self.failure
-        chosen = self._table.book(self._actors, booking.request_id, booking.num_tokens)
+        limits = dict.fromkeys(self._actors, 1000)
+        chosen = self._table.book(limits, booking.request_id, booking.num_tokens)
         await self._actors[chosen].submit(encode([decode_submission(submission)]))
         await asyncio.Event().wait()
         return ""

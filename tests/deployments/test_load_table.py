@@ -3,10 +3,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
+from deployments import load_table
 from deployments.load_table import LoadTable
 from engine.outputs import EngineLoad
 
-ENGINES = ["a", "b", "c", "d"]
+ENGINES = dict.fromkeys("abcd", 100)
+PAIR = dict.fromkeys("ab", 100)
 
 
 def test_burst_is_spread_evenly_before_any_report():
@@ -32,45 +34,72 @@ def test_burst_from_many_threads_is_spread_evenly():
 
 def test_long_prompts_weigh_more():
     table = LoadTable()
-    first = table.book(["a", "b"], "long", cost=4000)
-    assert first not in [table.book(["a", "b"], f"r{i}", cost=100) for i in range(3)]
+    first = table.book(PAIR, "long", cost=4000)
+    assert first not in [table.book(PAIR, f"r{i}", cost=100) for i in range(3)]
 
 
 def test_booking_gives_way_to_the_report_that_counts_it():
     table = LoadTable()
-    table.book(["a"], "r", cost=1000)
+    table.book({"a": 100}, "r", cost=1000)
     table.report("a", EngineLoad(num_running=1, running_tokens=10, free_blocks=9, total_blocks=10))
     table.report("b", EngineLoad(num_running=3, running_tokens=500, free_blocks=9, total_blocks=10))
-    assert table.book(["a", "b"], "s", cost=1) == "b"
+    assert table.book(PAIR, "s", cost=1) == "b"
     table.report(
         "a", EngineLoad(num_running=1, running_tokens=10, free_blocks=9, total_blocks=10), ["r"]
     )
-    assert table.book(["a", "b"], "t", cost=1) == "a"
+    assert table.book(PAIR, "t", cost=1) == "a"
 
 
 def test_crowded_and_lost_engines_come_last():
     table = LoadTable()
     table.report("a", EngineLoad(free_blocks=1, total_blocks=100))
     table.report("b", EngineLoad(num_running=50, free_blocks=50, total_blocks=100))
-    assert table.book(["a", "b"], "r", cost=1) == "b"
+    assert table.book(PAIR, "r", cost=1) == "b"
     assert table.mark_down("b") == ["r"]
-    assert table.book(["a", "b"], "s", cost=1) == "a"
-    assert table.book(["b"], "t", cost=1) == "b"
+    assert table.book(PAIR, "s", cost=1) == "a"
+    assert table.book({"b": 100}, "t", cost=1) == "b"
     table.report("b", EngineLoad(free_blocks=50, total_blocks=100))
-    assert table.book(["a", "b"], "u", cost=1) == "b"
+    assert table.book(PAIR, "u", cost=1) == "b"
 
 
-def test_retry_moves_the_booking_and_avoids_who_refused():
+def test_refused_request_moves_and_the_engine_is_left_alone_for_longer_each_time(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(load_table.time, "monotonic", lambda: now)
     table = LoadTable()
-    first = table.book(["a", "b"], "r", cost=10)
-    second = table.book(["a", "b"], "r", cost=10, avoid=first)
+    first = table.book(PAIR, "r", cost=10)
+    table.refuse("r")
+    second = table.book(PAIR, "r", cost=10)
     assert {first, second} == {"a", "b"}
     assert table.engine_of("r") == second
-    assert table.book([first], "r", cost=10, avoid=first) == first
+    for pause in (0.02, 0.04, 0.08):
+        table.refuse("r")
+        assert table.engine_of("r") is None
+        now += pause * 0.49
+        assert table.book({second: 100}, "r", cost=10) is None
+        now += pause * 0.52
+        assert table.book({second: 100}, "r", cost=10) == second
     table.release("r")
-    assert table.engine_of("r") is None
     table.set_members("m", ["a", "b"])
     assert [view.num_booked for view in table.view("m")] == [0, 0]
+
+
+def test_full_engines_get_nothing_until_somebody_tells_of_room():
+    table, told = LoadTable(), []
+    table.on_room(lambda: told.append(1))
+    limits = {"a": 2, "b": 1}
+    assert sorted(table.book(limits, f"r{i}", cost=1) for i in range(3)) == ["a", "a", "b"]
+    table.release("none")
+    assert not told  # nobody was turned away yet
+    assert table.book(limits, "s", cost=1) is None
+    table.release("r0")
+    assert told == [1]
+    assert table.book(limits, "s", cost=1) is not None
+    table.report("a", EngineLoad(num_running=1, num_waiting=1), ["r0", "r1", "r2", "s"])
+    table.report("b", EngineLoad(num_running=1), ["r0", "r1", "r2", "s"])
+    assert table.book(limits, "t", cost=1) is None
+    table.report("b", EngineLoad(num_running=0))
+    assert told == [1, 1]
+    assert table.book(limits, "t", cost=1) == "b"
 
 
 def test_members_are_announced():

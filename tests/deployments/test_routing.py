@@ -1,0 +1,109 @@
+"""The router with replicas that are only names, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID
+
+from deployments import load_table, routing
+from deployments.load_table import LoadTable
+from deployments.routing import Booking, LeastLoadedRouter
+from engine.outputs import EngineLoad
+
+
+class CountingTable(LoadTable):
+    tries = 0
+
+    def book(self, *args: Any) -> str | None:
+        self.tries += 1
+        return super().book(*args)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    made = CountingTable()
+    monkeypatch.setattr(load_table, "load_table", lambda: made)
+    monkeypatch.setattr(routing, "RECHECK_S", 5.0)
+    return made
+
+
+def make_router(**limits: int) -> LeastLoadedRouter:
+    router = LeastLoadedRouter(DeploymentID("m"), DeploymentHandleSource.REPLICA)
+    router._replicas_list = [
+        SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), max_ongoing_requests=limit)
+        for name, limit in limits.items()
+    ]
+    return router
+
+
+async def place(router: LeastLoadedRouter, request_id: str, **more: Any) -> str:
+    pending = SimpleNamespace(kwargs={}, args=[b"", Booking(request_id, 10)])
+    replica = await router._choose_replica_for_request(pending, **more)
+    return replica.replica_id.unique_id
+
+
+async def turns() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_burst_is_spread_evenly(table):
+    router = make_router(a=64, b=64, c=64, d=64)
+    chosen = await asyncio.gather(*(place(router, f"r{i}") for i in range(16)))
+    assert Counter(chosen) == dict.fromkeys("abcd", 4)
+
+
+async def test_requests_wait_for_room_in_order_of_arrival_and_without_polling(table):
+    router, placed = make_router(a=2), []
+
+    async def run(request_id: str) -> None:
+        await place(router, request_id)
+        placed.append(request_id)
+
+    tasks = [asyncio.ensure_future(run(f"r{i}")) for i in range(100)]
+    await turns()
+    assert placed == ["r0", "r1"] and table.tries == 3
+    for number in range(98):
+        await asyncio.to_thread(table.release, f"r{number}")  # as the trunks' thread does
+        await turns()
+    assert placed == [f"r{i}" for i in range(100)]
+    assert table.tries < 220
+    await asyncio.gather(*tasks)
+
+
+async def test_refused_request_waits_for_the_engine_to_open_again(table, monkeypatch):
+    monkeypatch.setattr(routing, "RECHECK_S", 0.01)
+    router = make_router(a=2)
+    await place(router, "r")
+    again = asyncio.ensure_future(place(router, "r", is_retry=True))
+    await turns()
+    assert not again.done() and table.engine_of("r") is None
+    assert await again == "a"
+
+
+async def test_request_that_waits_sees_new_replicas_and_reports(table):
+    router = make_router()
+    waiting = asyncio.ensure_future(place(router, "r"))
+    await turns()
+    table.report("b", EngineLoad(num_running=1))
+    router._replicas_list = make_router(b=1)._replicas_list
+    table.set_members("m", ["b"])
+    await turns()
+    assert not waiting.done()
+    table.report("b", EngineLoad())
+    assert await waiting == "b"
+
+
+async def test_request_that_leaves_the_line_holds_up_nobody(table):
+    router = make_router(a=1)
+    await place(router, "r")
+    left, stays = (asyncio.ensure_future(place(router, name)) for name in ("left", "stays"))
+    await turns()
+    left.cancel()
+    table.release("r")
+    assert await stays == "a"
