@@ -28,16 +28,17 @@ async def handle_chat(
     body.check_stream_options()
     body.check_template_options(model.allow_request_chat_templates)
     answer_id = new_id("chatcmpl")
-    prompt = await aside(len(data), lambda: _prompt(model, body))
-    jobs = await build_jobs(
-        model,
-        answer_id,
-        [prompt],
-        params,
-        priority=body.priority,
-        cache_salt=body.cache_salt,
-        param="messages",
-    )
+    with model.admission(1, params, "messages"):
+        prompt = await _prompt(model, body, len(data))
+        jobs = await build_jobs(
+            model,
+            answer_id,
+            [prompt],
+            params,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            param="messages",
+        )
     if body.stream:
         begin = header(answer_id, "chat.completion.chunk", body.model)
         writer = _Writer(body, jobs, begin)
@@ -50,16 +51,23 @@ async def handle_chat(
     return json_response(answer)
 
 
-def _prompt(model: ServedModel, body: ChatBody) -> list[int]:
+async def _prompt(model: ServedModel, body: ChatBody, body_length: int) -> list[int]:
+    tokenizer = model.need_tokenizer("messages")
     options: dict[str, Any] = dict(body.chat_template_kwargs or {})
     if body.add_generation_prompt is not None or body.continue_final_message:
         options["add_generation_prompt"] = bool(body.add_generation_prompt)
-    return model.need_tokenizer("messages").encode_chat(
-        body.messages,
-        chat_template=body.chat_template,
-        continue_final_message=body.continue_final_message,
-        **options,
-    )
+
+    def render() -> str:
+        return tokenizer.apply_chat_template(
+            body.messages,
+            chat_template=body.chat_template,
+            continue_final_message=body.continue_final_message,
+            **options,
+        )
+
+    text = await aside(body_length, render)
+    model.check_length(text, "messages")  # a template may write more than it was given
+    return await aside(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
 
 
 def _choices(body: ChatBody, job: Job) -> list[dict[str, Any]]:

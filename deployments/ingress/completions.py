@@ -27,14 +27,16 @@ async def handle_completion(
     params = body.to_params()
     body.check_stream_options()
     answer_id = new_id("cmpl")
-    jobs = await build_jobs(
-        model,
-        answer_id,
-        body.prompts(),
-        params,
-        priority=body.priority,
-        cache_salt=body.cache_salt,
-    )
+    prompts = body.prompts()
+    with model.admission(len(prompts), params, "prompt"):
+        jobs = await build_jobs(
+            model,
+            answer_id,
+            prompts,
+            params,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+        )
     begin = header(answer_id, "text_completion", body.model)
     if body.stream:
         writer = _Writer(body, jobs, begin)

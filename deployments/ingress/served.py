@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -18,6 +18,10 @@ from engine.tokenizer import Tokenizer
 
 LONG_TEXT = 4096
 """Texts of more characters are tokenized in a thread, so that other streams do not wait."""
+
+MAX_CHARACTERS_PER_TOKEN = 40
+"""A text with more than this for each token of `max_model_len` is refused without tokenizing it.
+Prose has 3 to 5, indented code up to about 10."""
 
 T = TypeVar("T")
 
@@ -45,19 +49,58 @@ class ServedModel:
     may_scale_to_zero: bool = False
     allow_request_chat_templates: bool = False
     created: int = 0
+    num_preparing: int = 0
+    """Completions admitted and not yet started."""
 
-    def check_admission(self, num_requests: int) -> None:
-        """Refuse early what could not be served soon.
+    @contextmanager
+    def admission(self, num_prompts: int, params: SamplingParams, param: str) -> Iterator[None]:
+        """Hold places for the completions of a request while it is prepared.
+
+        A request that is started counts by itself. So it must be started right after the `with`,
+        before anything else can run in the event loop.
+
+        Args:
+            num_prompts: of the request.
+            params: of each prompt.
+            param: field that holds the prompts.
 
         Raises:
+            InvalidRequest: the request alone is more than this process takes.
             ApiError: 429 when this process is full, 503 when there is no engine.
         """
-        if self.client.num_running + num_requests > self.max_concurrent_requests:
+        num_requests = num_prompts * params.n
+        if num_requests > self.max_concurrent_requests:
+            raise InvalidRequest(
+                f"the request asks for {num_requests} completions, but this server takes at most "
+                f"{self.max_concurrent_requests} at a time; ask for fewer.",
+                param if num_prompts > 1 else "n",
+            )
+        busy = self.client.num_running + self.num_preparing
+        if busy + num_requests > self.max_concurrent_requests:
             raise overloaded(self.retry_after_s)
         if not self.ready and not self.may_scale_to_zero:
             raise unavailable(
                 f"No engine of '{self.name}' is ready; it may still be loading.",
                 self.retry_after_s,
+            )
+        self.num_preparing += num_requests
+        try:
+            yield
+        finally:
+            self.num_preparing -= num_requests
+
+    def check_length(self, text: str, param: str) -> None:
+        """Refuse a text that is too long before the work of tokenizing it.
+
+        Raises:
+            InvalidRequest: see above.
+        """
+        limit = MAX_CHARACTERS_PER_TOKEN * self.max_model_len
+        if len(text) > limit:
+            raise InvalidRequest(
+                f"the prompt is too long: it has {len(text)} characters, and for max_model_len = "
+                f"{self.max_model_len} tokens this server takes at most {limit}.",
+                param,
             )
 
     @property
@@ -152,9 +195,10 @@ async def build_jobs(
 
     Raises:
         InvalidRequest: a prompt or option cannot be served.
-        ApiError: the server has no room for the requests.
     """
-    model.check_admission(len(prompts) * params.n)
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            model.check_length(prompt, param)
 
     def build() -> list[Job]:
         return [

@@ -53,9 +53,10 @@ async def _jobs(
 ) -> tuple[ServedModel, list[Job]]:
     model = models.find(body.model)
     params = body.to_params()
-    jobs = await build_jobs(
-        model, new_id("gen"), prompts, params, priority=body.priority, param=param
-    )
+    with model.admission(len(prompts), params, param):
+        jobs = await build_jobs(
+            model, new_id("gen"), prompts, params, priority=body.priority, param=param
+        )
     return model, jobs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,3 +90,84 @@ async def test_requests_are_encoded_before_any_starts(plane):
     with pytest.raises(UnicodeEncodeError):
         plane.client.start([good, bad])
     assert started == [] and plane.client.num_running == 0
+
+
+WORDS = "one two three four five six "
+LONG = WORDS * 200  # long enough to be tokenized in a thread, and then too long for the model
+
+
+def chat_of(text: str) -> dict[str, Any]:
+    return {**CHAT, "messages": [{"role": "user", "content": text}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {**COMPLETION, "prompt": LONG}),
+        ("/v1/chat/completions", chat_of(LONG)),
+        ("/generate", {"prompt": LONG, "max_tokens": 2}),
+    ],
+)
+async def test_limit_holds_while_requests_are_prepared_in_threads(path, body):
+    async with open_plane(step_s=0.002) as plane:
+        plane.model.max_model_len = 4096
+        plane.model.max_concurrent_requests = 8
+        answers = await asyncio.gather(*(post(plane, path, body) for _ in range(20)))
+        assert sorted(status for status, _ in answers) == [200] * 8 + [429] * 12
+        assert plane.model.num_preparing == plane.client.num_running == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_places_are_given_back_however_a_request_ends(plane, monkeypatch, stream):
+    plane.model.max_concurrent_requests = 2
+    for body in ({**COMPLETION, "prompt": LONG}, {**COMPLETION, "stop_token_ids": [10**6]}):
+        status, _ = await post(plane, "/v1/completions", {**body, "stream": stream})
+        assert status == 400
+    with monkeypatch.context() as patch:
+        go_on = threading.Event()
+        patch.setattr(plane.model.tokenizer, "encode", lambda text: [5] * go_on.wait(10))
+        body = {**COMPLETION, "prompt": LONG, "stream": stream}
+        gone = asyncio.ensure_future(post(plane, "/v1/completions", body))
+        await plane.until(lambda: plane.model.num_preparing == 1)
+        gone.cancel()
+        await asyncio.wait([gone])
+        go_on.set()
+    response = await plane.http.post("/v1/completions", json={**COMPLETION, "stream": stream})
+    assert response.status_code == 200
+    assert plane.model.num_preparing == plane.client.num_running == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {**COMPLETION, "n": 4}, "n"),
+        ("/v1/completions", {**COMPLETION, "prompt": ["a", "b", "c", "d"]}, "prompt"),
+        ("/v1/chat/completions", {**CHAT, "n": 4}, "n"),
+        ("/batch_generate", {"prompts": ["a", "b", "c", "d"]}, "prompts"),
+    ],
+)
+async def test_more_than_the_server_ever_takes_is_no_429(plane, path, body, param):
+    plane.model.max_concurrent_requests = 3
+    assert await post(plane, path, body) == (400, param)
+
+
+async def test_a_chat_is_not_rendered_when_the_server_is_full(plane, monkeypatch):
+    rendered: list[Any] = []
+    tokenizer = plane.model.tokenizer
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: rendered.append(a))
+    plane.client.num_running = plane.model.max_concurrent_requests
+    assert (await post(plane, "/v1/chat/completions", CHAT))[0] == 429
+    assert rendered == []
+
+
+async def test_hopelessly_long_texts_are_not_tokenized(plane, monkeypatch):
+    encoded: list[str] = []
+    monkeypatch.setattr(plane.model.tokenizer, "encode", lambda text, **_: encoded.append(text))
+    text = "x" * (40 * plane.model.max_model_len + 1)
+    for path, body, param in (
+        ("/v1/completions", {**COMPLETION, "prompt": ["a", text]}, "prompt"),
+        ("/v1/chat/completions", chat_of(text), "messages"),
+        ("/batch_generate", {"prompts": [text]}, "prompts"),
+    ):
+        assert await post(plane, path, body) == (400, param)
+    assert encoded == []

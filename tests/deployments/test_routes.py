@@ -256,7 +256,9 @@ async def test_chat_without_template_names_the_remedy():
 
 async def test_full_server_answers_429_with_retry_after(plane):
     plane.model.max_concurrent_requests = 3
-    response = await plane.http.post("/v1/completions", json={**COMPLETION, "n": 4})
+    plane.client.num_running = 2
+    response = await plane.http.post("/v1/completions", json={**COMPLETION, "n": 2})
+    plane.client.num_running = 0
     assert response.status_code == 429
     assert response.headers["retry-after"] == "3"
 
