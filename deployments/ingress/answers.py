@@ -6,7 +6,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -69,7 +68,7 @@ async def open_stream(
     """
     batches = model.run(jobs)
     first = await anext(batches)
-    return EventStream(_events(batches, first, to_events, last_events))
+    return EventStream(_events(batches, first, to_events, last_events), batches)
 
 
 async def _events(
@@ -79,18 +78,17 @@ async def _events(
     last_events: Callable[[], Iterable[bytes]],
 ) -> AsyncGenerator[bytes, None]:
     """What has piled up since the last write leaves in one write."""
-    async with aclosing(batches) as more:
-        try:
-            if data := b"".join(e for piece in first for e in to_events(piece)):
+    try:
+        if data := b"".join(e for piece in first for e in to_events(piece)):
+            yield data
+        async for pieces in batches:
+            if data := b"".join(e for piece in pieces for e in to_events(piece)):
                 yield data
-            async for pieces in more:
-                if data := b"".join(e for piece in pieces for e in to_events(piece)):
-                    yield data
-        except Exception as error:
-            yield event(to_api_error(error).body())
-        else:
-            yield b"".join(last_events())
-        yield DONE
+    except Exception as error:
+        yield event(to_api_error(error).body())
+    else:
+        yield b"".join(last_events())
+    yield DONE
 
 
 class Chunks:

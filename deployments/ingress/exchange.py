@@ -15,10 +15,19 @@ from deployments.ingress.errors import ApiError, to_api_error
 
 
 class EventStream:
-    """A `text/event-stream` answer whose events come from an async generator of bytes."""
+    """A `text/event-stream` answer.
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    Args:
+        events: gives the bytes to send.
+        source: what `events` reads from, which has begun already. It is closed as well, because
+            closing `events` does nothing as long as that has not begun.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]
+    ) -> None:
         self._events = events
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send event after event; what the generator yields leaves at once."""
@@ -27,8 +36,8 @@ class EventStream:
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
         ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async with aclosing(self._events) as events:
+        async with aclosing(self._source), aclosing(self._events) as events:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 from types import SimpleNamespace
@@ -171,3 +172,35 @@ async def test_hopelessly_long_texts_are_not_tokenized(plane, monkeypatch):
     ):
         assert await post(plane, path, body) == (400, param)
     assert encoded == []
+
+
+@pytest.mark.parametrize("num_sent", [0, 1, 2])
+async def test_a_stream_that_cannot_be_sent_ends_at_once(plane, num_sent):
+    """The client is gone when headers, or the n-th event, are sent; nobody collects garbage."""
+    app = plane.http._transport.app
+    body = json.dumps({**COMPLETION, "max_tokens": 100, "stream": True}).encode()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": [],
+        "query_string": b"",
+    }
+    incoming = [{"type": "http.request", "body": body, "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return incoming.pop() if incoming else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if len(sent) == num_sent:
+            raise ConnectionError("gone")
+        sent.append(message)
+
+    gc.disable()
+    try:
+        with pytest.raises(ConnectionError) as caught:  # kept, and with it what the frames refer to
+            await app(scope, receive, send)
+        assert plane.client.num_running == 0, caught
+    finally:
+        gc.enable()
