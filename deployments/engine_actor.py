@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from deployments.mailbox import Mailbox
 from deployments.wire import (
     EndNotice,
     EngineReport,
+    Submission,
     TrunkMessage,
     decode_submissions,
     encode,
@@ -31,6 +33,11 @@ LOAD_INTERVAL_S = 0.1
 """A trunk without new tokens carries the load of a busy engine no more often than this."""
 UNREAD_LIMIT_S = 30.0
 """Requests of a subscriber whose trunk nobody has read for this long are aborted."""
+EARLY_ABORTS_S = 60.0
+"""An abort that came before its request is remembered this long; Ray keeps no order between calls
+of an async actor, and brings large ones later."""
+EARLY_ABORTS = 10_000
+"""And no more of them are than this."""
 
 
 class StartedCore(Core, Protocol):
@@ -85,6 +92,7 @@ class EngineActor:
         self._subscribers: dict[str, Subscriber] = {}
         self._owners: dict[str, str] = {}
         self._num_tokens: dict[str, int] = {}
+        self._early_aborts: OrderedDict[str, float] = OrderedDict()
         self._load = EngineLoad()
         self._report = EngineReport([], self._load)
         self._report_ready = asyncio.Event()
@@ -109,14 +117,14 @@ class EngineActor:
         return asdict(core.info)
 
     async def submit(self, batch: bytes) -> None:
-        """Hand a batch of encoded submissions to the loop.
+        """Hand a batch of encoded submissions to the loop; what was aborted already ends here.
 
         Raises:
             EngineDead: the loop has ended.
         """
         if self._report.dead is not None:
             raise EngineDead(self._report.dead)
-        submissions = decode_submissions(batch)
+        submissions = [i for i in decode_submissions(batch) if not self._aborted_early(i)]
         for item in submissions:
             subscriber = self._subscriber(item.subscriber_id)
             subscriber.request_ids.add(item.request.request_id)
@@ -125,7 +133,11 @@ class EngineActor:
         self._loop.submit([item.request for item in submissions])
 
     async def abort(self, request_ids: list[str]) -> None:
-        """End requests; their blocks are free within a step. Unknown ids are ignored."""
+        """End requests; their blocks are free within a step.
+
+        Unknown ids have ended already, or their requests are still to come and then end at once.
+        """
+        self._remember([i for i in request_ids if i not in self._owners])
         known = [i for i in request_ids if i in self._owners]
         if known:
             self._loop.abort(known)
@@ -172,6 +184,25 @@ class EngineActor:
 
     def _subscriber(self, subscriber_id: str) -> Subscriber:
         return self._subscribers.setdefault(subscriber_id, Subscriber())
+
+    def _remember(self, request_ids: list[str]) -> None:
+        """Note aborts of requests that are not here, and forget old ones."""
+        now = time.monotonic()
+        self._early_aborts.update(dict.fromkeys(request_ids, now))
+        memory = self._early_aborts
+        while memory and (
+            len(memory) > EARLY_ABORTS or now - next(iter(memory.values())) > EARLY_ABORTS_S
+        ):
+            memory.popitem(last=False)
+
+    def _aborted_early(self, item: Submission) -> bool:
+        """Whether the request's abort has overtaken it; its end is then reported."""
+        request_id = item.request.request_id
+        if self._early_aborts.pop(request_id, None) is None:
+            return False
+        self._report.ended.append(EndNotice(request_id, "abort", 0))
+        self._report_ready.set()
+        return True
 
     def _finished(self, subscriber: Subscriber) -> bool:
         over = self._draining or self._report.dead is not None

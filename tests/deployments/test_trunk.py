@@ -145,6 +145,35 @@ async def test_submission_of_a_subscriber_that_never_comes_is_aborted(actor, mon
         await asyncio.sleep(0.05)
 
 
+async def test_abort_that_overtakes_its_request_ends_it(actor):
+    watch = actor.watch()
+    await actor.abort(["r"])
+    await submit(actor, "x", request("r", 100_000), request("s", 3))
+    assert await collect(actor.subscribe("x"), 1) == {"s": [1, 2, 3]}
+    assert not actor._owners and not actor._loop._core.has_work
+    ended = [notice.reason async for data in upto(watch, 2) for notice in data]
+    assert sorted(ended) == ["abort", "length"]
+
+
+async def upto(watch, count: int):
+    """Lists of ends, until so many have come."""
+    async for data in watch:
+        ended = decode_report(data).ended
+        yield ended
+        count -= len(ended)
+        if count <= 0:
+            return
+
+
+async def test_early_aborts_are_forgotten(actor, monkeypatch):
+    monkeypatch.setattr(engine_actor, "EARLY_ABORTS", 3)
+    await actor.abort([f"r{i}" for i in range(5)])
+    assert list(actor._early_aborts) == ["r2", "r3", "r4"]
+    monkeypatch.setattr(engine_actor, "EARLY_ABORTS_S", -1.0)
+    await actor.abort(["s"])
+    assert not actor._early_aborts
+
+
 async def test_drain_ends_the_trunks(actor):
     trunk = actor.subscribe("x")
     await anext(trunk)
