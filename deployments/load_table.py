@@ -10,6 +10,7 @@ import functools
 import random
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -23,6 +24,9 @@ FIRST_PAUSE_S = 0.02
 """An engine that turns a request away gets none for about this long, and twice as long each time
 that it does so again, up to `LAST_PAUSE_S`."""
 LAST_PAUSE_S = 1.0
+RELEASED_KEPT = 10_000
+"""So many requests that have ended are remembered: the router's thread may still be about to book
+one, and nobody would ever release that booking."""
 
 
 @dataclass(slots=True)
@@ -81,6 +85,7 @@ class LoadTable:
         self._engines: dict[str, EngineState] = {}
         self._members: dict[str, tuple[str, ...]] = {}
         self._placed: dict[str, str] = {}
+        self._released: OrderedDict[str, None] = OrderedDict()
         self._bookings_made = 0
         self._listeners: list[Callable[[], None]] = []
         self._room_listeners: list[Callable[[], None]] = []
@@ -121,7 +126,7 @@ class LoadTable:
 
         Args:
             limits: engine id → most requests that it holds, running and waiting.
-            request_id: a request that is booked already moves.
+            request_id: one that is booked already moves; one that was released leaves no booking.
             cost: tokens that the request brings.
 
         Returns:
@@ -138,8 +143,9 @@ class LoadTable:
             self._bookings_made += 1
             state = self._engines[chosen]
             state.last_booking = self._bookings_made
-            state.bookings[request_id] = cost + REQUEST_COST
-            self._placed[request_id] = chosen
+            if request_id not in self._released:
+                state.bookings[request_id] = cost + REQUEST_COST
+                self._placed[request_id] = chosen
             return chosen
 
     def engine_of(self, request_id: str) -> str | None:
@@ -178,9 +184,12 @@ class LoadTable:
         self._tell_of_room()
 
     def release(self, request_id: str) -> None:
-        """Forget a request that has ended."""
+        """Forget a request that has ended; its id must not be used again."""
         with self._lock:
             self._drop(request_id)
+            self._released[request_id] = None
+            if len(self._released) > RELEASED_KEPT:
+                self._released.popitem(last=False)
         self._tell_of_room()
 
     def forget(self, engine_id: str) -> None:

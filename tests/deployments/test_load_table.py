@@ -102,6 +102,19 @@ def test_full_engines_get_nothing_until_somebody_tells_of_room():
     assert table.book(limits, "t", cost=1) == "b"
 
 
+def test_booking_after_the_release_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(load_table, "RELEASED_KEPT", 2)
+    table = LoadTable()
+    table.set_members("m", ["a"])
+    table.release("r")
+    assert table.book({"a": 1}, "r", cost=1) == "a"
+    assert table.engine_of("r") is None
+    assert [view.num_booked for view in table.view("m")] == [0]
+    for number in range(5):
+        table.release(f"s{number}")
+    assert list(table._released) == ["s3", "s4"]
+
+
 def test_members_are_announced():
     table, told = LoadTable(), []
     table.on_change(lambda: told.append(table.members("m")))
