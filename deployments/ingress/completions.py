@@ -11,7 +11,7 @@ from starlette.responses import Response
 from deployments.ingress.answers import Chunks, header, new_id, open_stream, usage
 from deployments.ingress.errors import json_response
 from deployments.ingress.exchange import EventStream
-from deployments.ingress.served import Piece, ServedModels, build_jobs
+from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
 from deployments.protocols.body import parse_body
 from deployments.protocols.logprobs import completion_logprobs, prompt_logprobs
 from deployments.protocols.openai import CompletionBody
@@ -36,13 +36,24 @@ async def handle_completion(
             params,
             priority=body.priority,
             cache_salt=body.cache_salt,
+            add_special_tokens=body.add_special_tokens,
         )
+        if body.echo:
+            _write_prompts(model, jobs)
     begin = header(answer_id, "text_completion", body.model)
     if body.stream:
         writer = _Writer(body, jobs, begin)
         return await open_stream(model, jobs, writer.events, writer.chunks.last)
     await model.finish(jobs)
     return json_response({**begin, "choices": _choices(body, jobs), "usage": usage(jobs)})
+
+
+def _write_prompts(model: ServedModel, jobs: Sequence[Job]) -> None:
+    """Give prompts that came as token ids their text."""
+    for job in jobs:
+        if job.prompt is None:
+            tokenizer = model.need_tokenizer("echo")
+            job.prompt = tokenizer.decode(job.prompt_token_ids, skip_special_tokens=False)
 
 
 def _echoed(body: CompletionBody, job: Job) -> str:

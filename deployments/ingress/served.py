@@ -11,6 +11,7 @@ from typing import TypeVar
 from deployments.engine_client import EngineClient
 from deployments.ingress.errors import model_not_found, overloaded, unavailable
 from engine.errors import InvalidRequest
+from engine.inputs import Prompt
 from engine.job import Job
 from engine.output_processor import TextDelta
 from engine.sampling_params import SamplingParams
@@ -190,6 +191,7 @@ async def build_jobs(
     priority: int = 0,
     cache_salt: str | None = None,
     param: str = "prompt",
+    add_special_tokens: bool = True,
 ) -> list[Job]:
     """Check and tokenize prompts; errors name `param`.
 
@@ -204,7 +206,7 @@ async def build_jobs(
         return [
             Job.build(
                 f"{request_id}-{index}" if len(prompts) > 1 else request_id,
-                prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt},
+                _engine_prompt(model, prompt, add_special_tokens),
                 params,
                 priority,
                 model.tokenizer,
@@ -223,3 +225,12 @@ async def build_jobs(
         for request in job.requests.values():
             request.cache_salt = cache_salt
     return jobs
+
+
+def _engine_prompt(model: ServedModel, prompt: str | list[int], add_special_tokens: bool) -> Prompt:
+    if not isinstance(prompt, str):
+        return {"prompt_token_ids": prompt}
+    if add_special_tokens:
+        return prompt
+    tokenizer = model.need_tokenizer("add_special_tokens")
+    return {"prompt": prompt, "prompt_token_ids": tokenizer.encode(prompt, False)}

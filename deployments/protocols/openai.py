@@ -56,11 +56,16 @@ class GenerationBody(SamplingFields):
     cache_salt: str | None = None
 
     def check_stream_options(self) -> None:
-        """Refuse options of a stream that was not asked for.
+        """Refuse options that do not go with whether a stream was asked for.
 
         Raises:
-            InvalidRequest: `stream_options` without `stream`.
+            InvalidRequest: `stream_options` without `stream`, or `prompt_logprobs` with it.
         """
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequest(
+                "prompt_logprobs is not supported with stream; leave one of them out.",
+                "prompt_logprobs",
+            )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream to be true.", "stream_options")
 
@@ -121,6 +126,7 @@ class ChatBody(GenerationBody):
         "modalities": (["text"],),
         "prediction": (),
         "echo": _NOTHING,
+        "add_special_tokens": _NOTHING,
     }
 
     messages: list[dict[str, Any]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from deployments.protocols.sampling import SamplingFields
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
@@ -13,9 +15,10 @@ DEFAULT_TOKENS = 100
 class SimpleFields(SamplingFields):
     """What the three have in common."""
 
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"logprobs": (), "prompt_logprobs": ()}
+
     model: str | None = None
     """May be left out when one model is served."""
-    logprobs: int | None = None
 
     def to_params(self) -> SamplingParams:
         """Sampling options.
@@ -24,7 +27,7 @@ class SimpleFields(SamplingFields):
             InvalidRequest: a value is out of range.
         """
         max_tokens = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.sampling_params(max_tokens=max_tokens, logprobs=self.logprobs)
+        return self.sampling_params(max_tokens=max_tokens)
 
 
 class GenerateBody(SimpleFields):

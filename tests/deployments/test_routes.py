@@ -7,9 +7,11 @@ import json
 from typing import Any
 
 import pytest
+import tokenizers
 from ray.serve.exceptions import BackPressureError
 
 from engine.errors import EngineDead
+from engine.tokenizer import Tokenizer
 from tests.deployments.fake_core import expected_tokens
 from tests.deployments.plane import MAX_MODEL_LEN, bundled_tokenizer, open_plane
 
@@ -71,6 +73,41 @@ async def test_token_ids_as_prompt_and_echo(plane):
     body = {"model": "m", "prompt": PROMPT, "max_tokens": 4, "echo": True}
     answer = (await plane.http.post("/v1/completions", json=body)).json()
     assert answer["choices"][0]["text"] == PROMPT + echo(PROMPT, 4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_of_token_ids_is_their_text(plane, stream):
+    prompts = ["<|im_start|>one two", "three"]
+    ids = [bundled_tokenizer().encode(prompt) for prompt in prompts]
+    body = {"model": "m", "prompt": ids, "max_tokens": 1, "echo": True, "stream": stream}
+    response = await plane.http.post("/v1/completions", json=body)
+    answers = events(response.text) if stream else [response.json()]
+    texts = ["", ""]
+    for choice in (c for answer in answers for c in answer["choices"]):
+        texts[choice["index"]] += choice["text"]
+    assert texts == ["<|im_start|>one two", "threethree"]
+
+
+@pytest.mark.parametrize(("add", "num_tokens"), [(None, 5), (True, 5), (False, 4)])
+async def test_add_special_tokens(add, num_tokens):
+    backend = tokenizers.Tokenizer.from_str(bundled_tokenizer()._backend.to_str())
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    async with open_plane(tokenizer=Tokenizer(backend)) as plane:
+        body = {"model": "m", "prompt": PROMPT, "max_tokens": 1, "echo": True}
+        body |= {} if add is None else {"add_special_tokens": add}
+        answer = (await plane.http.post("/v1/completions", json=body)).json()
+        assert answer["usage"]["prompt_tokens"] == num_tokens
+        assert answer["choices"][0]["text"].startswith(PROMPT)
+
+
+@pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
+async def test_simple_endpoints_refuse_logprobs(plane, field):
+    for path in ("/generate", "/generate_stream", "/batch_generate"):
+        body = {"prompt": PROMPT, "prompts": [PROMPT], field: 1}
+        response = await plane.http.post(path, json=body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, field)
 
 
 async def test_chat(plane):
@@ -161,6 +198,7 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_toke
         ({"best_of": 3}, "best_of"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"echo": True, "logprobs": 1}, "echo"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     ],
 )
 async def test_bad_field_is_named(plane, change, param):
@@ -187,6 +225,8 @@ async def test_bad_field_is_named(plane, change, param):
         ({"max_completion_tokens": 0, "max_tokens": None}, "max_completion_tokens"),
         ({"max_completion_tokens": 5}, "max_tokens"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"add_special_tokens": True}, "add_special_tokens"),
         ({"chat_template": "{{ 'ab ' * 5000000 }}"}, "chat_template"),
         ({"chat_template": ""}, "chat_template"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
@@ -246,8 +286,6 @@ async def test_body_too_large(plane):
 
 async def test_chat_without_template_names_the_remedy():
     bare = bundled_tokenizer()
-    from engine.tokenizer import Tokenizer
-
     async with open_plane(tokenizer=Tokenizer(bare._backend)) as plane:
         response = await plane.http.post("/v1/chat/completions", json=CHAT)
         assert response.status_code == 400
