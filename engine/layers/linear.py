@@ -83,7 +83,7 @@ class Linear(nn.Module):
 def _pack(weight: torch.Tensor) -> torch.Tensor | None:
     """The weight in oneDNN's blocked layout; None where that cannot be had.
 
-    MKL, which torch takes for a plain float32 product, is 2 to 5 times slower at the few rows of a
+    MKL, which torch takes for a plain float32 product, is several times slower at the few rows of a
     decode step on CPUs that are not Intel's. The operators are those that torch's compiler emits
     for linear layers; they are not part of its public API.
     """
