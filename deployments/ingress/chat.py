@@ -12,7 +12,7 @@ from deployments.ingress.answers import Chunks, header, new_id, open_stream, usa
 from deployments.ingress.errors import json_response
 from deployments.ingress.exchange import EventStream
 from deployments.ingress.served import Piece, ServedModel, ServedModels, aside, build_jobs
-from deployments.protocols.body import parse_body
+from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import chat_logprobs, prompt_logprobs
 from deployments.protocols.openai import ChatBody
 from engine.job import Job
@@ -22,7 +22,7 @@ async def handle_chat(
     models: ServedModels, request: Request, data: bytes
 ) -> Response | EventStream:
     """Answer a chat, streamed or whole."""
-    body = parse_body(ChatBody, data)
+    body = await read_body(ChatBody, data)
     model = models.find(body.model)
     params = body.to_params()
     body.check_stream_options()

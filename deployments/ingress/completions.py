@@ -12,7 +12,7 @@ from deployments.ingress.answers import Chunks, header, new_id, open_stream, usa
 from deployments.ingress.errors import json_response
 from deployments.ingress.exchange import EventStream
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
-from deployments.protocols.body import parse_body
+from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import completion_logprobs, prompt_logprobs
 from deployments.protocols.openai import CompletionBody
 from engine.job import Job
@@ -22,7 +22,7 @@ async def handle_completion(
     models: ServedModels, request: Request, data: bytes
 ) -> Response | EventStream:
     """Answer a text completion, streamed or whole."""
-    body = parse_body(CompletionBody, data)
+    body = await read_body(CompletionBody, data)
     model = models.find(body.model)
     params = body.to_params()
     body.check_stream_options()

@@ -12,14 +12,14 @@ from deployments.ingress.answers import event, new_id, open_stream, usage
 from deployments.ingress.errors import json_response
 from deployments.ingress.exchange import EventStream
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
-from deployments.protocols.body import parse_body
+from deployments.protocols.body import read_body
 from deployments.protocols.simple import BatchGenerateBody, GenerateBody, SimpleFields
 from engine.job import Job
 
 
 async def handle_generate(models: ServedModels, request: Request, data: bytes) -> Response:
     """Answer with the text of one prompt."""
-    body = parse_body(GenerateBody, data)
+    body = await read_body(GenerateBody, data)
     model, jobs = await _jobs(models, body, [body.prompt], "prompt")
     await model.finish(jobs)
     return json_response(_result(jobs[0]))
@@ -29,7 +29,7 @@ async def handle_generate_stream(
     models: ServedModels, request: Request, data: bytes
 ) -> EventStream:
     """Stream the text of one prompt as events `{"text": …, "index": …, "finish_reason": …}`."""
-    body = parse_body(GenerateBody, data)
+    body = await read_body(GenerateBody, data)
     model, jobs = await _jobs(models, body, [body.prompt], "prompt")
 
     def last() -> Iterable[bytes]:
@@ -40,7 +40,7 @@ async def handle_generate_stream(
 
 async def handle_batch_generate(models: ServedModels, request: Request, data: bytes) -> Response:
     """Answer with the texts of many prompts, in their order."""
-    body = parse_body(BatchGenerateBody, data)
+    body = await read_body(BatchGenerateBody, data)
     model, jobs = await _jobs(models, body, body.checked_prompts(), "prompts")
     await model.finish(jobs)
     results = [_result(job) for job in jobs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +17,9 @@ class Body(BaseModel):
     Types are checked strictly. Unknown fields are ignored, as vLLM does, so that clients with
     more features keep working; fields that would change the answer and are not supported are
     refused rather than ignored.
+
+    Lists of typed elements need `FailFast` and must not be alternatives of one another: pydantic
+    would describe every wrong element of a long list, for every alternative.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
@@ -25,6 +29,16 @@ class Body(BaseModel):
 
 
 B = TypeVar("B", bound=Body)
+
+LONG_BODY = 256 * 1024
+"""Bodies of more bytes are parsed in a thread, so that other requests do not wait for all of it."""
+
+
+async def read_body(kind: type[B], data: bytes) -> B:
+    """`parse_body`, in a thread when the body is long."""
+    if len(data) > LONG_BODY:
+        return await asyncio.to_thread(parse_body, kind, data)
+    return parse_body(kind, data)
 
 
 def parse_body(kind: type[B], data: bytes) -> B:
@@ -75,7 +89,7 @@ def _encodable(value: Any) -> bool:
 
 
 def _first_error(error: ValidationError) -> InvalidRequest:
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = str(first["loc"][0]) if first["loc"] else None
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
     return InvalidRequest(f"{param}: {message}." if param else f"{message}.", param)

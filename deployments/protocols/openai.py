@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from itertools import chain
+from typing import Annotated, Any, ClassVar
+
+from pydantic import FailFast, PlainValidator
 
 from deployments.protocols.body import Body
 from deployments.protocols.sampling import SamplingFields
@@ -70,6 +73,22 @@ class GenerationBody(SamplingFields):
             raise InvalidRequest("stream_options needs stream to be true.", "stream_options")
 
 
+PromptField = str | list[str] | list[int] | list[list[int]]
+
+
+def _check_prompt(value: Any) -> PromptField:
+    """Find out which of the four it is, by one look at each element."""
+    items = value if isinstance(value, list) else [value]
+    kinds = set(map(type, items))
+    if kinds == {list}:
+        kinds = {list, *map(type, chain.from_iterable(items))}
+    if isinstance(value, str) or (
+        isinstance(value, list) and kinds in ({str}, {int}, {list}, {list, int}, set())
+    ):
+        return value
+    raise ValueError("must be a text, token ids, a list of texts, or a list of lists of token ids")
+
+
 class CompletionBody(GenerationBody):
     """Body of `/v1/completions`."""
 
@@ -79,7 +98,7 @@ class CompletionBody(GenerationBody):
         "prompt_embeds": _NOTHING,
     }
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[PromptField, PlainValidator(_check_prompt)]
     logprobs: int | None = None
     echo: bool | None = None
     add_special_tokens: bool = True
@@ -129,7 +148,7 @@ class ChatBody(GenerationBody):
         "add_special_tokens": _NOTHING,
     }
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], FailFast()]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -31,7 +31,8 @@ _COPIED = (
 
 
 class SamplingFields(Body):
-    """Null means the default; ranges are checked by `SamplingParams`."""
+    """Null means the default; ranges, and the elements of lists and mappings, are checked by
+    `SamplingParams`."""
 
     n: int | None = None
     temperature: float | None = None
@@ -41,12 +42,12 @@ class SamplingFields(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | list[Any] | None = None
+    stop_token_ids: list[Any] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -69,7 +70,7 @@ class SamplingFields(Body):
         return SamplingParams(**given)
 
 
-def _by_token(bias: dict[str, float]) -> dict[int, float]:
+def _by_token(bias: dict[str, Any]) -> dict[int, Any]:
     try:
         return {int(token): value for token, value in bias.items()}
     except ValueError:

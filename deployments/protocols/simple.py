@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import FailFast
 
 from deployments.protocols.sampling import SamplingFields
 from engine.errors import InvalidRequest
@@ -39,7 +41,7 @@ class GenerateBody(SimpleFields):
 class BatchGenerateBody(SimpleFields):
     """Body of `/batch_generate`."""
 
-    prompts: list[str]
+    prompts: Annotated[list[str], FailFast()]
 
     def checked_prompts(self) -> list[str | list[int]]:
         """The prompts.
