@@ -16,6 +16,7 @@ from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import chat_logprobs, prompt_logprobs
 from deployments.protocols.openai import ChatBody
 from engine.job import Job
+from engine.outputs import Logprob
 
 
 async def handle_chat(
@@ -41,11 +42,11 @@ async def handle_chat(
         )
     if body.stream:
         begin = header(answer_id, "chat.completion.chunk", body.model)
-        writer = _Writer(body, jobs, begin)
+        writer = _Writer(model, body, jobs, begin)
         return await open_stream(model, jobs, writer.events, writer.chunks.last)
     await model.finish(jobs)
     begin = header(answer_id, "chat.completion", body.model)
-    answer = {**begin, "choices": _choices(body, jobs[0]), "usage": usage(jobs)}
+    answer = {**begin, "choices": _choices(model, body, jobs[0]), "usage": usage(jobs)}
     if params.prompt_logprobs is not None:
         answer["prompt_logprobs"] = prompt_logprobs(jobs[0].output().prompt_logprobs)
     return json_response(answer)
@@ -70,17 +71,23 @@ async def _prompt(model: ServedModel, body: ChatBody, body_length: int) -> list[
     return await aside(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
 
 
-def _choices(body: ChatBody, job: Job) -> list[dict[str, Any]]:
+def _logprobs(
+    model: ServedModel, body: ChatBody, entries: list[dict[int, Logprob]] | None
+) -> dict[str, Any] | None:
+    if entries is None:
+        return None
+    token_bytes = model.need_tokenizer("logprobs").token_bytes(skip_special_tokens=False)
+    return chat_logprobs(entries, body.top_logprobs or 0, token_bytes)
+
+
+def _choices(model: ServedModel, body: ChatBody, job: Job) -> list[dict[str, Any]]:
     choices = []
     for output in job.output().outputs:
-        logprobs = None
-        if output.logprobs is not None:
-            logprobs = chat_logprobs(output.logprobs, body.top_logprobs or 0)
         choices.append(
             {
                 "index": output.index,
                 "message": {"role": "assistant", "content": output.text},
-                "logprobs": logprobs,
+                "logprobs": _logprobs(model, body, output.logprobs),
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
             }
@@ -91,9 +98,12 @@ def _choices(body: ChatBody, job: Job) -> list[dict[str, Any]]:
 class _Writer:
     """Writes the chunks of one answer."""
 
-    def __init__(self, body: ChatBody, jobs: Sequence[Job], begin: dict[str, Any]) -> None:
+    def __init__(
+        self, model: ServedModel, body: ChatBody, jobs: Sequence[Job], begin: dict[str, Any]
+    ) -> None:
         self.chunks = Chunks(body, jobs, begin)
-        self._num_top = body.top_logprobs or 0
+        self._model = model
+        self._body = body
         self._begun: set[int] = set()
 
     def events(self, piece: Piece) -> Iterable[bytes]:
@@ -104,7 +114,7 @@ class _Writer:
             yield self._chunk(index, {"role": "assistant", "content": ""})
         if not delta.text and delta.finish_reason is None and not delta.logprobs:
             return
-        logprobs = chat_logprobs(delta.logprobs, self._num_top) if delta.logprobs else None
+        logprobs = _logprobs(self._model, self._body, delta.logprobs or None)
         message = {"content": delta.text} if delta.text else {}
         yield self._chunk(index, message, logprobs, delta.finish_reason, delta.stop_reason)
 

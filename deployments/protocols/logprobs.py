@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from engine.outputs import Logprob
 
 
-def chat_logprobs(entries: list[dict[int, Logprob]], num_top: int) -> dict[str, Any]:
-    """The form of chat completions; the sampled token comes first in each entry."""
+def chat_logprobs(
+    entries: list[dict[int, Logprob]], num_top: int, token_bytes: Mapping[int, bytes]
+) -> dict[str, Any]:
+    """The form of chat completions; the sampled token comes first in each entry.
+
+    `bytes` are the token's own, taken from `token_bytes`: clients join them where a character
+    spans tokens, whose texts show it as U+FFFD.
+    """
     content = []
     for entry in entries:
-        sampled, *_ = entry.values()
-        ranked = sorted(entry.values(), key=lambda item: -item.logprob)
-        content.append(
-            {**_chat_token(sampled), "top_logprobs": [_chat_token(x) for x in ranked[:num_top]]}
-        )
+        tokens = [_chat_token(item, token_bytes[token]) for token, item in entry.items()]
+        ranked = sorted(tokens, key=lambda token: -token["logprob"])
+        content.append({**tokens[0], "top_logprobs": ranked[:num_top]})
     return {"content": content}
 
 
@@ -58,12 +63,18 @@ def _prompt_token(item: Logprob) -> dict[str, Any]:
 
 
 def _top(entry: dict[int, Logprob], num_top: int) -> dict[str, float]:
-    """The likeliest tokens, and the sampled one, which may not be among them."""
-    sampled, *_ = entry.values()
-    ranked = sorted(entry.values(), key=lambda item: -item.logprob)[:num_top]
-    return {item.decoded_token or "": item.logprob for item in (*ranked, sampled)}
+    """The likeliest tokens, and the sampled one, which may not be among them.
+
+    Tokens may share a text, such as parts of characters, which show as U+FFFD: those after the
+    first are named by their ids.
+    """
+    ranked = sorted(entry, key=lambda token: -entry[token].logprob)[:num_top]
+    named: dict[str, float] = {}
+    for token in dict.fromkeys((*ranked, next(iter(entry)))):
+        text = entry[token].decoded_token or ""
+        named[f"token_id:{token}" if text in named else text] = entry[token].logprob
+    return named
 
 
-def _chat_token(item: Logprob) -> dict[str, Any]:
-    text = item.decoded_token or ""
-    return {"token": text, "logprob": item.logprob, "bytes": list(text.encode())}
+def _chat_token(item: Logprob, data: bytes) -> dict[str, Any]:
+    return {"token": item.decoded_token or "", "logprob": item.logprob, "bytes": list(data)}

@@ -1,0 +1,73 @@
+"""Log-probabilities in answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deployments.protocols.logprobs import completion_logprobs
+from engine.outputs import Logprob, TokenLogprobs
+from tests.deployments.fake_core import FakeCore
+from tests.deployments.plane import bundled_tokenizer, open_plane
+
+TEXT = "smile \U0001f600\U0001f680 caf\u00e9"
+
+
+class LogprobCore(FakeCore):
+    """Gives each token a log-probability, and the next token id as an alternative."""
+
+    def _advance(self, request):
+        delta = super()._advance(request)
+        delta.logprobs = [
+            TokenLogprobs([i, i, i + 1], [-0.5, -0.5, -1.5], 1) for i in delta.token_ids
+        ]
+        return delta
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_bytes_of_chat_logprobs_join_to_the_text(monkeypatch, stream):
+    monkeypatch.setattr("tests.deployments.plane.FakeCore", LogprobCore)
+    tokenizer = bundled_tokenizer()
+    ids = tokenizer.encode(TEXT)
+    assert "\ufffd" in "".join(map(tokenizer.token_text, ids))  # a character spans tokens
+    async with open_plane() as plane:
+        plane.model.tokenizer = tokenizer
+        monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *_, **__: TEXT)
+        body = {"model": "m", "messages": [{"role": "user", "content": "-"}], "stream": stream}
+        body |= {"max_tokens": len(ids), "logprobs": True, "top_logprobs": 2}
+        response = await plane.http.post("/v1/chat/completions", json=body)
+    entries = _streamed(response.text) if stream else _whole(response.json())
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == TEXT
+    for token, entry in zip(ids, entries, strict=True):
+        best, other = entry["top_logprobs"]
+        assert best["bytes"] == entry["bytes"]
+        assert bytes(other["bytes"]) == tokenizer.token_bytes(False)[token + 1]
+
+
+def test_alternatives_of_equal_text_are_kept_apart():
+    entry = {
+        7: Logprob(-3.0, 9, "\ufffd"),
+        5: Logprob(-0.5, 1, "\ufffd"),
+        6: Logprob(-0.7, 2, "\ufffd"),
+        4: Logprob(-0.9, 3, "a"),
+    }
+    (top,) = completion_logprobs([entry], 2, 0)["top_logprobs"]
+    assert top == {"\ufffd": -0.5, "token_id:6": -0.7, "token_id:7": -3.0}
+
+
+def test_the_sampled_token_is_listed_once():
+    entry = {5: Logprob(-0.5, 1, "x"), 6: Logprob(-0.7, 2, "y")}
+    (top,) = completion_logprobs([entry], 2, 0)["top_logprobs"]
+    assert top == {"x": -0.5, "y": -0.7}
+
+
+def _whole(answer):
+    return answer["choices"][0]["logprobs"]["content"]
+
+
+def _streamed(text):
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+    found = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    return [entry for logprobs in found if logprobs for entry in logprobs["content"]]
