@@ -68,6 +68,7 @@ def merge_delta(into: TokenDelta, newer: TokenDelta) -> None:
     into.stop_reason = into.stop_reason if newer.stop_reason is None else newer.stop_reason
     into.num_cached_tokens = max(into.num_cached_tokens, newer.num_cached_tokens)
     into.error = newer.error or into.error
+    into.refused = newer.refused or into.refused
 
 
 def _join(first: list[T] | None, second: list[T] | None) -> list[T] | None:

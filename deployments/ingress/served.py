@@ -14,6 +14,7 @@ from engine.errors import InvalidRequest
 from engine.inputs import Prompt
 from engine.job import Job
 from engine.output_processor import TextDelta
+from engine.outputs import TokenDelta
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 
@@ -127,7 +128,8 @@ class ServedModel:
         """Run jobs and yield what is new of any completion until all have ended.
 
         Raises:
-            ApiError: an engine refused a request or failed while it ran it.
+            InvalidRequest: an engine refused a request.
+            ApiError: an engine failed while it ran a request.
             EngineDead: an engine was lost.
         """
         width = len(jobs[0].requests)
@@ -143,11 +145,17 @@ class ServedModel:
                 for delta in deltas:
                     choice, job = choices[delta.request_id]
                     if delta.finish_reason == "error":
-                        raise unavailable(delta.error or "The engine failed.", self.retry_after_s)
+                        raise self._failure(delta)
                     pieces.append(Piece(choice, job, job.push(delta)))
                     if job.processors[delta.request_id].must_abort:
                         generation.abort([delta.request_id])
                 yield pieces
+
+    def _failure(self, delta: TokenDelta) -> Exception:
+        message = delta.error or "The engine failed."
+        if delta.refused:
+            return InvalidRequest(message)
+        return unavailable(message, self.retry_after_s)
 
     async def finish(self, jobs: Sequence[Job]) -> None:
         """Run jobs to their end; the results are in the jobs."""

@@ -324,6 +324,17 @@ async def test_errors_of_the_serve_call(plane):
     assert plane.client.num_running == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_refusal_by_the_engine_is_a_400_with_its_reason(plane, stream):
+    plane.model.max_model_len = 100_000  # more than the engine says
+    body = {**COMPLETION, "prompt": "one " * 5000, "stream": stream}
+    response = await plane.http.post("/v1/completions", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (400, "invalid_request_error")
+    assert error["message"] == "The prompt is too long."
+    assert plane.client.num_running == 0
+
+
 async def test_engine_death_mid_stream_is_an_error_event():
     async with open_plane(step_s=0.001, die_at_token=5) as plane:
         body = {**COMPLETION, "max_tokens": 50, "stream": True}

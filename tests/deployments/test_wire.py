@@ -1,0 +1,12 @@
+"""What crosses processes."""
+
+from __future__ import annotations
+
+from deployments.wire import merge_delta
+from engine.outputs import TokenDelta
+
+
+def test_a_refusal_stays_one_when_it_is_merged():
+    delta = TokenDelta("r", [1])
+    merge_delta(delta, TokenDelta("r", [], "error", error="too long.", refused=True))
+    assert delta == TokenDelta("r", [1], "error", error="too long.", refused=True)
