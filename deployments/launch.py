@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -39,6 +40,8 @@ STOP_LIMIT_S = 90.0
 """How long the server may take to shut down before it is killed."""
 LEFTOVERS_S = 5.0
 """How long Ray's processes may take to end after `serve run` has."""
+GIVEN_UP = (b"Failed to update the deployment", b"Deploying app ")
+"""How Serve's controller begins the error that ends a start; `serve run` itself then waits on."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -151,11 +154,15 @@ def _serve(plan: Plan, folder: Path) -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    threading.Thread(target=_show, args=(server,), daemon=True).start()
+    given_up = threading.Event()
+    threading.Thread(target=_show, args=(server.stdout, given_up), daemon=True).start()
     try:
-        if _wait_until_ready(plan, server, stop):
+        ready = _wait_until_ready(plan, server, stop, given_up)
+        if ready:
             print(_ready_text(plan, time.monotonic() - begin), flush=True)
-        while server.poll() is None and not stop.asked:
+        elif given_up.is_set():
+            print("trunkline: the server cannot start; see the error above.", file=sys.stderr)
+        while ready and server.poll() is None and not stop.asked:
             time.sleep(0.2)
         _shut_down(server, stop)
     finally:
@@ -163,13 +170,17 @@ def _serve(plan: Plan, folder: Path) -> int:
     return 0 if stop.asked else server.returncode or 1
 
 
-def _show(server: subprocess.Popen[bytes]) -> None:
-    """Pass on what the server writes but Serve's own progress, which its log files have too."""
-    assert server.stdout is not None
-    for line in server.stdout:
+def _show(output: Iterable[bytes] | None, given_up: threading.Event) -> None:
+    """Pass on what the server writes but Serve's own progress, which its log files have too.
+
+    Sets `given_up` when Serve says that it will not try to start the application again.
+    """
+    for line in output or ():
         if b" INFO " not in line:
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
+        if b"ServeController" in line and any(b" -- " + words in line for words in GIVEN_UP):
+            given_up.set()
 
 
 class _Stop:
@@ -200,15 +211,25 @@ def _shut_down(server: subprocess.Popen[bytes], stop: _Stop) -> None:
         time.sleep(0.1)
 
 
-def _wait_until_ready(plan: Plan, server: subprocess.Popen[bytes], stop: _Stop) -> bool:
-    while server.poll() is None and not stop.asked:
-        try:
-            with urllib.request.urlopen(f"{plan.url}/health", timeout=5) as response:
-                if json.load(response)["status"] == "ok":
-                    return True
-        except (OSError, ValueError, KeyError):
-            time.sleep(0.2)
+def _wait_until_ready(
+    plan: Plan, server: subprocess.Popen[bytes], stop: _Stop, given_up: threading.Event
+) -> bool:
+    while server.poll() is None and not stop.asked and not given_up.is_set():
+        if is_ready(plan):
+            return True
+        time.sleep(0.2)
     return False
+
+
+def is_ready(plan: Plan) -> bool:
+    """Whether the server answers that every model has an engine."""
+    # No proxy: the environment's `http_proxy` would be asked even for this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{plan.url}/health", timeout=5) as response:
+            return bool(json.load(response)["status"] == "ok")
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _ready_text(plan: Plan, seconds: float) -> str:
