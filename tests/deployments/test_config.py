@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from deployments.app import build
-from deployments.config import AppArgs, DeploymentOptions, IngressOptions, deployment_name
+from deployments.config import (
+    AppArgs,
+    Autoscaling,
+    DeploymentOptions,
+    IngressOptions,
+    deployment_name,
+)
 from deployments.flags import FAST_PATH, missing_flags
 from deployments.haproxy import haproxy_settings
 from deployments.launch import Plan, check_port_free, read_plan
@@ -113,10 +121,19 @@ def test_gpus_follow_tensor_parallelism():
 def test_shipped_configuration_is_valid_and_names_every_option():
     plan = read_plan(CONFIG)
     assert (plan.host, plan.port, plan.model) == ("127.0.0.1", 8000, "smollm2-135m-instruct")
-    text = CONFIG.read_text()
-    for options in (EngineConfig, DeploymentOptions, IngressOptions):
-        for name in options.model_fields:
-            assert f"{name}:" in text, f"{name} is not in serve_config.yaml"
+    args = uncommented()["applications"][0]["args"]
+    model = args["models"]["smollm2-135m-instruct"]
+    assert list(model["engine"]) == list(EngineConfig.model_fields)
+    assert list(model["deployment"]["autoscaling"]) == list(Autoscaling.model_fields)
+    assert set(model["deployment"]) == set(DeploymentOptions.model_fields)
+    assert list(args["ingress"]) == list(IngressOptions.model_fields)
+    AppArgs(**args)
+
+
+def uncommented() -> dict[str, Any]:
+    """The shipped file with all the options that it only mentions; without the second model."""
+    text = re.sub(r" *# qwen.*?(?=\n    ingress:)", "", CONFIG.read_text(), flags=re.DOTALL)
+    return yaml.safe_load(re.sub(r"^( *)# (?= *\w+:( |$))", r"\1", text, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize(
