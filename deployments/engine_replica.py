@@ -62,6 +62,7 @@ class EngineReplica:
         self._dead: str | None = None
         self._load = EngineLoad()
         self._progress_age_s = 0.0
+        self._watcher: asyncio.Task[None] | None = None
         self.info = await self._actor.start.remote()
         # Not before: loading may take minutes, and Serve checks the health right after this.
         self._last_report = time.monotonic()
@@ -108,6 +109,8 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Called by Serve when ongoing calls have ended: end the trunks, then the actor."""
+        if self._watcher is None:  # the engine did not start
+            return
         self._watcher.cancel()
         await asyncio.wait([asyncio.ensure_future(self._actor.drain.remote())], timeout=10)
 

@@ -111,3 +111,13 @@ async def test_report_that_cannot_be_read_ends_the_replica(local, monkeypatch):
     with pytest.raises(EngineDead, match="ValidationError"):
         await replica.check_health()
     await stop(replica)
+
+
+async def test_replica_whose_engine_did_not_start_ends_without_another_error(local):
+    def fail(_: EngineConfig) -> FakeCore:
+        raise RuntimeError("damaged")
+
+    replica = Replica.__new__(Replica)
+    with pytest.raises(RuntimeError, match="damaged"):
+        await replica.__init__(EngineConfig(), {}, fail)
+    await EngineReplica.__del__(replica)
