@@ -18,6 +18,9 @@ from tests.integration.server import Server
 
 pytestmark = pytest.mark.integration
 
+FREED_WITHIN_S = 10.0
+"""A second is what an idle machine needs; the request would run for 30."""
+
 ARGS = {
     "models": {
         "m": {
@@ -61,8 +64,8 @@ def wait_for(server: Server, condition: Any, timeout_s: float = 60) -> float:
     return time.monotonic() - begin
 
 
-def idle(state: dict[str, Any]) -> bool:
-    return len(state["engines"]) == 2 and all(
+def idle(state: dict[str, Any], num_engines: int = 2) -> bool:
+    return len(state["engines"]) == num_engines and all(
         e["running"] == e["waiting"] == e["booked"] == 0 and e["free_blocks"] == e["total_blocks"]
         for e in state["engines"]
     )
@@ -117,16 +120,15 @@ async def test_fan_out_of_one_request(server):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_disconnect_frees_blocks_within_a_second(server, stream):
+async def test_disconnect_frees_blocks_soon(server, stream):
     async with connect(server) as client:
         body = completion("a client that leaves", 3000, stream=stream)
         request = asyncio.ensure_future(client.post("/v1/completions", json=body))
-        await asyncio.to_thread(wait_for, server, lambda h: True, 1)  # several steps pass meanwhile
-        busy = await asyncio.to_thread(health, server)
-        assert sum(e["running"] for e in busy["engines"]) == 1
+        await asyncio.to_thread(
+            wait_for, server, lambda h: sum(e["running"] for e in h["engines"]) == 1
+        )
         request.cancel()
-    took = await asyncio.to_thread(wait_for, server, idle, 5)
-    assert took < 1.5  # a second, and the polls that confirm it
+    await asyncio.to_thread(wait_for, server, idle, FREED_WITHIN_S)
 
 
 async def test_metrics_are_exported(server):
@@ -166,7 +168,9 @@ async def test_killed_ingress_has_its_requests_aborted(server):
             asyncio.ensure_future(client.post("/v1/completions", json=completion("orphan", 3000)))
             for _ in range(8)
         ]
-        await asyncio.sleep(1)
+        await asyncio.to_thread(
+            wait_for, server, lambda h: sum(e["running"] for e in h["engines"]) == 8
+        )
         pids = server.call("pids", class_name="Ingress")
         for pid in pids.values():
             os.kill(pid, signal.SIGKILL)
@@ -214,6 +218,10 @@ async def test_burst_spreads_evenly_over_four_idle_engines():
     try:
         wait_for(server, lambda h: len(h["engines"]) == 4 and all_connected(h))
         async with connect(server) as client:
+            # Opens the connections: a burst that trickles in meets engines that are at work.
+            short = (client.post("/v1/completions", json=completion("x", 1)) for _ in range(16))
+            await asyncio.gather(*short)
+            await asyncio.to_thread(wait_for, server, lambda h: idle(h, num_engines=4))
             requests = [
                 asyncio.ensure_future(client.post("/v1/completions", json=completion("x", 3000)))
                 for _ in range(16)
