@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install install-dev lint format test-unit test-integration bench clean
+.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow bench clean
 
 # Interpreter that .venv is made with; unset, the first of these that is 3.11 or 3.12.
 RIGHT_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -76,6 +76,9 @@ test-unit: install-dev ## Tests that need no cluster
 
 test-integration: install-dev ## Tests on a real Ray cluster on this machine
 	$(call step,pass the integration tests,$(PYTEST) tests/integration)
+
+test-slow: install-dev ## Every golden prompt in every way to run the engine
+	$(call step,pass the slow tests,$(PY) -m pytest -m slow $(PYTEST_ARGS))
 
 bench: install-dev ## Measure offline speed on this CPU beside transformers, and compare
 	$(PY) -m benchmarks.offline run --suite cpu --engines trunkline transformers
