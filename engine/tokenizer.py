@@ -150,8 +150,8 @@ class Tokenizer:
     def _own_template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise InvalidRequest(
-                "this model has no chat template; pass chat_template, or send a prompt to "
-                "completions instead.",
+                "this model has no chat template; add chat_template.jinja to its directory, pass "
+                "chat_template where that is allowed, or complete a prompt instead.",
                 "chat_template",
             )
         return ChatTemplate(self.chat_template)
