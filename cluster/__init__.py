@@ -1,1 +1,1 @@
-"""More than one node: launching, autoscaling, placement, deployment files."""
+"""What concerns more than one node. Empty so far: autoscaling and deployment files come here."""
