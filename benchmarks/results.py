@@ -19,7 +19,8 @@ def summarise(lines: Iterable[Record]) -> list[Record]:
 
     Each of `lines` has `engine`, `workload`, and what `benchmarks.worker.measure` returns.
     Medians are in tokens a second: `output_tok_s` counts the whole run, prefill included;
-    `prefill_tok_s` the run that stops at the first token; `decode_tok_s` the difference of both.
+    `prefill_tok_s` counts prompt tokens in the run that stops at the first token (which a workload
+    with one token of output is itself); `decode_tok_s` is the difference of both.
     """
     grouped: dict[tuple[str, str], list[Record]] = {}
     for line in lines:
@@ -29,22 +30,34 @@ def summarise(lines: Iterable[Record]) -> list[Record]:
 
 def _join(group: list[Record]) -> Record:
     first = group[0]
-    same = {k: first[k] for k in ("engine", "workload", "requests", "input_tokens")}
-    total = statistics.median(line["seconds"] for line in group)
-    prefill = statistics.median(line["prefill_seconds"] for line in group)
-    decoded = first["output_tokens"] - first["requests"]
-    return same | {
-        "output_tokens": first["output_tokens"],
+    same = ("engine", "workload", "requests", "input_tokens", "output_tokens")
+    prefills = [line["prefill_seconds"] for line in group if line["prefill_seconds"] is not None]
+    record: Record = {key: first[key] for key in same} | {
         "seeds": [line["seed"] for line in group],
         "seconds": [round(line["seconds"], 4) for line in group],
-        "prefill_seconds": [round(line["prefill_seconds"], 4) for line in group],
+        "prefill_seconds": [round(seconds, 4) for seconds in prefills],
         "disturbance": [round(line["disturbance"], 3) for line in group],
         "digests": [line["digests"] for line in group],
-        "median": {
-            "output_tok_s": round(first["output_tokens"] / total, 1),
-            "prefill_tok_s": round(first["input_tokens"] / prefill, 1),
-            "decode_tok_s": round(decoded / (total - prefill), 1) if total > prefill else None,
-        },
+        "median": _speeds(first, [line["seconds"] for line in group], prefills),
+    }
+    for key in ("latency", "gpu_memory"):
+        if first.get(key):
+            record[key] = [line[key] for line in group]
+    if first.get("profile"):
+        record["profile"] = first["profile"]
+    return record
+
+
+def _speeds(line: Record, totals: list[float], prefills: list[float]) -> dict[str, float | None]:
+    """Tokens a second by the median of the runs' seconds."""
+    total = statistics.median(totals)
+    decoded = line["output_tokens"] - line["requests"]
+    prefills = prefills or ([] if decoded else totals)
+    prefill = statistics.median(prefills) if prefills else total
+    return {
+        "output_tok_s": round(line["output_tokens"] / total, 1),
+        "prefill_tok_s": round(line["input_tokens"] / prefill, 1) if prefills else None,
+        "decode_tok_s": round(decoded / (total - prefill), 1) if total > prefill else None,
     }
 
 

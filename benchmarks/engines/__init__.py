@@ -4,26 +4,49 @@ from __future__ import annotations
 
 import importlib
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from benchmarks.step_profile import StepRecord
 from benchmarks.workloads import Requests
 
 ENGINES: dict[str, str] = {
     "trunkline": "benchmarks.engines.trunkline:Trunkline",
     "transformers": "benchmarks.engines.transformers_generate:TransformersGenerate",
+    "vllm": "benchmarks.engines.vllm_generate:VllmGenerate",
     "llama.cpp": "benchmarks.engines.llama_cpp_batch:LlamaCpp",
 }
 """Engine → where its adapter is; imported only in the process that measures it."""
 
 
-class Engine(Protocol):
+@dataclass(frozen=True)
+class RequestTimes:
+    """Seconds from the arrival of a request to its first and to its last token."""
+
+    first_token: float
+    finished: float
+
+
+class Engine(ABC):
     """An engine with its model loaded."""
 
     vocab_size: int
+    request_times: list[RequestTimes] | None = None
+    """Times of the requests of the last `run`, in their order, where the engine tells them."""
 
+    @abstractmethod
     def run(self, requests: Requests) -> list[list[int]]:
         """Generate exactly the tokens that `requests` asks for and return them."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the engine settled on at start, as far as it tells; plain values."""
+        return {}
+
+    def profile(self, requests: Requests) -> Sequence[StepRecord] | None:
+        """Run `requests` under the engine's profile; None where it has none."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
+from benchmarks.engines import Engine
 from benchmarks.workloads import Requests
 
 _FLOAT32_CACHE = 0
@@ -35,7 +36,7 @@ class _Sequence:
         return self.prompt[self.position :] or self.output[-1:]
 
 
-class LlamaCpp:
+class LlamaCpp(Engine):
     """Continuous batching over `slots` sequences: decodes first, then prompts in chunks."""
 
     def __init__(
@@ -71,7 +72,11 @@ class LlamaCpp:
         self._slots, self._batch_tokens, self._kv_cache = slots, batch_tokens, kv_cache
 
     def run(self, requests: Requests) -> list[list[int]]:
-        """Generate with a context sized for these requests."""
+        """Generate, each batch with a context sized for its requests."""
+        batches = requests.batches(self._slots)
+        return [tokens for batch in batches for tokens in self._run(batch)]
+
+    def _run(self, requests: Requests) -> list[list[int]]:
         slots = min(self._slots, len(requests.prompts))
         pairs = list(zip(requests.prompts, requests.outputs, strict=True))
         longest = max(len(prompt) + wanted for prompt, wanted in pairs)

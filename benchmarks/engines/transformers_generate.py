@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.engines import Engine
 from benchmarks.workloads import Requests
 
 PAD = 0
 
 
-class TransformersGenerate:
+class TransformersGenerate(Engine):
     """`generate` on one static batch after the other, each run to its longest output."""
 
     def __init__(
@@ -38,7 +39,7 @@ class TransformersGenerate:
         if dtype == "auto":
             dtype = "float32" if self._device == "cpu" else "bfloat16"
         settings = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
-        self._model = _load(Path(model), load_format, settings).to(self._device).eval()
+        self._model = _load(Path(model), load_format, settings, self._device).eval()
         # Every request runs to its full length: no token ends it.
         self._model.generation_config.eos_token_id = None
         self._batch_size = batch_size
@@ -48,15 +49,14 @@ class TransformersGenerate:
         """Generate batch by batch; tokens past a request's own length are computed and dropped."""
         torch.manual_seed(requests.seed)
         size = self._batch_size or requests.static_batch or len(requests.prompts)
-        pairs = list(zip(requests.prompts, requests.outputs, strict=True))
-        batches = (pairs[at : at + size] for at in range(0, len(pairs), size))
-        return list(itertools.chain.from_iterable(self._run(b, requests) for b in batches))
+        size = 1 if requests.batching == "single" else size
+        return list(itertools.chain.from_iterable(map(self._run, requests.split(size))))
 
-    def _run(self, batch: list[tuple[list[int], int]], requests: Requests) -> list[list[int]]:
-        width = max(len(prompt) for prompt, _ in batch)
-        ids = torch.full((len(batch), width), PAD)
+    def _run(self, requests: Requests) -> list[list[int]]:
+        width = max(map(len, requests.prompts))
+        ids = torch.full((len(requests.prompts), width), PAD)
         mask = torch.zeros_like(ids)
-        for row, (prompt, _) in enumerate(batch):
+        for row, prompt in enumerate(requests.prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         sampling: dict[str, Any] = {"do_sample": False}
@@ -66,18 +66,21 @@ class TransformersGenerate:
             full = self._model.generate(
                 input_ids=ids.to(self._device),
                 attention_mask=mask.to(self._device),
-                max_new_tokens=max(output for _, output in batch),
+                max_new_tokens=max(requests.outputs),
                 pad_token_id=PAD,
                 **sampling,
             )
         tokens = full[:, width:].tolist()
-        return [row[:output] for row, (_, output) in zip(tokens, batch, strict=True)]
+        return [row[:size] for row, size in zip(tokens, requests.outputs, strict=True)]
 
 
-def _load(model: Path, load_format: str, settings: dict[str, Any]) -> Any:
+def _load(model: Path, load_format: str, settings: dict[str, Any], device: str) -> Any:
+    """Dummy weights are drawn where they will be used: on the host that takes minutes."""
     if load_format == "dummy":
-        config = AutoConfig.from_pretrained(model)
-        return AutoModelForCausalLM.from_config(config, **settings)
+        with torch.device(device):
+            config = AutoConfig.from_pretrained(model)
+            return AutoModelForCausalLM.from_config(config, **settings)
     if model.suffix == ".gguf":
-        return AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, **settings)
-    return AutoModelForCausalLM.from_pretrained(model, **settings)
+        settings = {"gguf_file": model.name, **settings}
+        model = model.parent
+    return AutoModelForCausalLM.from_pretrained(model, **settings).to(device)

@@ -3,19 +3,23 @@ import json
 import pytest
 
 from benchmarks import offline, results
+from benchmarks.engines import Engine, RequestTimes
+from benchmarks.latency import latency_table
 from benchmarks.worker import measure
 from benchmarks.workloads import WORKLOADS
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Counts up from the last token of each prompt."""
 
     vocab_size = 500
 
     def __init__(self, short=0):
         self.short = short
+        self.runs = []
 
     def run(self, requests):
+        self.runs.append(requests)
         pairs = zip(requests.prompts, requests.outputs, strict=True)
         return [[prompt[-1]] * (size - self.short) for prompt, size in pairs]
 
@@ -83,6 +87,35 @@ def test_a_missing_model_ends_with_a_sentence(tmp_path):
 
 def test_comparing_prints_the_files_named(tmp_path, capsys):
     file = tmp_path / "r.json"
-    results.write({"records": results.summarise([line("trunkline", 2.0), line("b", 5.0)])}, file)
+    records = results.summarise([line("trunkline", 2.0), line("b", 5.0)])
+    results.write({"machine": {}, "engines": {}, "records": records}, file)
     offline.main(["compare", str(file)])
     assert "2.50 x" in capsys.readouterr().out
+
+
+def test_prefill_alone_is_measured_only_when_asked_for():
+    engine = FakeEngine()
+    measured = measure(engine, WORKLOADS["4x128-48"], seed=0, prefill=False)
+    assert measured["prefill_seconds"] is None
+    assert [requests.output_tokens for requests in engine.runs] == [4 * 4, 4 * 48]
+    record = results.summarise([{"engine": "a", "workload": "w", **measured}])[0]
+    assert record["median"]["prefill_tok_s"] is None
+    assert record["median"]["output_tok_s"] > 0
+
+
+def test_a_workload_of_first_tokens_tells_the_speed_of_prefill():
+    alone = line("a", 2.0) | {"prefill_seconds": None, "output_tokens": 2}
+    (record,) = results.summarise([alone])
+    assert record["median"]["prefill_tok_s"] == 50.0
+
+
+def test_request_times_become_latencies():
+    engine = FakeEngine()
+    engine.request_times = [RequestTimes(float(i), 2.0 * i) for i in range(1, 101)]
+    measured = measure(engine, WORKLOADS["4x128-48"], seed=0)
+    assert measured["latency"]["first_token"] == {"mean": 50.5, "p50": 50.0, "p99": 99.0}
+    assert measured["latency"]["finished"]["p99"] == 198.0
+    records = results.summarise([{"engine": "a", "workload": "w", **measured}])
+    assert "| w | a | 50.500 | 50.000 | 99.000 | 101.000 | 100.000 | 198.000 |" in latency_table(
+        records
+    )

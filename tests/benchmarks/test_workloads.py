@@ -38,7 +38,34 @@ def test_prefill_alone_keeps_the_prompts():
 
 
 def test_suites_name_workloads():
-    assert all(name in WORKLOADS for names in SUITES.values() for name in names)
+    assert all(w.name in WORKLOADS for suite in SUITES.values() for w in suite.workloads)
+    assert [EngineSpec.parse(label) for suite in SUITES.values() for label in suite.engines]
+
+
+def test_the_mixed_workload_has_the_totals_that_peers_were_measured_with():
+    requests = WORKLOADS["256x100..1024-100..1024"].draw(VOCAB_SIZE, seed=4)
+    assert requests.output_tokens == 144_976
+    assert requests.input_tokens == 144_312
+
+
+def test_batching_modes_serve_the_same_requests_in_other_portions():
+    continuous, static, single = (
+        WORKLOADS[f"{n}x128..512-32..256-{mode}"].draw(VOCAB_SIZE, seed=0)
+        for mode, n in (("continuous", 48), ("static", 48), ("single", 8))
+    )
+    assert continuous.outputs == static.outputs
+    assert continuous.outputs[:8] == single.outputs
+    assert continuous.batches(20) == [continuous]
+    assert [len(part.prompts) for part in static.batches(20)] == [20, 20, 8]
+    assert [len(part.prompts) for part in single.batches(20)] == [1] * 8
+    assert [size for part in static.batches(20) for size in part.outputs] == static.outputs
+
+
+def test_a_warm_up_is_cut_short():
+    requests = WORKLOADS["1000x128..512-256"].draw(VOCAB_SIZE, seed=0)
+    warm_up = requests.first(requests=32, output_tokens=4)
+    assert warm_up.prompts == requests.prompts[:32]
+    assert warm_up.outputs == [4] * 32
 
 
 def test_engine_options_are_read_from_the_label():

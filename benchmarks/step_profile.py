@@ -1,0 +1,145 @@
+"""What the steps of a profiled run tell: seconds of each phase, and how long the GPU had no work.
+
+Needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+HOST_PHASES = ("schedule", "prepare", "launch", "wait", "update")
+"""Parts of a step on the host, in order; `wait` is for the device."""
+
+
+class StepRecord(Protocol):
+    """One step of a profiled run; `LLM.stop_profile` returns such records.
+
+    Times are in seconds. Those of the device are None where it does not tell them.
+    """
+
+    @property
+    def rows(self) -> int:
+        """Requests in the step."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Keys attended to, over all rows."""
+
+    @property
+    def decode(self) -> bool:
+        """Whether every row computes one token."""
+
+    @property
+    def schedule_s(self) -> float:
+        """Choosing what to compute."""
+
+    @property
+    def prepare_s(self) -> float:
+        """Building the step's inputs."""
+
+    @property
+    def launch_s(self) -> float:
+        """Handing the work to the device."""
+
+    @property
+    def wait_s(self) -> float:
+        """Waiting for the device."""
+
+    @property
+    def update_s(self) -> float:
+        """Booking the new tokens."""
+
+    @property
+    def device_s(self) -> float | None:
+        """The device's own time for the step."""
+
+    @property
+    def idle_s(self) -> float | None:
+        """Time that the device had no work between the step before and this one."""
+
+
+def step_seconds(step: StepRecord) -> float:
+    """The device's time for a step or, where it does not tell, the host's for all phases."""
+    return host_seconds(step) if step.device_s is None else step.device_s
+
+
+def host_seconds(step: StepRecord) -> float:
+    """The host's time for a step, waiting included."""
+    return step.schedule_s + step.prepare_s + step.launch_s + step.wait_s + step.update_s
+
+
+def summarise_steps(steps: Sequence[StepRecord]) -> dict[str, Any]:
+    """Figures of a profile, for decode steps (one token a row) and for mixed ones apart.
+
+    Of each phase, and of `device` and `idle` where the device tells them: median, mean and total
+    in seconds. `gpu_idle_share` is idle time over idle and working time, None without a GPU.
+    """
+    return {
+        "gpu_idle_share": _idle_share(steps),
+        "decode": _summarise_kind([step for step in steps if step.decode]),
+        "mixed": _summarise_kind([step for step in steps if not step.decode]),
+    }
+
+
+def _idle_share(steps: Iterable[StepRecord]) -> float | None:
+    told = [step for step in steps if step.device_s is not None]
+    busy = sum(step.device_s or 0.0 for step in told)
+    idle = sum(step.idle_s or 0.0 for step in told)
+    return round(idle / (idle + busy), 4) if idle + busy else None
+
+
+def _summarise_kind(steps: Sequence[StepRecord]) -> dict[str, Any]:
+    if not steps:
+        return {"steps": 0}
+    columns = {phase: [getattr(step, f"{phase}_s") for step in steps] for phase in HOST_PHASES}
+    columns["device"] = [step.device_s for step in steps if step.device_s is not None]
+    columns["idle"] = [step.idle_s for step in steps if step.idle_s is not None]
+    return {
+        "steps": len(steps),
+        "tokens": sum(step.tokens for step in steps),
+        "mean_rows": round(statistics.fmean(step.rows for step in steps), 2),
+        "mean_context_tokens": round(statistics.fmean(step.context_tokens for step in steps), 1),
+        "seconds": {name: _spread(values) for name, values in columns.items() if values},
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 8),
+        "mean": round(statistics.fmean(values), 8),
+        "total": round(sum(values), 6),
+    }
+
+
+def profile_table(records: Iterable[dict[str, Any]]) -> str:
+    """A Markdown table of the records that carry a `profile`; empty when none does.
+
+    A cell is the median of a step in milliseconds and the phase's total in seconds.
+    """
+    names = (*HOST_PHASES, "device", "idle")
+    rows = [
+        f"| {record['workload']} | {record['engine']} | {kind} | {part['steps']} | "
+        + " | ".join(_cell(part["seconds"].get(name)) for name in names)
+        + f" | {_percent(record['profile']['gpu_idle_share'])} |"
+        for record in records
+        if record.get("profile")
+        for kind in ("decode", "mixed")
+        if (part := record["profile"][kind])["steps"]
+    ]
+    head = f"| workload | engine | steps of kind | steps | {' | '.join(names)} | GPU idle |"
+    rule = "|---|---|---|---:|" + "---:|" * (len(names) + 1)
+    return "\n".join([head, rule, *rows]) if rows else ""
+
+
+def _cell(spread: dict[str, float] | None) -> str:
+    return f"{spread['median'] * 1e3:.3f} ms, {spread['total']:.2f} s" if spread else "-"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
