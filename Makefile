@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow bench clean
+.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow bench bench-gpu clean
 
 # Interpreter that .venv is made with; unset, the first of these that is 3.11 or 3.12.
 RIGHT_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -83,6 +83,13 @@ test-slow: install-dev ## Every golden prompt in every way to run the engine
 bench: install-dev ## Measure offline speed on this CPU beside transformers, and compare
 	$(PY) -m benchmarks.offline run --suite cpu --engines trunkline transformers
 	$(PY) -m benchmarks.offline compare
+
+# What `make bench-gpu` runs; any name in benchmarks/shapes.
+SHAPE ?= qwen2.5-7b
+
+bench-gpu: install ## Measure offline speed on this GPU, and decode steps beside the roofline
+	$(PY) -m benchmarks.offline run --suite gpu --model $(SHAPE)
+	$(PY) -m benchmarks.sweep run --model $(SHAPE)
 
 clean: ## Remove what these targets made
 	@[ ! -e $(VENV)/.by-make ] || rm -rf $(VENV)

@@ -69,6 +69,11 @@ def step_seconds(step: StepRecord) -> float:
     return host_seconds(step) if step.device_s is None else step.device_s
 
 
+def period_seconds(step: StepRecord) -> float | None:
+    """The device's time from the end of the step before to the end of this one."""
+    return None if step.device_s is None or step.idle_s is None else step.device_s + step.idle_s
+
+
 def host_seconds(step: StepRecord) -> float:
     """The host's time for a step, waiting included."""
     return step.schedule_s + step.prepare_s + step.launch_s + step.wait_s + step.update_s

@@ -1,23 +1,12 @@
-from dataclasses import dataclass
-
 import pytest
 
-from benchmarks.step_profile import profile_table, step_seconds, summarise_steps
-
-
-@dataclass
-class Step:
-    rows: int = 2
-    tokens: int = 2
-    context_tokens: int = 20
-    decode: bool = True
-    schedule_s: float = 0.001
-    prepare_s: float = 0.002
-    launch_s: float = 0.003
-    wait_s: float = 0.004
-    update_s: float = 0.005
-    device_s: float | None = None
-    idle_s: float | None = None
+from benchmarks.step_profile import (
+    period_seconds,
+    profile_table,
+    step_seconds,
+    summarise_steps,
+)
+from tests.benchmarks.steps import Step
 
 
 def test_decode_and_mixed_steps_are_told_apart():
@@ -43,6 +32,8 @@ def test_a_host_that_tells_no_device_times_has_no_idle_share():
     assert summary["mixed"] == {"steps": 0}
     assert step_seconds(Step()) == pytest.approx(0.015)
     assert step_seconds(Step(device_s=0.5)) == 0.5
+    assert period_seconds(Step(device_s=0.5)) is None
+    assert period_seconds(Step(device_s=0.5, idle_s=0.25)) == 0.75
 
 
 def test_the_table_has_a_row_for_each_kind_of_step():
