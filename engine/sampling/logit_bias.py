@@ -21,7 +21,7 @@ class LogitBias:
 
     def active(self, batch: Batch) -> bool:
         """Whether any row of the batch has a bias."""
-        return not self._bias.rows.isdisjoint(batch.rows)
+        return batch.uses(self._bias.rows)
 
     def apply(self, logits: torch.Tensor, batch: Batch) -> None:
         """Add the biases to the logits [batch, vocab] in place."""

@@ -6,10 +6,9 @@ as in transformers; presence and frequency as OpenAI's API defines them.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from engine.sampling.rows import Batch, RowParameter, RowSelector, to_device
+from engine.sampling.rows import Batch, RowParameter, RowTable, to_device
 from engine.step import NewRow
 
 
@@ -20,12 +19,14 @@ class Penalties:
     it. The table [rows, vocab] is allocated when a penalised request comes, up to its row.
     """
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, table: RowTable, num_rows: int, vocab_size: int, device: torch.device
+    ) -> None:
         self._num_rows = num_rows
         self._device = device
-        self._repetition = RowParameter(num_rows, 1.0, device)
-        self._presence = RowParameter(num_rows, 0.0, device)
-        self._frequency = RowParameter(num_rows, 0.0, device)
+        self._repetition = RowParameter(table, 1.0)
+        self._presence = RowParameter(table, 0.0)
+        self._frequency = RowParameter(table, 0.0)
         self._seen = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self.rows: set[int] = set()
         """Rows with any penalty."""
@@ -42,14 +43,11 @@ class Penalties:
             return
         self.rows.add(new.row)
         self._reserve(new.row + 1)
-        tokens = np.asarray(new.token_ids, dtype=np.int64)
-        prompt, output = np.split(tokens, [new.num_prompt_tokens])
-        seen = 2 * np.bincount(output, minlength=self._seen.shape[1])
-        seen[prompt] |= 1
-        host = torch.from_numpy(seen.astype(np.int32))
-        if self._device.type == "cuda":
-            host = host.pin_memory()
-        self._seen[new.row].copy_(host, non_blocking=True)
+        tokens = to_device(new.token_ids, self._device, torch.int64)
+        prompt, output = tokens.tensor_split([new.num_prompt_tokens])
+        seen = self._seen[new.row].zero_()
+        seen.index_fill_(0, prompt, 1)
+        seen.index_add_(0, output, torch.full_like(output, 2, dtype=torch.int32))
 
     def _reserve(self, num_rows: int) -> None:
         missing = num_rows - len(self._seen)
@@ -60,31 +58,40 @@ class Penalties:
 
     def active(self, batch: Batch) -> bool:
         """Whether any row of the batch is penalised."""
-        return not self.rows.isdisjoint(batch.rows)
+        return batch.uses(self.rows)
 
     def apply(self, logits: torch.Tensor, batch: Batch) -> None:
-        """Penalise the logits [batch, vocab] in place."""
-        self._reserve(max(batch.rows) + 1)
-        repetition = self._repetition.active(batch)
-        for places, rows in batch.spans(self.rows):
-            seen = self._seen[rows]
-            if repetition:
-                self._repeat(logits[places], seen, rows)
-            if self._frequency.active(batch) or self._presence.active(batch):
-                self._count(logits[places], seen >> 1, rows)
+        """Penalise the logits [batch, vocab] in place; contiguous float32."""
+        if batch.fused:
+            from engine.kernels.penalties import apply_penalties
 
-    def _repeat(self, logits: torch.Tensor, seen: torch.Tensor, rows: RowSelector) -> None:
-        factor = torch.where(seen != 0, self._repetition.select(rows), 1.0)
-        logits.copy_(torch.where(logits > 0, logits / factor, logits * factor))
+            apply_penalties(logits, *self._tables(batch))
+            return
+        # One by one: temporaries stay in the cache, and other rows cost nothing.
+        for place in batch.members(self.rows):
+            row = batch.rows[place]
+            self._penalise(logits[place], self._seen[row], row)
 
-    def _count(self, logits: torch.Tensor, counts: torch.Tensor, rows: RowSelector) -> None:
-        logits.sub_(self._frequency.select(rows) * counts)
-        logits.sub_(self._presence.select(rows) * (counts > 0))
+    def _tables(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        parameters = (self._repetition, self._presence, self._frequency)
+        return batch.row_index, self._seen, *(parameter.values for parameter in parameters)
+
+    def _penalise(self, logits: torch.Tensor, seen: torch.Tensor, row: int) -> None:
+        if row in self._repetition.rows:
+            factor = torch.where(seen != 0, self._repetition.values[row], 1.0)
+            logits.copy_(torch.where(logits > 0, logits / factor, logits * factor))
+        if row in self._frequency.rows or row in self._presence.rows:
+            counts = seen >> 1
+            logits.sub_(self._frequency.values[row] * counts)
+            logits.sub_(self._presence.values[row] * (counts > 0))
 
     def update(self, token_ids: torch.Tensor, batch: Batch) -> None:
         """Count the tokens [batch] that the batch has just sampled, on the device."""
+        if batch.fused:
+            from engine.kernels.penalties import count_tokens
+
+            count_tokens(token_ids, *self._tables(batch))
+            return
         places = batch.members(self.rows)
-        rows = batch.take(places).row_index
-        tokens = token_ids[to_device(places, self._device)]
-        flat = rows * self._seen.shape[1] + tokens
+        flat = batch.take(places).row_index * self._seen.shape[1] + token_ids[places]
         self._seen.view(-1).index_add_(0, flat, torch.full_like(flat, 2, dtype=torch.int32))

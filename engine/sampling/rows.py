@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
 from functools import cached_property
 
+import numpy as np
 import torch
 
 RowSelector = slice | torch.Tensor
 """Picks rows of a table: a slice of neighbours, or an int64 tensor of row numbers."""
 
 
-def to_device(values: Sequence[int] | Sequence[float], device: torch.device) -> torch.Tensor:
+def to_device(
+    values: Sequence[int] | Sequence[float],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """Copy host numbers to the device without waiting for it (int64 or float32, [len(values)]).
 
     Pinned memory lets the copy queue behind the kernels in flight; a pageable one would wait for
     them.
     """
-    host = torch.tensor(values, pin_memory=device.type == "cuda")
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
-@dataclass
 class Batch:
-    """Rows that sample in one step; `rows[i]` draws the token at index `positions[i]`."""
+    """Rows that sample in one step; `rows[i]` draws the token at index `positions[i]`.
 
-    rows: list[int]
-    positions: list[int]
-    device: torch.device
+    Args:
+        rows: each row at most once.
+        positions: as many.
+        device: where the logits come from.
+        row_index: `rows`, int64 [batch], if they are on the device already.
+        position_index: the same of `positions`.
+    """
+
+    def __init__(
+        self,
+        rows: list[int],
+        positions: list[int],
+        device: torch.device,
+        row_index: torch.Tensor | None = None,
+        position_index: torch.Tensor | None = None,
+    ) -> None:
+        self.rows = rows
+        self.positions = positions
+        self.device = device
+        self.fused = device.type == "cuda"
+        """Whether Triton kernels work on all rows at once, instead of torch on those concerned."""
+        if row_index is not None:
+            self.row_index = row_index
+        if position_index is not None:
+            self.position_index = position_index
 
     @cached_property
     def row_index(self) -> torch.Tensor:
@@ -40,9 +65,13 @@ class Batch:
         """`positions` on the device, int64 [batch]."""
         return to_device(self.positions, self.device)
 
-    def members(self, users: set[int]) -> list[int]:
+    def uses(self, users: Set[int]) -> bool:
+        """Whether any row is one of `users`."""
+        return bool(users) and not users.isdisjoint(self.rows)
+
+    def members(self, users: Set[int]) -> list[int]:
         """Places in the batch whose row is one of `users`."""
-        if users.isdisjoint(self.rows):
+        if not self.uses(users):
             return []
         return [place for place, row in enumerate(self.rows) if row in users]
 
@@ -51,49 +80,67 @@ class Batch:
         rows = [self.rows[place] for place in places]
         return Batch(rows, [self.positions[place] for place in places], self.device)
 
-    def spans(self, users: set[int]) -> Iterator[tuple[slice, RowSelector]]:
-        """Split the work of a whole-vocabulary feature: places in the batch, rows of its tables.
 
-        On the CPU each row of `users` comes alone, so that temporaries stay in the cache and other
-        rows cost nothing. On an accelerator launches count: the whole batch comes at once, so the
-        parameters of rows that do not use the feature must be neutral.
-        """
-        if self.device.type != "cpu":
-            yield slice(0, len(self.rows)), self.row_index
-            return
-        for place in self.members(users):
-            row = self.rows[place]
-            yield slice(place, place + 1), slice(row, row + 1)
+class RowTable:
+    """Numbers of every row, side by side, so that one copy brings all new ones to the device.
+
+    Args:
+        num_rows: rows.
+        num_columns: most parameters of a row.
+        device: where they are read; on the CPU that is where they are written.
+    """
+
+    def __init__(self, num_rows: int, num_columns: int, device: torch.device) -> None:
+        self._staged = torch.zeros((num_rows, num_columns), dtype=torch.int64)
+        self._values = self._staged.to(device)
+        self._free = list(range(num_columns))
+        self.changed = False
+        """Whether anything was staged since the last upload."""
+
+    def add_column(self, dtype: torch.dtype) -> tuple[np.ndarray, torch.Tensor]:
+        """Room for a parameter of 4 or 8 bytes: to stage it [rows], and on the device [rows, 1]."""
+        column = self._free.pop() * (8 // dtype.itemsize)
+        staged = self._staged.view(dtype)[:, column].numpy()
+        return staged, self._values.view(dtype)[:, column : column + 1]
+
+    def upload(self) -> None:
+        """Bring what was staged to the device, behind the steps in flight."""
+        if self.changed and self._values.device.type == "cuda":
+            self._values.copy_(self._staged.pin_memory(), non_blocking=True)
+        self.changed = False
 
 
 class RowParameter:
-    """One number a row, on the device; the host knows which rows differ from the neutral value."""
+    """One number a row; the host knows which rows differ from the neutral value."""
 
-    def __init__(
-        self, num_rows: int, neutral: float, device: torch.device, dtype: torch.dtype = torch.float
-    ) -> None:
+    def __init__(self, table: RowTable, neutral: float, dtype: torch.dtype = torch.float) -> None:
+        self._table = table
         self._neutral = neutral
-        self._values = torch.full((num_rows, 1), neutral, dtype=dtype, device=device)
+        self._staged, self.values = table.add_column(dtype)
+        """`values` are on the device, [rows, 1], and true after the table's next upload."""
+        self._staged[:] = neutral
+        table.changed = True
         self.rows: set[int] = set()
         """Rows whose value is not neutral."""
 
     def set(self, row: int, value: float) -> None:
-        """Store the value of a row, over that of the row's last request."""
+        """Stage the value of a row, over that of the row's last request."""
         if value != self._neutral:
             self.rows.add(row)
         elif row in self.rows:
             self.rows.remove(row)
         else:
             return
-        self._values[row].fill_(value)  # the value travels as a kernel argument: no copy, no wait
+        self._staged[row] = value
+        self._table.changed = True
 
     def active(self, batch: Batch) -> bool:
         """Whether any row of the batch has a value of its own."""
-        return not self.rows.isdisjoint(batch.rows)
+        return batch.uses(self.rows)
 
     def select(self, rows: RowSelector) -> torch.Tensor:
         """Values of the rows, [rows, 1]."""
-        return self._values[rows]
+        return self.values[rows]
 
 
 class RowTokens:

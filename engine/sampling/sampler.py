@@ -13,12 +13,14 @@ from engine.sampling.logit_bias import LogitBias
 from engine.sampling.logprobs import LogprobTensors, gather_logprobs
 from engine.sampling.min_tokens import MinTokens
 from engine.sampling.penalties import Penalties
-from engine.sampling.rows import Batch, RowParameter, to_device
+from engine.sampling.rows import Batch, RowParameter, RowTable, to_device
 from engine.sampling.truncation import Truncation
 from engine.step import NewRow
 
 _CPU_CHUNK_ROWS = 8
 """Rows that draw together on the CPU: few enough for the cache, enough to pay for the calls."""
+_NUM_PARAMETERS = 8
+"""Numbers of a row: temperature, seed, three of the truncation, three of the penalties."""
 
 
 @dataclass(slots=True)
@@ -71,11 +73,12 @@ class Sampler:
         self._device = device
         self._words: torch.Tensor | None = None
         self._vocab_size = vocab_size
-        self._seeds = RowParameter(max_num_seqs, 0, device, torch.int64)
-        self._temperature = RowParameter(max_num_seqs, 0.0, device)
+        self._table = RowTable(max_num_seqs, _NUM_PARAMETERS, device)
+        self._seeds = RowParameter(self._table, 0, torch.int64)
+        self._temperature = RowParameter(self._table, 0.0)
         self._num_top: dict[int, int] = {}
-        self._penalties = Penalties(max_num_seqs, vocab_size, device)
-        self._truncation = Truncation(max_num_seqs, vocab_size, device)
+        self._penalties = Penalties(self._table, max_num_seqs, vocab_size, device)
+        self._truncation = Truncation(self._table, vocab_size)
         self._edits = (
             LogitBias(max_num_seqs, vocab_size, device),
             MinTokens(max_num_seqs, vocab_size, device, eos_token_ids),
@@ -97,22 +100,22 @@ class Sampler:
         for feature in self._edits:
             feature.add_row(new_row)
 
-    def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int]) -> SamplerOutput:
+    def sample(self, logits: torch.Tensor, batch: Batch) -> SamplerOutput:
         """Draw one token a row, without waiting for the device.
 
         Args:
             logits: [batch, vocab] of any float type; float32 ones may be overwritten.
-            rows: the row of each line of `logits`, each at most once.
-            positions: index in its sequence of the token that each row draws.
+            batch: the row and position of each line of `logits`.
         """
-        batch = Batch(rows, positions, self._device)
-        logits = logits.float().contiguous()
+        self._table.upload()
         edits = [feature for feature in self._edits if feature.active(batch)]
-        asked = [place for place, row in enumerate(rows) if row in self._num_top]
+        if edits or not batch.fused:
+            logits = logits.float().contiguous()
+        asked = batch.members(self._num_top.keys())
         raw = self._raw_logits(logits, asked, bool(edits))
         for feature in edits:
             feature.apply(logits, batch)
-        token_ids = self._draw(logits, batch)
+        token_ids = self._draw_fused(logits, batch) if batch.fused else self._draw(logits, batch)
         if self._penalties in edits:
             self._penalties.update(token_ids, batch)
         output = SamplerOutput(token_ids)
@@ -127,8 +130,8 @@ class Sampler:
         if not asked:
             return None
         if len(asked) == len(logits):
-            return logits.clone() if edited else logits
-        return logits[to_device(asked, self._device)]
+            return logits.clone() if edited else logits.float()
+        return logits[to_device(asked, self._device)].float()
 
     def _add_logprobs(
         self, output: SamplerOutput, raw: torch.Tensor, batch: Batch, asked: list[int]
@@ -140,6 +143,19 @@ class Sampler:
             token_ids = token_ids[to_device(asked, self._device)]
         output.logprobs = gather_logprobs(raw, token_ids, max(num_top))
         output.logprob_rows, output.num_top = rows, num_top
+
+    def _draw_fused(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The same as `_draw`, in two launches or, if tokens are dropped, three."""
+        from engine.kernels.draw import draw
+
+        if logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        threshold = None
+        if self._truncation.active(batch):
+            threshold = self._truncation.threshold(logits, batch, self._temperature)
+        rows, positions = batch.row_index, batch.position_index
+        temperature, seeds = self._temperature.values, self._seeds.values
+        return draw(logits, rows, positions, temperature, seeds, threshold)
 
     def _draw(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Largest logit for greedy rows, a random draw for the others; int64 [batch]."""
@@ -153,10 +169,9 @@ class Sampler:
         if greedy:
             index = to_device(greedy, self._device)
             token_ids[index] = logits[index].argmax(dim=-1)
-        size = _CPU_CHUNK_ROWS if self._device.type == "cpu" else len(noisy)
         noisy = self._truncation.group(noisy, batch)
-        for start in range(0, len(noisy), size):
-            places = noisy[start : start + size]
+        for start in range(0, len(noisy), _CPU_CHUNK_ROWS):
+            places = noisy[start : start + _CPU_CHUNK_ROWS]
             index = to_device(places, self._device)
             token_ids[index] = self._draw_random(logits[index], batch.take(places))
         return token_ids

@@ -8,10 +8,12 @@ not depend on the order of the vocabulary; only top_k = 1 is exact, because it i
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
-from engine.sampling.rows import Batch, RowParameter
+from engine.sampling.rows import Batch, RowParameter, RowTable
 from engine.step import NewRow
 
 _CANDIDATES = (256, 4096)
@@ -19,46 +21,65 @@ _CANDIDATES = (256, 4096)
 
 
 class Truncation:
-    """`top_k`, `top_p` and `min_p` of every row."""
+    """`top_k`, `top_p` and `min_p` of every row; greedy rows have none."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, table: RowTable, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._top_k = RowParameter(num_rows, vocab_size, device, torch.int64)
-        self._top_p = RowParameter(num_rows, 1.0, device)
-        self._min_p = RowParameter(num_rows, 0.0, device)
+        self._top_k = RowParameter(table, vocab_size, torch.int64)
+        self._top_p = RowParameter(table, 1.0)
+        self._log_min_p = RowParameter(table, -math.inf)
 
     def add_row(self, new: NewRow) -> None:
         """Take over a row for a request."""
-        top_k = new.params.top_k
-        self._top_k.set(new.row, min(top_k, self._vocab_size) if top_k > 0 else self._vocab_size)
-        self._top_p.set(new.row, new.params.top_p)
-        self._min_p.set(new.row, new.params.min_p)
+        params, row = new.params, new.row
+        keeps_all = params.greedy or not 0 < params.top_k < self._vocab_size
+        self._top_k.set(row, self._vocab_size if keeps_all else params.top_k)
+        self._top_p.set(row, 1.0 if params.greedy else params.top_p)
+        is_relative = params.min_p > 0.0 and not params.greedy
+        self._log_min_p.set(row, math.log(params.min_p) if is_relative else -math.inf)
 
     def active(self, batch: Batch) -> bool:
         """Whether any row of the batch drops tokens."""
-        return any(p.active(batch) for p in (self._top_k, self._top_p, self._min_p))
+        return any(p.active(batch) for p in (self._top_k, self._top_p, self._log_min_p))
 
     def group(self, places: list[int], batch: Batch) -> list[int]:
         """Reorder places so that rows that drop tokens come first and share their chunks."""
-        users = self._top_k.rows | self._top_p.rows | self._min_p.rows
+        users = self._top_k.rows | self._top_p.rows | self._log_min_p.rows
         return sorted(places, key=lambda place: batch.rows[place] not in users)
 
     def apply(self, logits: torch.Tensor, batch: Batch) -> None:
-        """Set dropped tokens to -inf in place; logits [batch, vocab] after temperature."""
+        """Set dropped tokens to -inf in place, on the CPU; logits [batch, vocab] / temperature."""
         rows = batch.row_index
         threshold = torch.full_like(logits[:, :1], -torch.inf)
-        if self._min_p.active(batch):
-            threshold = logits.amax(dim=-1, keepdim=True) + self._min_p.select(rows).log()
+        if self._log_min_p.active(batch):
+            threshold = logits.amax(dim=-1, keepdim=True) + self._log_min_p.select(rows)
         if self._top_k.active(batch) or self._top_p.active(batch):
-            find = by_candidates if logits.device.type == "cpu" else by_search
-            threshold = find(logits, self._top_k.select(rows), self._top_p.select(rows), threshold)
+            top_k, top_p = self._top_k.select(rows), self._top_p.select(rows)
+            threshold = by_candidates(logits, top_k, top_p, threshold)
         logits.masked_fill_(logits < threshold, -torch.inf)
 
+    def threshold(
+        self, logits: torch.Tensor, batch: Batch, temperature: RowParameter
+    ) -> torch.Tensor:
+        """What logits / temperature must reach, in one launch; float32 [batch]."""
+        from engine.kernels.truncate import truncation_threshold
 
-def by_search(
+        return truncation_threshold(
+            logits,
+            batch.row_index,
+            temperature.values,
+            self._top_k.values,
+            self._top_p.values,
+            self._log_min_p.values,
+        )
+
+
+def by_candidates(
     logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, floor: torch.Tensor
 ) -> torch.Tensor:
-    """The smallest logit that each row keeps, without a sort and without waiting for the device.
+    """The smallest logit that each row keeps, on the CPU: looks among its likeliest tokens.
+
+    Rows whose answer is not among them are tried again with more, and with all at last.
 
     Args:
         logits: float32 [rows, vocab].
@@ -68,20 +89,6 @@ def by_search(
 
     Returns:
         float32 [rows, 1], not below `floor`.
-    """
-    floor = floor.maximum(_search(logits, torch.ones_like(logits), top_k))
-    mass = _mass(logits, floor)
-    nucleus = _search(logits, mass, mass.sum(dim=-1, keepdim=True) * top_p)
-    return torch.where(top_p < 1.0, floor.maximum(nucleus), floor)
-
-
-def by_candidates(
-    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, floor: torch.Tensor
-) -> torch.Tensor:
-    """The same as `by_search`, faster on the CPU: looks among the likeliest tokens of each row.
-
-    Rows whose answer is not among them are tried again with more, and with all at last. Waits for
-    the device.
     """
     vocab_size = logits.shape[1]
     threshold = torch.empty_like(floor)
@@ -130,40 +137,3 @@ def _mass(logits: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     """Probabilities relative to the likeliest; 0 below `floor`. `logits` hold the row's largest."""
     mass = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
     return mass.masked_fill_(logits < floor, 0.0)
-
-
-def _search(logits: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The largest threshold at which the weights of the tokens not below it reach the target.
-
-    Bisection over the ordered bit patterns of float32: exact, without a sort, and always 32 rounds,
-    so that nothing waits for the device. If rounding keeps the sum below the target, nothing is
-    dropped: the smallest logit comes back.
-
-    Args:
-        logits, weights: float32 [rows, vocab].
-        target: [rows, 1].
-
-    Returns:
-        float32 [rows, 1].
-    """
-    low = _order(logits.amin(dim=-1, keepdim=True))
-    high = _order(logits.amax(dim=-1, keepdim=True)) + 1
-    for _ in range(32):
-        middle = (low + high) >> 1
-        reached = torch.where(logits >= _unorder(middle), weights, 0.0).sum(-1, keepdim=True)
-        enough = reached >= target
-        low = torch.where(enough, middle, low)
-        high = torch.where(enough, high, middle)
-    return _unorder(low)
-
-
-def _order(values: torch.Tensor) -> torch.Tensor:
-    """Integers (int64) in the order of the float32 values."""
-    bits = values.view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-
-
-def _unorder(keys: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_order`."""
-    bits = keys.int()
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from engine.sampling import Sampler
+from engine.sampling.rows import Batch
 from engine.sampling_params import SamplingParams
 from engine.step import NewRow
 
@@ -24,13 +25,19 @@ def params(**fields):
     return SamplingParams(**{"seed": 0, **fields})
 
 
+def sample(sampler, logits, rows, positions):
+    """What the sampler draws for the lines of `logits`."""
+    return sampler.sample(logits, Batch(rows, positions, logits.device))
+
+
 def draw(logits, options, positions=None, eos=(), **row_options):
     """Token ids of rows 0 … with one SamplingParams each."""
     sampler = Sampler(len(options), logits.shape[1], torch.device("cpu"), eos)
     for row, each in enumerate(options):
         sampler.add_row(new_row(row, each, **row_options))
     rows = list(range(len(options)))
-    return sampler.sample(logits.clone(), rows, positions or [0] * len(rows)).token_ids.tolist()
+    positions = positions or [0] * len(rows)
+    return sample(sampler, logits.clone(), rows, positions).token_ids.tolist()
 
 
 def edited_logits(logits, params, token_ids, num_prompt, eos=()):

@@ -7,19 +7,12 @@ import torch
 from engine.sampling.logit_bias import LogitBias
 from engine.sampling.min_tokens import MinTokens
 from engine.sampling.penalties import Penalties
-from engine.sampling.rows import Batch
+from engine.sampling.rows import Batch, RowTable
 from tests.engine.sampling_reference import edited_logits, new_row, params
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 VOCAB = 30
-
-
-class WholeBatch(Batch):
-    """Splits work as on an accelerator: all rows at once, neutral ones included."""
-
-    def spans(self, users):
-        yield slice(0, len(self.rows)), self.row_index
 
 
 def logits_of(rows):
@@ -92,18 +85,21 @@ PENALTIES = [
 ]
 
 
-@pytest.mark.parametrize("kind", [Batch, WholeBatch])
+def penalties(num_rows):
+    return Penalties(RowTable(num_rows, 3, CPU), num_rows, VOCAB, CPU)
+
+
 @pytest.mark.parametrize("users", [PENALTIES, PENALTIES[2:4], PENALTIES[:2]], ids=len)
-def test_penalties_equal_the_reference(kind, users):
+def test_penalties_equal_the_reference(users):
     random = np.random.default_rng(0)
-    feature = Penalties(len(users), VOCAB, CPU)
+    feature = penalties(len(users))
     rows = list(range(len(users)))[::-1]
     tokens = {row: random.integers(0, VOCAB, 25).tolist() for row in rows}
     options = {row: params(**users[row]) for row in rows}
     for row in rows:
         feature.add_row(new_row(row, options[row], tokens[row], num_prompt_tokens=10 + row))
     for step in range(4):  # what is sampled counts for the next step
-        batch = kind(rows, [25 + step] * len(rows), CPU)
+        batch = Batch(rows, [25 + step] * len(rows), CPU)
         logits = logits_of(len(rows))
         expected = [
             edited_logits(line, options[row], tokens[row], 10 + row)
@@ -118,7 +114,7 @@ def test_penalties_equal_the_reference(kind, users):
 
 
 def test_seen_tokens_are_allocated_for_penalised_rows_only():
-    feature = Penalties(64, VOCAB, CPU)
+    feature = penalties(64)
     feature.add_row(new_row(40, params(), [1, 2]))
     assert feature._seen.shape[0] == 0
     feature.add_row(new_row(3, params(presence_penalty=1.0), [1, 2]))
