@@ -155,7 +155,8 @@ def _threshold_kernel(
         line = logits + place * logits_stride
         found += place * CAPACITY
         largest, smallest = _extremes(line, temperature, VOCAB, BLOCK)
-        threshold = largest + log_min_p
+        if log_min_p > float("-inf"):
+            threshold = largest + log_min_p
         if by_rank:
             kth = _search(
                 line, temperature, largest, smallest, tl.full((), VOCAB, tl.int32),

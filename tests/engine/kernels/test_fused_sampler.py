@@ -1,0 +1,80 @@
+"""The sampler as on CUDA: every feature together, through the kernels."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.sampling import Sampler
+from engine.sampling.rows import Batch
+from tests.engine.sampling_reference import new_row, params, sample
+
+pytest.importorskip("triton")
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+VOCAB, EOS = 130, (2, 3)
+PENALISED = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.6}
+BATCHES = {
+    "greedy": [{"temperature": 0.0}],
+    "plain": [{}, {"temperature": 0.0, "top_p": 0.1}, {"temperature": 0.3}],
+    "truncated": [{"top_k": 7}, {"top_p": 0.8, "temperature": 1.5}, {"min_p": 0.05}, {}],
+    "penalised": [PENALISED, {**PENALISED, "temperature": 0.0}, {}],
+    "logprobs": [{"logprobs": 3}, {"logprobs": 0, "temperature": 0.0}, {}],
+    "everything": [
+        {**PENALISED, "top_p": 0.9, "top_k": 40, "logprobs": 2},
+        {"logit_bias": {5: 4.0, 129: -3.0}, "min_tokens": 5, "logprobs": 5},
+        {"temperature": 0.0, "min_tokens": 9, "stop_token_ids": [7]},
+    ],
+}
+
+
+def fused_sample(sampler, logits, rows, positions):
+    batch = Batch(rows, positions, logits.device)
+    batch.fused = True
+    return sampler.sample(logits, batch)
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_samples_as_on_the_cpu(kind, device):
+    random = np.random.default_rng(3)
+    fields = BATCHES[kind]
+    rows = random.permutation(12).tolist()
+    samplers = Sampler(12, VOCAB, CPU, EOS), Sampler(12, VOCAB, device, EOS)
+    for request in range(2):  # rows change hands
+        for row in rows[request * 5 :]:
+            option = params(**{**fields[(row + request) % len(fields)], "seed": row})
+            for sampler in samplers:
+                sampler.add_row(new_row(row, option, [1, 2, 3, row], 3))
+        for step in range(2):
+            logits = torch.from_numpy(random.normal(0, 3, (12, VOCAB + 6))).bfloat16()[:, :VOCAB]
+            positions = [4 + step] * 12
+            expected = sample(samplers[0], logits.clone(), rows, positions)
+            got = fused_sample(samplers[1], logits.to(device, copy=True), rows, positions)
+            assert got.token_ids.tolist() == expected.token_ids.tolist()
+            check_logprobs(got.host_logprobs(), expected.host_logprobs())
+
+
+def check_logprobs(got, expected):
+    assert set(got) == set(expected)
+    for row, entry in expected.items():
+        assert got[row].token_ids[0] == entry.token_ids[0]
+        assert got[row].rank == entry.rank
+        np.testing.assert_allclose(got[row].logprobs, entry.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_are_left_as_they_are_where_nothing_edits_them(device):
+    sampler = Sampler(3, VOCAB, device)
+    for row, fields in enumerate(BATCHES["logprobs"]):
+        sampler.add_row(new_row(row, params(**fields, top_p=0.9)))
+    logits = torch.randn(3, VOCAB, device=device)
+    before = logits.clone()
+    fused_sample(sampler, logits, [0, 1, 2], [0, 0, 0])
+    assert torch.equal(logits, before)
+
+
+def test_tokens_may_lie_apart(device):
+    logits = torch.randn(3, 2 * VOCAB, generator=torch.manual_seed(0)).to(device)[:, ::2]
+    sampler = Sampler(3, VOCAB, device)
+    for row in range(3):
+        sampler.add_row(new_row(row, params(temperature=0.0)))
+    output = fused_sample(sampler, logits, [0, 1, 2], [0, 0, 0])
+    assert output.token_ids.tolist() == logits.argmax(-1).tolist()

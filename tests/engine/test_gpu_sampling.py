@@ -1,0 +1,73 @@
+"""Sampling on a GPU: real sizes, and no wait for the device. Kernels: tests/engine/kernels."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.sampling import Sampler
+from engine.sampling.rows import Batch
+from tests.engine.kernels.test_fused_sampler import BATCHES, EOS, check_logprobs
+from tests.engine.sampling_reference import new_row, params, sample
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+VOCAB = 152_064
+
+
+def loaded_sampler(kind, rows, device):
+    sampler = Sampler(256, VOCAB, device, EOS)
+    for row in rows:
+        option = params(**{**BATCHES[kind][row % len(BATCHES[kind])], "seed": row})
+        sampler.add_row(new_row(row, option, [1, 2, 3, row], 3))
+    return sampler
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.5, 4.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_samples_as_on_the_cpu(kind, spread, dtype):
+    rows = np.random.default_rng(3).permutation(256)[:24].tolist()
+    on_cpu, on_gpu = (loaded_sampler(kind, rows, device) for device in (CPU, CUDA))
+    for step in range(3):
+        generator = torch.manual_seed(step)
+        logits = (torch.randn(len(rows), VOCAB, generator=generator) * spread).to(dtype)
+        positions = [4 + step] * len(rows)
+        expected = sample(on_cpu, logits.clone(), rows, positions)
+        got = sample(on_gpu, logits.to(CUDA), rows, positions)
+        assert got.token_ids.tolist() == expected.token_ids.tolist()
+        check_logprobs(got.host_logprobs(), expected.host_logprobs())
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_never_waits_for_the_device(kind):
+    rows = list(range(64))
+    logits = torch.randn(2, 64, VOCAB, device=CUDA).bfloat16()
+    index = torch.tensor(rows, device=CUDA)
+    sample(loaded_sampler(kind, rows, CUDA), logits[0], rows, [4] * 64)  # kernels are compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler = loaded_sampler(kind, rows, CUDA)
+        for step in range(2):
+            batch = Batch(rows, [4 + step] * 64, CUDA, index, index + step)
+            sampler.sample(logits[step], batch)
+            sampler.add_row(new_row(step, params(top_p=0.5, presence_penalty=1.0), [1, 2]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("kind", "launches"), [("greedy", 2), ("plain", 2), ("truncated", 3)])
+def test_a_step_is_a_handful_of_launches(kind, launches):
+    rows = list(range(64))
+    logits = torch.randn(64, VOCAB, device=CUDA).bfloat16()
+    batch = Batch(rows, [4] * 64, CUDA, torch.tensor(rows, device=CUDA))
+    sampler = loaded_sampler(kind, rows, CUDA)
+    sampler.sample(logits, batch)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        sampler.sample(logits, batch)
+    kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    assert len(kernels) == launches, [event.name for event in kernels]
