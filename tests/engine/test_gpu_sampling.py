@@ -6,7 +6,8 @@ import torch
 
 from engine.sampling import Sampler
 from engine.sampling.rows import Batch
-from tests.engine.kernels.test_fused_sampler import BATCHES, EOS, check_logprobs
+from tests.engine.kernels.fused import BATCHES, EOS
+from tests.engine.kernels.test_fused_sampler import check_logprobs
 from tests.engine.sampling_reference import new_row, params, sample
 
 pytestmark = [

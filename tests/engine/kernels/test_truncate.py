@@ -87,6 +87,7 @@ def test_greedy_and_neutral_rows_keep_everything(device):
     assert threshold(device, logits, temperature, options).isneginf().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf, torch.inf])
 def test_ends_on_lines_without_a_distribution(value, capacity, device):
     logits = torch.full((len(OPTIONS), 300), value)
