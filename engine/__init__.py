@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from engine.errors import ConfigError, EngineDead, InvalidRequest
     from engine.inference_engine import InferenceEngine
     from engine.llm import LLM
-    from engine.outputs import CompletionOutput, RequestOutput
+    from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+    from engine.profile import StepRecord
     from engine.sampling_params import SamplingParams
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "EngineDead",
     "InferenceEngine",
     "InvalidRequest",
+    "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StepRecord",
 ]
 
 _HOMES = {
@@ -37,7 +40,9 @@ _HOMES = {
     "EngineDead": "errors",
     "InvalidRequest": "errors",
     "CompletionOutput": "outputs",
+    "RequestMetrics": "outputs",
     "RequestOutput": "outputs",
+    "StepRecord": "profile",
 }
 
 

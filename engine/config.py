@@ -47,7 +47,7 @@ class EngineConfig(BaseModel):
     kv_cache_memory_bytes: int | None = Field(None, ge=1)
     """Bytes of KV cache; overrides `gpu_memory_utilization`; None on CPU means 2 GiB."""
     kvcache_block_size: int | None = Field(None, ge=1)
-    """Tokens in a block; None takes the attention backend's own (flash-attn: 256, CPU: 16)."""
+    """Tokens in a block; None takes the attention backend's own (flash-attn: 256, else 16)."""
     num_kvcache_blocks: int = Field(-1, ge=-1)
     """Blocks in the pool; -1 derives them from the memory allowed."""
     enable_prefix_caching: bool = True
@@ -64,7 +64,7 @@ class EngineConfig(BaseModel):
     force_preempt_every: int = Field(0, ge=0)
     """For tests: preempt a running request at every so many steps; 0 never does."""
 
-    attention_backend: Literal["auto", "torch_sdpa", "flash_attn"] = "auto"
+    attention_backend: Literal["auto", "torch_sdpa", "triton", "flash_attn"] = "auto"
     """Attention kernels; `auto` takes the fastest that the device supports."""
     enforce_eager: bool = False
     """Do without CUDA graphs."""

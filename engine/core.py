@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable
+
+import torch
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.outputs import EngineLoad, TokenDelta
+from engine.profile import StepRecord, add_device_times
 from engine.request import EngineRequest, Request
 from engine.runner.build import build_runner
 from engine.runner.model_runner import PendingStep
@@ -35,7 +39,10 @@ class EngineCore:
         )
         ahead = config.async_scheduling
         self._one_step_ahead = self.info.device != "cpu" if ahead is None else ahead
-        self._in_flight: tuple[StepPlan, PendingStep] | None = None
+        self._in_flight: tuple[StepPlan, PendingStep, float] | None = None
+        """A plan, its step, and the seconds that scheduling it took."""
+        self._records: list[StepRecord] = []
+        self._timers: list[tuple[torch.cuda.Event, torch.cuda.Event] | None] = []
 
     @property
     def has_work(self) -> bool:
@@ -65,14 +72,59 @@ class EngineCore:
         One step ahead, step N+1 is launched before the tokens of step N are read: the device works
         while the host updates.
         """
+        began = time.perf_counter()
         plan = self.scheduler.schedule()
-        launched = (plan, self.runner.execute(plan)) if plan.rows else None
+        schedule_s = time.perf_counter() - began
+        launched = (plan, self.runner.execute(plan), schedule_s) if plan.rows else None
         if self._one_step_ahead:
             launched, self._in_flight = self._in_flight, launched
         if launched is None:
             return []
-        plan, pending = launched
-        return self.scheduler.update(plan, pending.result())
+        plan, pending, schedule_s = launched
+        began = time.perf_counter()
+        result = pending.result()
+        arrived = time.perf_counter()
+        deltas = self.scheduler.update(plan, result)
+        if self.runner.profiling:
+            updated = time.perf_counter()
+            self._book(plan, pending, schedule_s, arrived - began, updated - arrived)
+        return deltas
+
+    def start_profile(self) -> None:
+        """Keep a record of every step from now on."""
+        self._records, self._timers = [], []
+        self.runner.profiling = True
+
+    def stop_profile(self) -> list[StepRecord]:
+        """Records of the steps since `start_profile`; waits for the device."""
+        self.runner.profiling = False
+        if self.info.device != "cpu":
+            torch.cuda.synchronize()
+        add_device_times(self._records, self._timers)
+        return self._records
+
+    def _book(
+        self,
+        plan: StepPlan,
+        pending: PendingStep,
+        schedule_s: float,
+        wait_s: float,
+        update_s: float,
+    ) -> None:
+        self._timers.append(pending.timers)
+        self._records.append(
+            StepRecord(
+                rows=len(plan.rows),
+                tokens=plan.total_tokens,
+                context_tokens=sum(plan.starts) + plan.total_tokens,
+                decode=plan.total_tokens == len(plan.rows),
+                schedule_s=schedule_s,
+                prepare_s=pending.prepare_s,
+                launch_s=pending.launch_s,
+                wait_s=wait_s,
+                update_s=update_s,
+            )
+        )
 
     def fail_all(self, error: str) -> list[TokenDelta]:
         """End every request with `error`, a sentence for the client."""

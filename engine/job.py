@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass
 
 from engine.errors import InvalidRequest
 from engine.inputs import Prompt, check_token_options, fan_out, prompt_text, tokenize_prompt
 from engine.output_processor import OutputProcessor, TextDelta
-from engine.outputs import RequestOutput, TokenDelta
+from engine.outputs import RequestMetrics, RequestOutput, TokenDelta
 from engine.request import EngineRequest
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ class Job:
     requests: dict[str, EngineRequest]
     """Request id → request, in the completions' order."""
     processors: dict[str, OutputProcessor]
+    metrics: RequestMetrics
 
     @classmethod
     def build(
@@ -56,6 +58,7 @@ class Job:
                 rid: OutputProcessor(tokenizer, each, ids, index)
                 for index, (rid, each) in enumerate(parts)
             },
+            RequestMetrics(time.monotonic()),
         )
 
     @property
@@ -65,7 +68,12 @@ class Job:
 
     def push(self, delta: TokenDelta) -> TextDelta:
         """Take what a step added to one of the requests."""
-        return self.processors[delta.request_id].push(delta)
+        text = self.processors[delta.request_id].push(delta)
+        if self.metrics.first_token_time is None and delta.token_ids:
+            self.metrics.first_token_time = time.monotonic()
+        if text.finish_reason is not None and self.finished:
+            self.metrics.finished_time = time.monotonic()
+        return text
 
     def output(self) -> RequestOutput:
         """What has come back so far."""
@@ -77,4 +85,5 @@ class Job:
             outputs=[processor.result() for processor in self.processors.values()],
             prompt_logprobs=first.prompt_logprobs,
             num_cached_tokens=first.num_cached_tokens,
+            metrics=self.metrics,
         )

@@ -15,6 +15,7 @@ from engine.job import Job
 from engine.model_source import resolve_model
 from engine.output_processor import TextDelta
 from engine.outputs import RequestOutput
+from engine.profile import StepRecord
 from engine.progress import Progress
 from engine.sampling_params import SamplingParams
 from engine.startup import start_engine
@@ -126,6 +127,14 @@ class LLM:
         """
         job = self._job(prompt, sampling_params or SamplingParams(), 0)
         return (text for _, text in self._run([job]))
+
+    def start_profile(self) -> None:
+        """Keep a record of every step from now on, which slows them a little."""
+        self.core.start_profile()
+
+    def stop_profile(self) -> list[StepRecord]:
+        """What each step since `start_profile` cost; waits for the device."""
+        return self.core.stop_profile()
 
     def _job(self, prompt: Prompt, params: SamplingParams, priority: int) -> Job:
         info = self.core.info

@@ -92,6 +92,15 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class RequestMetrics:
+    """When a request was where, in seconds of `time.monotonic`."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """A prompt and its completions; `text`, `tokens` and `finished` speak of the first one."""
 
@@ -101,6 +110,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
 
     @property
     def text(self) -> str:

@@ -23,16 +23,23 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     Raises:
         ConfigError: the backend asked for cannot run here.
     """
-    obstacle = _flash_attn_obstacle(device, dtype)
-    if name == "flash_attn" and obstacle is not None:
-        raise ConfigError(f"attention_backend 'flash_attn' cannot be used: {obstacle}.")
-    if name == "torch_sdpa" or obstacle is not None:
-        if device.type == "cuda":
-            logger.warning("attention runs on torch alone, which is slow (%s)", obstacle or name)
-        return TorchAttention()
-    from engine.attention.flash_attn import FlashAttention
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "torch_sdpa"
+        logger.info("attention backend: %s", name)
+    if name == "triton":
+        if device.type != "cuda":
+            raise ConfigError("attention_backend 'triton' cannot be used: it needs a GPU.")
+        from engine.attention.triton_paged import TritonAttention
 
-    return FlashAttention()
+        return TritonAttention()
+    if name == "flash_attn":
+        obstacle = _flash_attn_obstacle(device, dtype)
+        if obstacle is not None:
+            raise ConfigError(f"attention_backend 'flash_attn' cannot be used: {obstacle}.")
+        from engine.attention.flash_attn import FlashAttention
+
+        return FlashAttention()
+    return TorchAttention()
 
 
 def _flash_attn_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

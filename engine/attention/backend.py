@@ -25,10 +25,22 @@ class AttentionBatch:
     """Cache slot (block × block size + offset) of each token, int64 [tokens]."""
     block_size: int
     """Tokens in a block."""
+    device_seq_lens: torch.Tensor
+    """`seq_lens` where the model runs, int32 [rows]."""
+    query_starts: torch.Tensor
+    """First token of each row after the decodes, counted from the first of them, and the end of the
+    last; int32 [rows - decodes + 1]."""
+    key_starts: torch.Tensor
+    """The same sum over the keys of these rows; int32 [rows - decodes + 1]."""
 
 
 class AttentionBackend(ABC):
-    """Writes keys and values to the paged cache and attends over it."""
+    """Lays out the paged cache and attends over it.
+
+    Keys and values of a step are written to the cache, through `slots`, before it is attended.
+    Metadata of a decode batch may be captured in a CUDA graph: it refers to the batch's tensors,
+    which a replay fills anew.
+    """
 
     block_size: int
     """Tokens in a block that suit the backend best."""
@@ -40,15 +52,17 @@ class AttentionBackend(ABC):
         """Shape of one layer's cache."""
 
     @abstractmethod
-    def prepare(self, batch: AttentionBatch) -> Any:
-        """Turn a batch into the metadata that every layer's `forward` of the step shares."""
+    def slots(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of one layer's keys and values, each [slots, kv heads, head_dim]."""
 
     @abstractmethod
-    def forward(
+    def prepare(self, batch: AttentionBatch) -> Any:
+        """Turn a batch into the metadata that every layer's `attend` of the step shares."""
+
+    @abstractmethod
+    def attend(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: Any,
         scale: float,
@@ -57,10 +71,8 @@ class AttentionBackend(ABC):
         """Causal attention of a step's tokens over their sequences.
 
         Args:
-            query: [tokens, heads, head_dim].
-            key: [tokens, kv_heads, head_dim], rotated; written to the cache first.
-            value: [tokens, kv_heads, head_dim].
-            kv_cache: one layer's cache, of `kv_cache_shape`.
+            query: [tokens, heads, head_dim], rotated.
+            kv_cache: one layer's cache, of `kv_cache_shape`, the step's keys and values included.
             metadata: what `prepare` returned.
             scale: factor on the dot products.
             sliding_window: keys that a query sees, itself included; None sees all.

@@ -49,7 +49,6 @@ class PrefillRow:
 class TorchMetadata:
     """What the layers of one step share."""
 
-    slot_mapping: torch.Tensor
     decodes: list[DecodeGroup]
     prefills: list[PrefillRow]
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
@@ -71,29 +70,30 @@ class TorchAttention(AttentionBackend):
         """[blocks, block size, key and value, kv heads, head dim]: a page is one stretch."""
         return (num_blocks, block_size, 2, num_kv_heads, head_dim)
 
+    def slots(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `AttentionBackend.slots`."""
+        slots = kv_cache.flatten(0, 1)
+        return slots[:, 0], slots[:, 1]
+
     def prepare(self, batch: AttentionBatch) -> TorchMetadata:
         """Group the decode rows by length and list the others."""
         first, prefills = batch.num_decodes, []
         for row in range(batch.num_decodes, len(batch.query_lens)):
-            count = batch.query_lens[row]
-            prefills.append(PrefillRow(first, count, batch.seq_lens[row], batch.block_table[row]))
+            count, seq_len = batch.query_lens[row], batch.seq_lens[row]
+            blocks = batch.block_table[row, : -(-seq_len // batch.block_size)]
+            prefills.append(PrefillRow(first, count, seq_len, blocks))
             first += count
-        return TorchMetadata(batch.slot_mapping, list(_decode_groups(batch)), prefills)
+        return TorchMetadata(list(_decode_groups(batch)), prefills)
 
-    def forward(
+    def attend(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: TorchMetadata,
         scale: float,
         sliding_window: int | None = None,
     ) -> torch.Tensor:
-        """See `AttentionBackend.forward`."""
-        slots = kv_cache.flatten(0, 1)
-        slots[:, 0].index_copy_(0, metadata.slot_mapping, key)
-        slots[:, 1].index_copy_(0, metadata.slot_mapping, value)
+        """See `AttentionBackend.attend`."""
         if len(metadata.decodes) == 1 and metadata.decodes[0].size == len(query):
             return self._decode(query, kv_cache, metadata, 0, scale, sliding_window)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -104,13 +104,9 @@ class TorchAttention(AttentionBackend):
             )
         for index, row in enumerate(metadata.prefills, len(metadata.decodes)):
             tokens = slice(row.first, row.first + row.query_len)
-            if row.seq_len == row.query_len:
-                keys, values = key[tokens], value[tokens]
-            else:
-                pages = kv_cache[row.blocks].flatten(0, 1)[: row.seq_len]
-                keys, values = pages[:, 0], pages[:, 1]
+            pages = kv_cache[row.blocks].flatten(0, 1)[: row.seq_len]
             mask = _prefill_mask(metadata, index, row, query, sliding_window)
-            output[tokens] = _attend_row(query[tokens], keys, values, mask, scale)
+            output[tokens] = _attend_row(query[tokens], pages[:, 0], pages[:, 1], mask, scale)
         return output
 
     def _decode(

@@ -19,7 +19,12 @@ from engine.model_config import ModelConfig
 class StepContext:
     """What every layer of one step shares."""
 
-    cos_sin: tuple[torch.Tensor, torch.Tensor]
+    positions: torch.Tensor
+    """int64 [tokens]."""
+    slots: torch.Tensor
+    """Cache slot of each token, int64 [tokens]."""
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None
+    """What `RotaryEmbedding.at` gave; None where a kernel looks it up."""
     backend: AttentionBackend
     metadata: Any
     """What the backend prepared."""
@@ -62,6 +67,10 @@ class SelfAttention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, eps, dtype=dtype, device=device)
             self.k_norm = RMSNorm(self.head_dim, eps, dtype=dtype, device=device)
             self.norms = (self.q_norm, self.k_norm)
+        if device.type == "cuda":
+            from engine.kernels.rotary_cache import rotate_and_store
+
+            self._fused = rotate_and_store
 
     def forward(
         self,
@@ -72,19 +81,16 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         """[rows, hidden] → residual plus the block's output, [rows, hidden].
 
+        `residual` may be overwritten.
+
         Rows below those of the step's tokens are padding: they are not attended.
         """
-        num_tokens = len(context.cos_sin[0])
-        heads = self.qkv(x)[:num_tokens].view(num_tokens, -1, self.head_dim)
-        num_qk = self.num_heads + self.num_kv_heads
-        query_key, value = heads[:, :num_qk], heads[:, num_qk:]
-        if self.norms is not None:
-            query_key = self._normalise(query_key)
-        query_key = self.rotary.rotate(query_key, context.cos_sin)
-        attended = context.backend.forward(
-            query_key[:, : self.num_heads],
-            query_key[:, self.num_heads :],
-            value,
+        num_tokens = len(context.positions)
+        qkv = self.qkv(x)[:num_tokens]
+        caches = context.backend.slots(kv_cache)
+        rotate = self._rotate_and_store if context.cos_sin is not None else self._rotate_fused
+        attended = context.backend.attend(
+            rotate(qkv, caches, context),
             kv_cache,
             context.metadata,
             self.head_dim**-0.5,
@@ -100,6 +106,45 @@ class SelfAttention(nn.Module):
             q_norm, k_norm = self.norms
             found |= {"q_norm.weight": q_norm.weight, "k_norm.weight": k_norm.weight}
         return found
+
+    def _rotate_fused(
+        self,
+        qkv: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        context: StepContext,
+    ) -> torch.Tensor:
+        """Like `_rotate_and_store`, in one kernel."""
+        assert self.rotary.table is not None
+        norms = None if self.norms is None else (self.q_norm.weight, self.k_norm.weight)
+        return self._fused(
+            qkv,
+            context.positions,
+            context.slots,
+            self.rotary.table,
+            caches,
+            self.num_heads,
+            norms,
+            self.q_norm.eps if norms is not None else 0.0,
+        )
+
+    def _rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        context: StepContext,
+    ) -> torch.Tensor:
+        """Write keys and values to the cache; returns queries, [tokens, heads, head_dim]."""
+        assert context.cos_sin is not None
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        num_qk = self.num_heads + self.num_kv_heads
+        query_key, value = heads[:, :num_qk], heads[:, num_qk:]
+        if self.norms is not None:
+            query_key = self._normalise(query_key)
+        query_key = self.rotary.rotate(query_key, context.cos_sin)
+        keys, values = caches
+        keys.index_copy_(0, context.slots, query_key[:, self.num_heads :])
+        values.index_copy_(0, context.slots, value)
+        return query_key[:, : self.num_heads]
 
     def _normalise(self, query_key: torch.Tensor) -> torch.Tensor:
         assert self.norms is not None

@@ -39,6 +39,12 @@ class Linear(nn.Module):
         self.weight = torch.empty(total, in_features, dtype=dtype, device=device)
         self.bias = torch.empty(total, dtype=dtype, device=device) if bias else None
         self._packed = False
+        self._skinny_rows = 0
+        """Most rows for which the kernel for few rows is used."""
+        if device.type == "cuda" and dtype != torch.float32:
+            from engine.kernels import linear
+
+            self._skinny, self._skinny_rows = linear.skinny_linear, linear.MAX_ROWS
 
     def slots(self, *names: str) -> dict[str, torch.Tensor]:
         """Views of the merged parameters by checkpoint name, one name for each output."""
@@ -66,17 +72,24 @@ class Linear(nn.Module):
                 x, self.weight, self.bias, "none", [], ""
             )
             return product
+        if len(x) <= self._skinny_rows:
+            return self._skinny(x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
 
     def forward_add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The projection of x plus `residual`, in one pass where the device can."""
+        """The projection of x plus `residual`, in one pass where the device can.
+
+        `residual` may be overwritten.
+        """
         if self._packed:
             total: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
                 x, residual, self.weight, self.bias, "add"
             )
             return total
+        if len(x) <= self._skinny_rows:
+            return self._skinny(x, self.weight, self.bias, residual)
         if self.bias is None:
-            return torch.addmm(residual, x, self.weight.t())
+            return residual.addmm_(x, self.weight.t())
         return functional.linear(x, self.weight, self.bias).add_(residual)
 
 

@@ -18,12 +18,24 @@ class GatedMLP(nn.Module):
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up = Linear(hidden, (inner, inner), bias=False, dtype=dtype, device=device)
         self.down = Linear(inner, (hidden,), bias=False, dtype=dtype, device=device)
+        self._activate = _silu_mul
+        if device.type == "cuda":
+            from engine.kernels.activation import silu_mul
+
+            self._activate = silu_mul
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] → residual plus the block's output, [tokens, hidden]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down.forward_add(functional.silu(gate).mul_(up), residual)
+        """[tokens, hidden] → residual plus the block's output, [tokens, hidden].
+
+        `residual` may be overwritten.
+        """
+        return self.down.forward_add(self._activate(self.gate_up(x)), residual)
 
     def slots(self) -> dict[str, torch.Tensor]:
         """Parameters by checkpoint name."""
         return self.gate_up.slots("gate_proj", "up_proj") | self.down.slots("down_proj")
+
+
+def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)

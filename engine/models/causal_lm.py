@@ -107,6 +107,7 @@ class CausalLM(nn.Module):
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
+        slots: torch.Tensor,
         kv_caches: Sequence[torch.Tensor],
         backend: AttentionBackend,
         metadata: Any,
@@ -116,6 +117,7 @@ class CausalLM(nn.Module):
         Args:
             token_ids: int64 [tokens].
             positions: int64 [tokens].
+            slots: cache slot of each token, int64 [tokens].
             kv_caches: one a layer.
             backend: attends.
             metadata: what the backend prepared for this step.
@@ -123,7 +125,8 @@ class CausalLM(nn.Module):
         Returns:
             Normalised hidden states, [tokens, hidden].
         """
-        context = StepContext(self.rotary.at(positions), backend, metadata)
+        cos_sin = self.rotary.at(positions) if self.rotary.table is None else None
+        context = StepContext(positions, slots, cos_sin, backend, metadata)
         x = self.head.padded(functional.embedding(token_ids, self.embedding))
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x = layer(x, kv_cache, context)
@@ -131,9 +134,9 @@ class CausalLM(nn.Module):
         return normalised[: len(token_ids)]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] → float32 logits [rows, vocab]."""
+        """[rows, hidden] → logits [rows, vocab]."""
         logits: torch.Tensor = self.head(self.head.padded(hidden))
-        return logits[: len(hidden)].float()
+        return logits[: len(hidden)]
 
     def slots(self) -> dict[str, torch.Tensor]:
         """Where each tensor of a checkpoint goes: Hugging Face name → view of a parameter."""

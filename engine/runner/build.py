@@ -13,8 +13,9 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_source import resolve_model
+from engine.runner.cuda_graphs import graph_sizes
 from engine.runner.input_batch import InputBatch
-from engine.runner.kv_memory import allocate_kv_cache
+from engine.runner.kv_memory import CacheLayout, count_blocks
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.sampler import Sampler
 from engine.sampling_params import SamplingParams
@@ -63,14 +64,22 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
     model = load_model(config, source, shape, dtype, device, max_model_len)
     stopwatch.lap("weights")
     backend = select_backend(config.attention_backend, device, dtype)
-    cache = allocate_kv_cache(config, shape, backend, dtype, device, max_model_len, step_tokens)
-    row_blocks = math.ceil(max_model_len / cache.block_size)
-    batch = InputBatch(config.max_num_seqs, row_blocks, cache.block_size, device)
+    layout = CacheLayout.of(config, shape, backend, dtype)
+    row_blocks = math.ceil(max_model_len / layout.block_size)
+    batch = InputBatch(config.max_num_seqs, row_blocks, layout.block_size, step_tokens, device)
     sampler = Sampler(config.max_num_seqs, shape.vocab_size, device, shape.eos_token_ids)
-    runner = ModelRunner(model, backend, cache.layers, batch, sampler)
+    runner = ModelRunner(model, backend, layout.allocate(1, device), batch, sampler)
+    if device.type == "cuda":
+        _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
+        stopwatch.lap("largest step")
+    num_blocks = count_blocks(config, layout, device, max_model_len)
+    runner.kv_caches = layout.allocate(num_blocks, device)
     stopwatch.lap("KV cache")
     _warm_up(runner, min(16, max_model_len))
     stopwatch.lap("warm-up")
+    if device.type == "cuda" and not config.enforce_eager:
+        runner.capture(graph_sizes(config.max_num_seqs))
+        stopwatch.lap("CUDA graphs")
     return runner, EngineInfo(
         model=config.model,
         device=str(device),
@@ -78,8 +87,8 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
         vocab_size=shape.vocab_size,
         max_model_len=max_model_len,
         max_num_batched_tokens=step_tokens,
-        block_size=cache.block_size,
-        num_blocks=cache.num_blocks,
+        block_size=layout.block_size,
+        num_blocks=num_blocks,
         eos_token_ids=shape.eos_token_ids,
         startup_seconds=dict(stopwatch.seconds),
     )
@@ -107,3 +116,27 @@ def _warm_up(runner: ModelRunner, prompt_len: int) -> None:
     decode = StepPlan(1, [0], [prompt_len - 1], [1], [True])
     for plan in (prefill, decode):
         runner.execute(plan).result()
+
+
+def _run_largest_step(
+    runner: ModelRunner, max_num_seqs: int, step_tokens: int, max_model_len: int
+) -> None:
+    """Compute as many tokens and sample as many rows as any step will, in the null block.
+
+    What this takes stays in torch's allocator for the steps to come: the KV cache gets the rest.
+    """
+    rows = min(max_num_seqs, step_tokens)
+    longest = min(max_model_len, step_tokens)
+    counts = [min(longest, step_tokens // rows)] * rows
+    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, seed=0)
+    new_rows = [NewRow(row, "", params, [0] * count, count) for row, count in enumerate(counts)]
+    plan = StepPlan(
+        0,
+        list(range(rows)),
+        [0] * rows,
+        counts,
+        [True] * rows,
+        {row: [0] * count for row, count in enumerate(counts)},
+        new_rows,
+    )
+    runner.execute(plan).result()

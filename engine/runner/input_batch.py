@@ -8,22 +8,27 @@ import numpy as np
 import torch
 
 from engine.attention.backend import AttentionBatch
+from engine.runner.staging import Staging
+from engine.sampling.rows import Batch
 from engine.step import StepPlan
+
+_BYTES_PER_TOKEN = 4 * 8
+_BYTES_PER_ROW = 8 * 8
 
 
 @dataclass(slots=True)
 class StepInputs:
     """Tensors of one step; T tokens, S sampling rows."""
 
-    token_ids: torch.Tensor
-    """int64 [T]."""
+    known_tokens: torch.Tensor
+    """Tokens that the host knows, int64 [T]."""
+    token_sources: torch.Tensor
+    """Row whose last sampled token is meant instead, or -1; int64 [T]."""
     positions: torch.Tensor
     """int64 [T]."""
     attention: AttentionBatch
-    sample_rows: list[int]
-    """Rows that sample, in the plan's order."""
-    sample_positions: list[int]
-    """Sequence index of the token that each of them samples."""
+    samples: Batch
+    """Rows that sample, in the plan's order, and the sequence indices of the tokens."""
     sample_indices: torch.Tensor
     """Which of the T tokens the samples follow, int64 [S]."""
 
@@ -36,67 +41,147 @@ class InputBatch:
     """
 
     def __init__(
-        self, max_num_seqs: int, max_blocks_per_seq: int, block_size: int, device: torch.device
+        self,
+        max_num_seqs: int,
+        max_blocks_per_seq: int,
+        block_size: int,
+        max_tokens: int,
+        device: torch.device,
     ) -> None:
         self.block_size = block_size
         self.device = device
         self.block_table = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        tokens = max(max_tokens, max_num_seqs)
+        row_bytes = _BYTES_PER_ROW + 4 * max_blocks_per_seq
+        self._staging = Staging(tokens * _BYTES_PER_TOKEN + max_num_seqs * row_bytes + 1024, device)
 
     def build(self, plan: StepPlan) -> StepInputs:
         """Take in the plan's new blocks and lay out its tokens."""
-        for row, (first, blocks) in plan.new_blocks.items():
-            self.block_table[row, first : first + len(blocks)] = blocks
-        rows = np.array(plan.rows)
-        counts = np.array(plan.num_tokens)
+        self._take_blocks(plan)
+        rows, counts = np.array(plan.rows), np.array(plan.num_tokens)
         starts = np.array(plan.starts)
         ends = np.cumsum(counts)
         positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
-        samples = np.array(plan.samples)
-        return StepInputs(
-            token_ids=self._token_ids(plan, ends - counts),
-            positions=self._to_device(positions),
-            attention=self._attention_batch(rows, counts, starts + counts, positions),
-            sample_rows=rows[samples].tolist(),
-            sample_positions=(starts + counts)[samples].tolist(),
-            sample_indices=self._to_device((ends - 1)[samples]),
+        seq_lens = starts + counts
+        width = -(-int(seq_lens.max()) // self.block_size)
+        table = self.block_table[rows, :width]
+        owners = np.repeat(np.arange(len(rows)), counts)
+        blocks = table[owners, positions // self.block_size]
+        return self._upload(plan, rows, counts, seq_lens, ends, positions, table, blocks)
+
+    def build_decode(self, plan: StepPlan, size: int) -> StepInputs:
+        """The same for rows that compute and sample one token each, padded to `size` rows.
+
+        Padding computes token 0 at position 0 of the null block. Tensors depend on `size` alone in
+        shape and address.
+        """
+        self._take_blocks(plan)
+        padding = [0] * (size - len(plan.rows))
+        rows, positions = np.array(plan.rows + padding), np.array(plan.starts + padding)
+        ones = np.ones(size, dtype=np.int64)
+        table = self.block_table[rows]
+        table[len(plan.rows) :] = 0
+        blocks = table[np.arange(size), positions // self.block_size]
+        return self._upload(
+            plan, rows, ones, positions + 1, np.arange(1, size + 1), positions, table, blocks
         )
 
-    def store_sampled(self, rows: list[int], token_ids: torch.Tensor) -> None:
-        """Keep what `rows` sampled (int64 [S], on the device) as input of their next step."""
-        self.last_tokens[self._to_device(np.array(rows))] = token_ids
+    def input_tokens(self, inputs: StepInputs) -> torch.Tensor:
+        """Tokens that the step computes, int64 [T]."""
+        if self.device.type == "cuda":
+            from engine.kernels.tokens import take_tokens
 
-    def _token_ids(self, plan: StepPlan, offsets: np.ndarray) -> torch.Tensor:
-        known = np.zeros(int(offsets[-1]) + plan.num_tokens[-1], dtype=np.int64)
-        sampled_rows, sampled_offsets = [], []
-        for row, offset, count in zip(plan.rows, offsets.tolist(), plan.num_tokens, strict=True):
-            if (ids := plan.input_ids.get(row)) is None:
-                sampled_rows.append(row)
-                sampled_offsets.append(offset)
-            else:
-                known[offset : offset + count] = ids
-        token_ids = self._to_device(known)
-        if sampled_rows:
-            source = self._to_device(np.array(sampled_rows))
-            token_ids[self._to_device(np.array(sampled_offsets))] = self.last_tokens[source]
-        return token_ids
+            return take_tokens(inputs.known_tokens, inputs.token_sources, self.last_tokens)
+        sources = inputs.token_sources
+        return torch.where(sources < 0, inputs.known_tokens, self.last_tokens[sources])
 
-    def _attention_batch(
-        self, rows: np.ndarray, counts: np.ndarray, seq_lens: np.ndarray, positions: np.ndarray
-    ) -> AttentionBatch:
-        blocks = self.block_table[np.repeat(rows, counts), positions // self.block_size]
+    def store_sampled(self, inputs: StepInputs, token_ids: torch.Tensor) -> None:
+        """Keep what the step sampled (int64 [S], on the device) as input of the next steps."""
+        self.last_tokens[inputs.samples.row_index] = token_ids
+
+    def _take_blocks(self, plan: StepPlan) -> None:
+        for row, (first, blocks) in plan.new_blocks.items():
+            self.block_table[row, first : first + len(blocks)] = blocks
+
+    def _upload(
+        self,
+        plan: StepPlan,
+        rows: np.ndarray,
+        counts: np.ndarray,
+        seq_lens: np.ndarray,
+        ends: np.ndarray,
+        positions: np.ndarray,
+        table: np.ndarray,
+        blocks: np.ndarray,
+    ) -> StepInputs:
+        """Bring it all to the device; `blocks` holds the block of each token."""
+        known, sources = _tokens(plan, len(positions), ends - counts)
         slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
-        width = -(-int(seq_lens.max()) // self.block_size)
+        samples = np.flatnonzero(plan.samples)
         multiple = np.flatnonzero(counts != 1)
-        return AttentionBatch(
-            num_decodes=int(multiple[0]) if len(multiple) else len(rows),
+        decodes = int(multiple[0]) if len(multiple) else len(rows)
+        tensors = self._staging.upload(
+            [
+                known,
+                sources,
+                positions,
+                slots,
+                table,
+                seq_lens.astype(np.int32),
+                _starts(counts[decodes:]),
+                _starts(seq_lens[decodes:]),
+                # Last, as graphs need the others at places that the samples do not move.
+                rows[samples],
+                seq_lens[samples],
+                ends[samples] - 1,
+            ]
+        )
+        attention = AttentionBatch(
+            num_decodes=decodes,
             query_lens=counts.tolist(),
             seq_lens=seq_lens.tolist(),
-            block_table=self._to_device(self.block_table[rows, :width]),
-            slot_mapping=self._to_device(slots),
+            block_table=tensors[4],
+            slot_mapping=tensors[3],
             block_size=self.block_size,
+            device_seq_lens=tensors[5],
+            query_starts=tensors[6],
+            key_starts=tensors[7],
+        )
+        return StepInputs(
+            known_tokens=tensors[0],
+            token_sources=tensors[1],
+            positions=tensors[2],
+            attention=attention,
+            samples=Batch(
+                rows[samples].tolist(),
+                seq_lens[samples].tolist(),
+                self.device,
+                row_index=tensors[8],
+                position_index=tensors[9],
+            ),
+            sample_indices=tensors[10],
         )
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+def _tokens(plan: StepPlan, count: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that the host knows, and the rows whose last token is wanted; int64 [count] each."""
+    known = np.zeros(count, dtype=np.int64)
+    sources = np.full(count, -1, dtype=np.int64)
+    if not plan.input_ids:  # a decode step like most
+        sources[: len(plan.rows)] = plan.rows
+        return known, sources
+    for row, offset in zip(plan.rows, offsets.tolist(), strict=False):  # padding has offsets too
+        ids = plan.input_ids.get(row)
+        if ids is None:
+            sources[offset] = row
+        else:
+            known[offset : offset + len(ids)] = ids
+    return known, sources
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """Running sum from 0, int32 [len(lengths) + 1]."""
+    total = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=total[1:])
+    return total

@@ -14,89 +14,94 @@ from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 
 DEFAULT_CPU_CACHE_BYTES = 2 * 2**30
+GRAPH_BYTES = 256 * 2**20
+"""Left free for CUDA graphs, which are captured after the cache is allocated: their nodes, and what
+the largest of them computes."""
 
 
-@dataclass(slots=True)
-class KVCache:
-    """The paged cache: one tensor a layer, shaped as the attention backend wants it."""
+@dataclass(slots=True, frozen=True)
+class CacheLayout:
+    """Shape of the paged cache, before its size is known."""
 
-    layers: list[torch.Tensor]
-    num_blocks: int
-    """Blocks in each layer, the null block included."""
+    backend: AttentionBackend
     block_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, config: EngineConfig, shape: ModelConfig, backend: AttentionBackend, dtype: torch.dtype
+    ) -> CacheLayout:
+        """The layout that a model has under a backend."""
+        size = config.kvcache_block_size or backend.block_size
+        return cls(backend, size, shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
+
+    def shape(self, num_blocks: int) -> tuple[int, ...]:
+        """Of one layer."""
+        return self.backend.kv_cache_shape(
+            num_blocks, self.block_size, self.num_kv_heads, self.head_dim
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, over all layers."""
+        return math.prod(self.shape(1)) * self.dtype.itemsize * self.num_layers
+
+    def allocate(self, num_blocks: int, device: torch.device) -> list[torch.Tensor]:
+        """Zeros, one tensor a layer. Padding must be finite: attention multiplies it by 0.
+
+        Raises:
+            ConfigError: there is no memory for them.
+        """
+        shape = (self.num_layers, *self.shape(num_blocks))
+        try:
+            return list(_zeros(shape, self.dtype, device))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"no memory for a KV cache of {num_blocks * self.block_bytes / 2**30:.1f} GiB; "
+                "lower kv_cache_memory_bytes, num_kvcache_blocks or gpu_memory_utilization."
+            ) from error
 
 
-def allocate_kv_cache(
-    config: EngineConfig,
-    shape: ModelConfig,
-    backend: AttentionBackend,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_model_len: int,
-    step_tokens: int,
-) -> KVCache:
-    """Size the cache by what the configuration allows and allocate it.
+def count_blocks(
+    config: EngineConfig, layout: CacheLayout, device: torch.device, max_model_len: int
+) -> int:
+    """Blocks that the configuration allows, the null block included.
+
+    On a GPU whatever else the engine needs must be allocated already, activations of its largest
+    step included.
 
     Raises:
-        ConfigError: the memory allowed holds less than one sequence of `max_model_len` tokens, or
-            the allocation fails.
+        ConfigError: they hold less than one sequence of `max_model_len` tokens.
     """
-    block_size = config.kvcache_block_size or backend.block_size
-    layer_shape = backend.kv_cache_shape(1, block_size, shape.num_kv_heads, shape.head_dim)
-    block_bytes = math.prod(layer_shape) * dtype.itemsize * shape.num_layers
     num_blocks = config.num_kvcache_blocks
     if num_blocks == -1:
-        num_blocks = _cache_bytes(config, shape, dtype, device, step_tokens) // block_bytes
-    needed = math.ceil(max_model_len / block_size) + 1  # one more: the null block
+        num_blocks = _cache_bytes(config, device) // layout.block_bytes
+    needed = math.ceil(max_model_len / layout.block_size) + 1  # one more: the null block
     if num_blocks < needed:
         raise ConfigError(
-            f"the KV cache has room for {max(num_blocks - 1, 0) * block_size} tokens, less than "
-            f"one sequence of max_model_len = {max_model_len}; lower max_model_len or raise "
+            f"the KV cache has room for {max(num_blocks - 1, 0) * layout.block_size} tokens, less "
+            f"than one sequence of max_model_len = {max_model_len}; lower max_model_len or raise "
             "kv_cache_memory_bytes, gpu_memory_utilization or num_kvcache_blocks."
         )
-    full = backend.kv_cache_shape(num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
-    try:
-        layers = [_zeros(full, dtype, device) for _ in range(shape.num_layers)]
-    except RuntimeError as error:
-        raise ConfigError(
-            f"no memory for a KV cache of {num_blocks * block_bytes / 2**30:.1f} GiB; lower "
-            "kv_cache_memory_bytes, num_kvcache_blocks or gpu_memory_utilization."
-        ) from error
-    return KVCache(layers, num_blocks, block_size)
+    return num_blocks
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on CPU the system hands out their pages when they are first written, not now.
-
-    Padding must be finite: attention multiplies it by a weight of 0.
-    """
+    """Zeros; on CPU the system hands out their pages when they are first written, not now."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
 
 
-def _cache_bytes(
-    config: EngineConfig,
-    shape: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    step_tokens: int,
-) -> int:
+def _cache_bytes(config: EngineConfig, device: torch.device) -> int:
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cpu":
         return DEFAULT_CPU_CACHE_BYTES
     free, total = torch.cuda.mem_get_info(device)
-    allowed = int(total * config.gpu_memory_utilization) - (total - free)
-    return max(0, allowed - _workspace_bytes(config, shape, dtype, step_tokens))
-
-
-def _workspace_bytes(
-    config: EngineConfig, shape: ModelConfig, dtype: torch.dtype, step_tokens: int
-) -> int:
-    """Activations and logits of the largest step, counted from the shapes that live at once."""
-    per_token = 4 * shape.hidden_size + 3 * shape.intermediate_size
-    activations = step_tokens * per_token * dtype.itemsize
-    logits = config.max_num_seqs * shape.vocab_size * 4
-    return activations + 4 * logits
+    graphs = 0 if config.enforce_eager else GRAPH_BYTES
+    return max(0, int(total * config.gpu_memory_utilization) - (total - free) - graphs)

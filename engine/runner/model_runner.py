@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from engine.attention.backend import AttentionBackend
 from engine.models.causal_lm import CausalLM
 from engine.outputs import TokenLogprobs
+from engine.runner.cuda_graphs import DecodeGraphs
 from engine.runner.input_batch import InputBatch, StepInputs
 from engine.sampling.logprobs import prompt_logprobs
 from engine.sampling.sampler import Sampler, SamplerOutput
@@ -25,13 +27,23 @@ class PendingStep:
 
     output: SamplerOutput | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+    tokens: torch.Tensor | None
+    """Sampled tokens on the host, once `done` has happened; int64 [samples]."""
+    done: torch.cuda.Event | None
+    """None on CPU."""
+    prepare_s: float = 0.0
+    launch_s: float = 0.0
+    timers: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    """Before the first and after the last kernel, when profiling."""
 
     def result(self) -> StepResult:
         """Wait for the step and bring its tokens to the host."""
-        if self.output is None:
+        if self.output is None or self.tokens is None:
             return StepResult([], prompt_logprobs=self.prompt_logprobs)
+        if self.done is not None:
+            self.done.synchronize()
         logprobs = self.output.host_logprobs()
-        return StepResult(self.output.token_ids.tolist(), logprobs, self.prompt_logprobs)
+        return StepResult(self.tokens.tolist(), logprobs, self.prompt_logprobs)
 
 
 class ModelRunner:
@@ -50,21 +62,39 @@ class ModelRunner:
         self.kv_caches = kv_caches
         self.batch = batch
         self.sampler = sampler
+        self.profiling = False
+        """Whether steps carry `timers`."""
+        self._cuda = batch.device.type == "cuda"
+        self._graphs: DecodeGraphs | None = None
         self._scored_prompts: dict[int, NewRow] = {}
+
+    @torch.inference_mode()
+    def capture(self, sizes: list[int]) -> None:
+        """Capture the decode step at these batch sizes, in the null block."""
+        graphs = DecodeGraphs(sizes, self._forward)
+        graphs.capture(lambda size: self.batch.build_decode(StepPlan(0), size))
+        self._graphs = graphs
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep:
         """Launch a step; the caller collects `result()` when it needs the tokens."""
+        began = time.perf_counter()
         for new_row in plan.new_rows:
             self._admit(new_row)
-        inputs = self.batch.build(plan)
-        metadata = self.backend.prepare(inputs.attention)
-        hidden = self.model(
-            inputs.token_ids, inputs.positions, self.kv_caches, self.backend, metadata
-        )
+        size = self._graphs.size_for(plan) if self._graphs is not None else None
+        inputs = self.batch.build(plan) if size is None else self.batch.build_decode(plan, size)
+        prepared = time.perf_counter()
+        first = self._event(timed=True) if self.profiling and self._cuda else None
+        if size is None or self._graphs is None:
+            hidden = self._forward(inputs)
+        else:
+            hidden = self._graphs.replay(size)
         scored = self._score_prompts(plan, hidden) if self._scored_prompts else {}
-        output = self._sample(inputs, hidden) if inputs.sample_rows else None
-        return PendingStep(output, scored)
+        pending = self._sample(inputs, hidden, scored)
+        if first is not None:
+            pending.timers = first, self._event(timed=True)
+        pending.prepare_s, pending.launch_s = prepared - began, time.perf_counter() - prepared
+        return pending
 
     def _admit(self, new_row: NewRow) -> None:
         self.sampler.add_row(new_row)
@@ -72,13 +102,40 @@ class ModelRunner:
         if new_row.params.prompt_logprobs is not None:
             self._scored_prompts[new_row.row] = new_row
 
-    def _sample(self, inputs: StepInputs, hidden: torch.Tensor) -> SamplerOutput:
-        if len(inputs.sample_indices) < len(hidden):
+    def _event(self, timed: bool = False) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=timed)
+        event.record()
+        return event
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(
+            self.batch.input_tokens(inputs),
+            inputs.positions,
+            inputs.attention.slot_mapping,
+            self.kv_caches,
+            self.backend,
+            self.backend.prepare(inputs.attention),
+        )
+        return hidden
+
+    def _sample(
+        self,
+        inputs: StepInputs,
+        hidden: torch.Tensor,
+        scored: dict[int, list[TokenLogprobs]],
+    ) -> PendingStep:
+        if not inputs.samples.rows:
+            return PendingStep(None, scored, None, None)
+        if len(inputs.samples.rows) < len(hidden):
             hidden = hidden[inputs.sample_indices]
         logits = self.model.compute_logits(hidden)
-        output = self.sampler.sample(logits, inputs.sample_rows, inputs.sample_positions)
-        self.batch.store_sampled(inputs.sample_rows, output.token_ids)
-        return output
+        output = self.sampler.sample(logits, inputs.samples)
+        self.batch.store_sampled(inputs, output.token_ids)
+        if not self._cuda:
+            return PendingStep(output, scored, output.token_ids, None)
+        tokens = torch.empty(len(output.token_ids), dtype=torch.int64, pin_memory=True)
+        tokens.copy_(output.token_ids, non_blocking=True)
+        return PendingStep(output, scored, tokens, self._event())
 
     def _score_prompts(
         self, plan: StepPlan, hidden: torch.Tensor

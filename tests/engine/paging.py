@@ -1,5 +1,6 @@
 """Runs a model over a paged cache whose pages lie in random order."""
 
+import itertools
 import math
 
 import torch
@@ -26,7 +27,14 @@ def attention_batch(rows, tables, block_size: int) -> AttentionBatch:
         block_table=tables[[row for row, _, _ in rows], :width],
         slot_mapping=torch.tensor(slots),
         block_size=block_size,
+        device_seq_lens=torch.tensor(lens, dtype=torch.int32),
+        query_starts=starts([count for _, count, _ in rows if count > 1]),
+        key_starts=starts([start + count for _, count, start in rows if count > 1]),
     )
+
+
+def starts(lengths) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 class PagedModel:
@@ -51,5 +59,7 @@ class PagedModel:
         token_ids = torch.tensor([i for _, ids, _ in rows for i in ids])
         positions = torch.tensor([s + i for _, ids, s in rows for i in range(len(ids))])
         metadata = self.backend.prepare(batch)
-        hidden = self.model(token_ids, positions, self.kv_caches, self.backend, metadata)
+        hidden = self.model(
+            token_ids, positions, batch.slot_mapping, self.kv_caches, self.backend, metadata
+        )
         return self.model.compute_logits(hidden)

@@ -52,9 +52,12 @@ def test_against_float64(batch, window, block_size, heads, kv_heads):
     total = sum(count for _, count, _ in rows)
     query = torch.randn(total, heads, HEAD_DIM)
     key, value = torch.randn(2, total, kv_heads, HEAD_DIM)
-    metadata = backend.prepare(attention_batch(rows, tables, block_size))
+    layout = attention_batch(rows, tables, block_size)
+    for slots, new in zip(backend.slots(cache), (key, value), strict=True):
+        slots[layout.slot_mapping] = new
+    metadata = backend.prepare(layout)
     for _ in range(2):  # a second layer shares the step's metadata
-        output = backend.forward(query, key, value, cache, metadata, HEAD_DIM**-0.5, window)
+        output = backend.attend(query, cache, metadata, HEAD_DIM**-0.5, window)
     ends = list(itertools.accumulate((count for _, count, _ in rows), initial=0))
     for (row, _, start), first, last in zip(rows, ends, ends[1:], strict=False):
         keys = torch.cat([context[row][0], key[first:last]])

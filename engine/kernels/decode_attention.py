@@ -1,0 +1,166 @@
+"""Paged attention of one new token a sequence, each sequence split over several programs.
+
+Flash-decoding (Dao et al. 2023, "Flash-Decoding for long-context inference"): programs attend over
+spans of the keys, and whichever ends last joins the results, in the spans' order. The query heads
+that share a key head are rows of one tile, so that keys and values are read once.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+_KEYS = 128
+"""Keys in a step of the loop."""
+_MIN_SPAN = 128
+"""Fewest keys worth a program of their own."""
+_MAX_SPANS = 32
+_PROGRAMS_PER_PROCESSOR = 2
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _decode_kernel(
+    query, key_cache, value_cache, block_table, seq_lens, out, partials, stats, arrivals,
+    scale, window, query_stride, slot_stride, head_stride, table_stride,
+    BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr, MIN_SPAN: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    sequence, kv_head, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_kv, max_spans = tl.num_programs(1), tl.num_programs(2)
+    length = tl.load(seq_lens + sequence)
+    first = tl.maximum(length - window, 0) if WINDOW else 0
+    size = tl.maximum(tl.cdiv(tl.cdiv(length - first, max_spans), KEYS) * KEYS, MIN_SPAN)
+    num_spans = tl.maximum(tl.cdiv(length - first, size), 1)
+    if span >= num_spans:
+        return
+    group = tl.arange(0, GROUP_BLOCK)
+    dim = tl.arange(0, DIM_BLOCK)
+    heads = kv_head * GROUP + group
+    of_group = (group[:, None] < GROUP) & (dim[None, :] < DIM)
+    row = sequence.to(tl.int64)
+    q = tl.load(
+        query + row * query_stride + heads[:, None] * DIM + dim[None, :], mask=of_group, other=0.0
+    )
+    highest = tl.full((GROUP_BLOCK,), -1e30, tl.float32)
+    weight = tl.zeros((GROUP_BLOCK,), tl.float32)
+    attended = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
+    start = first + span * size
+    end = tl.minimum(start + size, length)
+    for at in range(start, end, KEYS):
+        key = at + tl.arange(0, KEYS)
+        seen = key < end
+        block = tl.load(block_table + row * table_stride + key // BLOCK_SIZE, mask=seen, other=0)
+        slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * slot_stride
+        place = slot[:, None] + kv_head * head_stride + dim[None, :]
+        readable = seen[:, None] & (dim[None, :] < DIM)
+        k = tl.load(key_cache + place, mask=readable, other=0.0)
+        v = tl.load(value_cache + place, mask=readable, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, -1e30)
+        risen = tl.maximum(highest, tl.max(score, axis=1))
+        decay = tl.exp2(highest - risen)
+        probability = tl.exp2(score - risen[:, None])
+        weight = weight * decay + tl.sum(probability, axis=1)
+        attended = attended * decay[:, None]
+        attended = tl.dot(probability.to(v.dtype), v, attended, input_precision="ieee")
+        highest = risen
+    place = out + (row * num_kv * GROUP + heads[:, None]) * DIM + dim[None, :]
+    if num_spans == 1:
+        tl.store(place, attended / weight[:, None], mask=of_group)
+        return
+    pair = sequence * num_kv + kv_head
+    tile = group[:, None] * DIM_BLOCK + dim[None, :]
+    mine = (pair * max_spans + span).to(tl.int64) * GROUP_BLOCK
+    tl.store(partials + mine * DIM_BLOCK + tile, attended)
+    tl.store(stats + mine * 2 + group, highest)
+    tl.store(stats + mine * 2 + GROUP_BLOCK + group, weight)
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") < num_spans - 1:
+        return
+    tl.store(arrivals + pair, 0)
+    highest = tl.full((GROUP_BLOCK,), -1e30, tl.float32)
+    weight = tl.zeros((GROUP_BLOCK,), tl.float32)
+    attended = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
+    for other in range(num_spans):
+        theirs = (pair * max_spans + other).to(tl.int64) * GROUP_BLOCK
+        their_highest = tl.load(stats + theirs * 2 + group, cache_modifier=".cg")
+        their_weight = tl.load(stats + theirs * 2 + GROUP_BLOCK + group, cache_modifier=".cg")
+        their_sum = tl.load(partials + theirs * DIM_BLOCK + tile, cache_modifier=".cg")
+        risen = tl.maximum(highest, their_highest)
+        decay, growth = tl.exp2(highest - risen), tl.exp2(their_highest - risen)
+        weight = weight * decay + their_weight * growth
+        attended = attended * decay[:, None] + their_sum * growth[:, None]
+        highest = risen
+    tl.store(place, attended / weight[:, None], mask=of_group)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """Attend with one query a sequence over its cached keys.
+
+    Calls may not overlap on one device: they share scratch memory.
+
+    Args:
+        query: [sequences, heads, head_dim], the heads of a token side by side.
+        caches: keys and values, each [slots, kv heads, head_dim].
+        block_table: int32 [sequences, blocks].
+        seq_lens: keys of each sequence, int32 [sequences].
+        block_size: slots in a block.
+        scale: factor on the dot products.
+        window: keys that a query sees, itself included; None sees all.
+        out: contiguous, of the queries' shape.
+    """
+    keys, values = caches
+    (count, heads, dim), num_kv = query.shape, keys.shape[1]
+    group_block = max(16, triton.next_power_of_2(heads // num_kv))
+    dim_block = max(16, triton.next_power_of_2(dim))
+    spans = _num_spans(count * num_kv, block_table.shape[1] * block_size, query.device)
+    partials, stats = _scratch(
+        count * num_kv * spans if spans > 1 else 1, group_block, dim_block, query.device
+    )
+    _decode_kernel[(count, num_kv, spans)](
+        query, keys, values, block_table, seq_lens, out, partials, stats, _arrivals(query.device),
+        scale * _LOG2_E, window or 0, query.stride(0), keys.stride(0), keys.stride(1),
+        block_table.stride(0), BLOCK_SIZE=block_size, GROUP=heads // num_kv,
+        GROUP_BLOCK=group_block, DIM=dim, DIM_BLOCK=dim_block,
+        KEYS=_KEYS if dim_block <= 128 else _KEYS // 2, MIN_SPAN=_MIN_SPAN,
+        WINDOW=window is not None, num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+def _num_spans(pairs: int, max_len: int, device: torch.device) -> int:
+    """Programs a (sequence, kv head) pair, so that few sequences occupy the GPU as well."""
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )
+    wanted = _PROGRAMS_PER_PROCESSOR * processors // pairs
+    return max(1, min(_MAX_SPANS, wanted, -(-max_len // _MIN_SPAN)))
+
+
+@cache
+def _arrivals(device: torch.device) -> torch.Tensor:
+    """How many spans of a pair have ended; each call leaves zeros behind."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+def _scratch(
+    spans: int, group_block: int, dim_block: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the spans, and their statistics."""
+    partials = torch.empty(spans * group_block * dim_block, dtype=torch.float32, device=device)
+    return partials, torch.empty(spans * group_block * 2, dtype=torch.float32, device=device)

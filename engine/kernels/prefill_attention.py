@@ -1,0 +1,144 @@
+"""Paged causal attention of many new tokens a sequence, over cached and new keys.
+
+FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program keeps a tile of queries and goes over the
+keys that they see; keys and values of this step are in the cache already.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _attend_keys(
+    q, state, key_cache, value_cache, table, position, begin, end, scale, window, head_offset,
+    slot_stride, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Take in the keys from `begin` to `end`; not `MASKED`: every query sees all of them."""
+    highest, weight, attended = state
+    dim = tl.arange(0, DIM_BLOCK)
+    for at in range(begin, end, KEYS):
+        key = at + tl.arange(0, KEYS)
+        block = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0)
+        slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * slot_stride
+        place = slot[:, None] + head_offset + dim[None, :]
+        readable = (key[:, None] < end) & (dim[None, :] < DIM)
+        k = tl.load(key_cache + place, mask=readable, other=0.0)
+        v = tl.load(value_cache + place, mask=readable, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if MASKED:
+            seen = (key[None, :] <= position[:, None]) & (key[None, :] < end)
+            if WINDOW:
+                seen = seen & (key[None, :] > position[:, None] - window)
+            score = tl.where(seen, score, -1e30)
+        risen = tl.maximum(highest, tl.max(score, axis=1))
+        decay = tl.exp2(highest - risen)
+        probability = tl.exp2(score - risen[:, None])
+        if WINDOW:  # a tile that hides all keys from a query leaves its maximum at the start value
+            probability = tl.where(score > -1e29, probability, 0.0)
+        weight = weight * decay + tl.sum(probability, axis=1)
+        attended = tl.dot(
+            probability.to(v.dtype), v, attended * decay[:, None], input_precision="ieee"
+        )
+        highest = risen
+    return highest, weight, attended
+
+
+@triton.jit
+def _prefill_kernel(
+    query, key_cache, value_cache, block_table, query_starts, seq_lens, out,
+    scale, window, query_stride, slot_stride, head_stride, table_stride,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    # Late tiles see the most keys: they go first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    first_token = tl.load(query_starts + sequence)
+    count = tl.load(query_starts + sequence + 1) - first_token
+    if tile * QUERIES >= count:
+        return
+    length = tl.load(seq_lens + sequence)
+    index = tile * QUERIES + tl.arange(0, QUERIES)
+    dim = tl.arange(0, DIM_BLOCK)
+    mine = (index[:, None] < count) & (dim[None, :] < DIM)
+    token = (first_token + index).to(tl.int64)
+    place = token[:, None] * query_stride + head * DIM + dim[None, :]
+    q = tl.load(query + place, mask=mine, other=0.0)
+    position = length - count + index
+    lowest = length - count + tile * QUERIES
+    end = tl.minimum(lowest + QUERIES, length)
+    table = block_table + sequence.to(tl.int64) * table_stride
+    head_offset = (head // GROUP) * head_stride
+    state = (
+        tl.full((QUERIES,), -1e30, tl.float32),
+        tl.zeros((QUERIES,), tl.float32),
+        tl.zeros((QUERIES, DIM_BLOCK), tl.float32),
+    )
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(lowest - window + 1, 0) // KEYS * KEYS
+    diagonal = begin if WINDOW else (lowest + 1) // KEYS * KEYS
+    if not WINDOW:
+        state = _attend_keys(
+            q, state, key_cache, value_cache, table, position, begin, diagonal, scale, window,
+            head_offset, slot_stride, BLOCK_SIZE, DIM, DIM_BLOCK, KEYS, False, False,
+        )  # fmt: skip
+    _, weight, attended = _attend_keys(
+        q, state, key_cache, value_cache, table, position, diagonal, end, scale, window,
+        head_offset, slot_stride, BLOCK_SIZE, DIM, DIM_BLOCK, KEYS, True, WINDOW,
+    )  # fmt: skip
+    place = out + (token[:, None] * HEADS + head) * DIM + dim[None, :]
+    tl.store(place, attended / weight[:, None], mask=mine)
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    block_table: torch.Tensor,
+    query_starts: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_query_len: int,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """Attend with the new tokens of several sequences, each over its cached keys and its new ones.
+
+    Args:
+        query: [tokens, heads, head_dim], the heads of a token side by side.
+        caches: keys and values, each [slots, kv heads, head_dim].
+        block_table: int32 [sequences, blocks].
+        query_starts: first token of each sequence and the end of the last, int32 [sequences + 1].
+        seq_lens: keys of each sequence, new ones included, int32 [sequences].
+        max_query_len: most new tokens of a sequence.
+        block_size: slots in a block.
+        scale: factor on the dot products.
+        window: keys that a query sees, itself included; None sees all.
+        out: contiguous, of the queries' shape; rows of other sequences stay as they are.
+    """
+    keys, values = caches
+    heads, dim = query.shape[1:]
+    dim_block = max(16, triton.next_power_of_2(dim))
+    queries, tile, warps, stages = _tiles(query.element_size() == 4, dim_block)
+    grid = (triton.cdiv(max_query_len, queries), heads, len(seq_lens))
+    _prefill_kernel[grid](
+        query, keys, values, block_table, query_starts, seq_lens, out,
+        scale * _LOG2_E, window or 0, query.stride(0), keys.stride(0), keys.stride(1),
+        block_table.stride(0), BLOCK_SIZE=block_size, HEADS=heads, GROUP=heads // keys.shape[1],
+        DIM=dim, DIM_BLOCK=dim_block, QUERIES=queries, KEYS=tile, WINDOW=window is not None,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def _tiles(full_precision: bool, dim_block: int) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile, warps and stages, as far as shared memory goes."""
+    if full_precision:
+        return 32, 32, 4, 1
+    return (128, 64, 8, 3) if dim_block <= 128 else (64, 32, 4, 3)
