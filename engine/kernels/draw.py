@@ -1,4 +1,4 @@
-"""Drawing the next tokens, greedy and random rows together, in two launches.
+"""Drawing the next tokens, greedy and random rows together, in one launch.
 
 The noise is that of `engine.sampling.gumbel`, bit for bit in its integers, without its table: a
 token's word is mixed in registers, in less time than it could be loaded.
@@ -6,14 +6,18 @@ token's word is mixed in registers, in less time than it could be loaded.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 _CHUNK = 2048
 """Tokens in a program: few enough that a single row fills the GPU."""
+_LOG2 = tl.constexpr(0.6931471805599453 * 2.0**-23)
 _LAST = tl.constexpr(0x7FFFFFFF)
 """Largest token id; x ^ _LAST counts from the end."""
+_NONE = tl.constexpr(-(2**63))
 
 
 @triton.jit
@@ -56,23 +60,47 @@ def _random_bits(token, seed, position):
 
 
 @triton.jit
-def _exponential(bits):
-    """-log1p(-u) of the same u as in `gumbel.gumbel_argmax`, as precise where it is small."""
+def _log1p(f):
+    """log(1 + f) for f from -1/4 to 1/2: f + f² P(f), P minimax, within 1e-7 of the result."""
+    p = tl.fma(f, 0.05413185432553291, -0.12067317217588425)
+    p = tl.fma(p, f, 0.14983916282653809)
+    p = tl.fma(p, f, -0.1682281792163849)
+    p = tl.fma(p, f, 0.19977077841758728)
+    p = tl.fma(p, f, -0.24993441998958588)
+    p = tl.fma(p, f, 0.3333354890346527)
+    p = tl.fma(p, f, -0.5000005960464478)
+    return tl.fma(f * f, p, f)
+
+
+@triton.jit
+def _exponent(x):
+    """The k for which x / 2^k is from 3/4 to 3/2, in place as in float32: k · 2²³, int32."""
+    return (x.to(tl.int32, bitcast=True) - 0x3F400000) & -0x800000
+
+
+@triton.jit
+def _gumbel(bits):
+    """-log(-log1p(-u)) of the same u as in `gumbel.gumbel_argmax`.
+
+    Both logarithms are `_log1p` beside a multiple of log 2: no special cases, and the same result
+    in the interpreter but for the last bits.
+    """
     u = bits.to(tl.float32) * ((1 - 2.0**-24) * 2.0**-31) + 2.0**-32
-    # Up to 1/4: 2 atanh(u / (2 - u)) as a series, as 1 - u would lose the last digits of u.
-    s = u / (2 - u)
-    q = s * s
-    series = 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9)))))
-    return tl.where(u < 0.25, series, -tl.log(1 - u))
+    k = _exponent(1 - u)
+    scale = (0x3F800000 - k).to(tl.float32, bitcast=True)
+    # (1 - u) · scale - 1, but where u is small none of its digits are lost.
+    exponential = -_log1p((scale - 1) - u * scale) - k.to(tl.float32) * _LOG2
+    k = _exponent(exponential)
+    mantissa = (exponential.to(tl.int32, bitcast=True) - k).to(tl.float32, bitcast=True)
+    return -_log1p(mantissa - 1) - k.to(tl.float32) * _LOG2
 
 
 @triton.jit
 def _draw_kernel(
-    logits, rows, positions, temperatures, seeds, thresholds, best,
+    logits, rows, positions, temperatures, seeds, thresholds, token_ids, best, arrivals,
     logits_stride, temperature_stride, seed_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write the best token of a chunk as (order of its score, -id), so that a maximum picks it."""
     line, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = token < VOCAB
@@ -85,20 +113,16 @@ def _draw_kernel(
             score = tl.where(score < tl.load(thresholds + line), float("-inf"), score)
         seed = tl.load(seeds + row * seed_stride)
         bits = _random_bits(token, seed, tl.load(positions + line))
-        score -= tl.log(_exponential(bits))
+        score += _gumbel(bits)
     score = tl.where(score == 0, 0.0, score)  # -0 ties with 0
     largest = tl.max(score)
     first = tl.min(tl.where((score == largest) & inside, token, _LAST))
-    place = line * tl.num_programs(1) + chunk
-    tl.store(best + place, (order(largest).to(tl.int64) << 32) | (first ^ _LAST))
-
-
-@triton.jit
-def _pick_kernel(best, token_ids, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    line = tl.program_id(0).to(tl.int64)
-    chunk = tl.arange(0, BLOCK)
-    packed = tl.load(best + line * CHUNKS + chunk, mask=chunk < CHUNKS, other=-(2**63))
-    tl.store(token_ids + line, (tl.max(packed) & _LAST) ^ _LAST)
+    # As (order of the score, id from the end) the best token of all chunks is a maximum.
+    tl.atomic_max(best + line, (order(largest).to(tl.int64) << 32) | (first ^ _LAST))
+    if tl.atomic_add(arrivals + line, 1) == tl.num_programs(1) - 1:
+        packed = tl.atomic_xchg(best + line, _NONE)
+        tl.store(token_ids + line, (packed & _LAST) ^ _LAST)
+        tl.store(arrivals + line, 0)
 
 
 def draw(
@@ -111,7 +135,8 @@ def draw(
 ) -> torch.Tensor:
     """Draw one token a line: the first of the largest logits, or from softmax(logits / T).
 
-    NaN is never drawn; a line of nothing else gives token 0.
+    NaN is never drawn; a line of nothing else gives token 0. Calls may not overlap on one device:
+    they share scratch memory.
 
     Args:
         logits: bfloat16, float16 or float32 [batch, vocab]; lines may lie apart, tokens may not.
@@ -125,16 +150,19 @@ def draw(
         int64 [batch].
     """
     batch, vocab_size = logits.shape
-    chunks = triton.cdiv(vocab_size, _CHUNK)
-    best = torch.empty((batch, chunks), dtype=torch.int64, device=logits.device)
     token_ids = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    best, arrivals = _scratch(triton.next_power_of_2(batch), logits.device)
     # Without fused multiply-add the noise is rounded as on the CPU.
-    _draw_kernel[(batch, chunks)](
-        logits, rows, positions, temperature, seeds, threshold, best,
+    _draw_kernel[(batch, triton.cdiv(vocab_size, _CHUNK))](
+        logits, rows, positions, temperature, seeds, threshold, token_ids, best, arrivals,
         logits.stride(0), temperature.stride(0), seeds.stride(0),
         VOCAB=vocab_size, CHUNK=_CHUNK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    _pick_kernel[(batch,)](
-        best, token_ids, CHUNKS=chunks, BLOCK=triton.next_power_of_2(chunks), num_warps=1
-    )
     return token_ids
+
+
+@cache
+def _scratch(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best token so far and the chunks done of each line; every launch leaves them so."""
+    best = torch.full((batch,), _NONE.value, dtype=torch.int64, device=device)
+    return best, torch.zeros(batch, dtype=torch.int32, device=device)

@@ -145,7 +145,7 @@ class Sampler:
         output.logprob_rows, output.num_top = rows, num_top
 
     def _draw_fused(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The same as `_draw`, in two launches or, if tokens are dropped, three."""
+        """The same as `_draw` in one launch or, if tokens are dropped, two."""
         from engine.kernels.draw import draw
 
         if logits.stride(-1) != 1:

@@ -60,7 +60,7 @@ def test_never_waits_for_the_device(kind):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("kind", "launches"), [("greedy", 2), ("plain", 2), ("truncated", 3)])
+@pytest.mark.parametrize(("kind", "launches"), [("greedy", 1), ("plain", 1), ("truncated", 2)])
 def test_a_step_is_a_handful_of_launches(kind, launches):
     rows = list(range(64))
     logits = torch.randn(64, VOCAB, device=CUDA).bfloat16()
