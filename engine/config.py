@@ -37,7 +37,7 @@ class EngineConfig(BaseModel):
 
     max_model_len: int | None = Field(None, ge=1)
     """Most tokens of prompt and output together; None takes the model's own, at most 4096."""
-    max_num_seqs: int = Field(512, ge=1, le=4096)
+    max_num_seqs: int = Field(1024, ge=1, le=4096)
     """Most sequences in one step."""
     max_num_batched_tokens: int | None = Field(None, ge=1)
     """Most tokens computed in one step; None takes 16384 on a GPU and 1024 on CPU."""

@@ -12,9 +12,10 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_KEYS = 128
-"""Keys in a step of the loop."""
+from engine.kernels.launch import num_processors, overlaps_launches
+
 _MIN_SPAN = 128
 """Fewest keys worth a program of their own."""
 _MAX_SPANS = 32
@@ -22,16 +23,19 @@ _PROGRAMS_PER_PROCESSOR = 2
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table", "seq_lens", "window", "table_stride"])
 def _decode_kernel(
     query, key_cache, value_cache, block_table, seq_lens, out, partials, stats, arrivals,
     scale, window, query_stride, slot_stride, head_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr, MIN_SPAN: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     sequence, kv_head, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv, max_spans = tl.num_programs(1), tl.num_programs(2)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     length = tl.load(seq_lens + sequence)
     first = tl.maximum(length - window, 0) if WINDOW else 0
     size = tl.maximum(tl.cdiv(tl.cdiv(length - first, max_spans), KEYS) * KEYS, MIN_SPAN)
@@ -125,6 +129,7 @@ def decode_attention(
     """
     keys, values = caches
     (count, heads, dim), num_kv = query.shape, keys.shape[1]
+    overlap = overlaps_launches(query.device)
     group_block = max(16, triton.next_power_of_2(heads // num_kv))
     dim_block = max(16, triton.next_power_of_2(dim))
     spans = _num_spans(count * num_kv, block_table.shape[1] * block_size, query.device)
@@ -136,26 +141,29 @@ def decode_attention(
         scale * _LOG2_E, window or 0, query.stride(0), keys.stride(0), keys.stride(1),
         block_table.stride(0), BLOCK_SIZE=block_size, GROUP=heads // num_kv,
         GROUP_BLOCK=group_block, DIM=dim, DIM_BLOCK=dim_block,
-        KEYS=_KEYS if dim_block <= 128 else _KEYS // 2, MIN_SPAN=_MIN_SPAN,
-        WINDOW=window is not None, num_warps=4, num_stages=2,
+        KEYS=_num_keys(count * num_kv * spans, query.element_size() * dim_block, query.device),
+        MIN_SPAN=_MIN_SPAN,
+        WINDOW=window is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
 def _num_spans(pairs: int, max_len: int, device: torch.device) -> int:
     """Programs a (sequence, kv head) pair, so that few sequences occupy the GPU as well."""
-    processors = (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 4
-    )
-    wanted = _PROGRAMS_PER_PROCESSOR * processors // pairs
+    wanted = _PROGRAMS_PER_PROCESSOR * num_processors(device) // pairs
     return max(1, min(_MAX_SPANS, wanted, -(-max_len // _MIN_SPAN)))
+
+
+def _num_keys(programs: int, row_bytes: int, device: torch.device) -> int:
+    """Keys in a step of the loop: as many as fit, or half of them where a few programs share a
+    multiprocessor and neither their number nor their length evens out their work; as measured."""
+    keys = 2**15 // row_bytes
+    return keys // 2 if 3 <= programs / num_processors(device) < 7 else keys
 
 
 @cache
 def _arrivals(device: torch.device) -> torch.Tensor:
     """How many spans of a pair have ended; each call leaves zeros behind."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+    return torch.zeros(1 << 12, dtype=torch.int32, device=device)
 
 
 def _scratch(

@@ -13,29 +13,33 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from engine.kernels.launch import num_processors, overlaps_launches
 
 MAX_ROWS = 32
 """Most rows of x; cuBLAS is as fast from here on."""
 
 _BAND = 64
 """Rows of the weight in a program."""
-_DEPTH = 128
-"""Columns of the weight in a step of the loop."""
-_MIN_STEPS = 4
-"""Fewest steps of the loop in a split."""
+_SPLIT_BELOW = 0.45
+"""Programs a multiprocessor below which bands are split: one of two can read at full speed."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _skinny_kernel(
     x, weight, bias, residual, out, partials, arrivals,
     M, N, K: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BAND: tl.constexpr, DEPTH: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     band, split = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, ROWS)
     column = band * BAND + tl.arange(0, BAND)
     depth = tl.arange(0, DEPTH)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     total = tl.zeros((BAND, ROWS), tl.float32)
     for step in range(split * STEPS, split * STEPS + STEPS):
         k = step * DEPTH + depth
@@ -89,39 +93,37 @@ def skinny_linear(
         [rows, out], of x's type.
     """
     (m, k), n = x.shape, len(weight)
+    overlap = overlaps_launches(x.device)
     out = x.new_empty(m, n)
     rows = max(16, triton.next_power_of_2(m))
-    bands, steps = triton.cdiv(n, _BAND), triton.cdiv(k, _DEPTH)
-    splits = _num_splits(bands, steps, x.device)
+    bands = triton.cdiv(n, _BAND)
+    depth, stages, splits = _plan(bands, k, rows, x.device)
     partials, arrivals = _scratch(x.device)
     _skinny_kernel[(bands, splits)](
         x, weight, bias, residual, out, partials, arrivals, m, n, K=k,
-        STEPS=triton.cdiv(steps, splits), SPLITS=splits, ROWS=rows, BAND=_BAND, DEPTH=_DEPTH,
-        BIAS=bias is not None, RESIDUAL=residual is not None,
-        num_warps=4, num_stages=4 if rows <= 32 else 3,
+        STEPS=triton.cdiv(k, depth * splits), SPLITS=splits, ROWS=rows, BAND=_BAND, DEPTH=depth,
+        BIAS=bias is not None, RESIDUAL=residual is not None, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
     return out
 
 
 @cache
-def _num_splits(bands: int, steps: int, device: torch.device) -> int:
-    """Enough programs for every multiprocessor, each with enough to do; 1, 2, 4 or 8."""
-    processors, splits = _num_processors(device), 1
-    while bands * splits < processors and splits < 8 and steps >= 2 * splits * _MIN_STEPS:
+def _plan(bands: int, k: int, rows: int, device: torch.device) -> tuple[int, int, int]:
+    """Columns of the weight in a step of the loop, steps in flight, and splits; as measured.
+
+    Where bands are few, each must have much in flight.
+    """
+    processors, splits = num_processors(device), 1
+    depth, stages = (256, 3) if rows == 16 and bands <= processors else (128, 4)
+    while bands * splits < _SPLIT_BELOW * processors and splits < 8 and k > 2 * splits * depth:
         splits *= 2
-    return splits
-
-
-@cache
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # Triton's interpreter, in tests
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return depth, stages, splits
 
 
 @cache
 def _scratch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial sums and arrivals of the bands that share: there are fewer than processors."""
-    bands = _num_processors(device)
+    bands = num_processors(device)
     partials = torch.empty(bands * 8 * _BAND * MAX_ROWS, dtype=torch.float32, device=device)
     return partials, torch.zeros(bands, dtype=torch.int32, device=device)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from engine.kernels.launch import overlaps_launches
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, eps, size: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x, weight, out, eps, size: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     value = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / size + eps)
-    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * size + column, value * scale * factor, mask=inside)
 
 
@@ -31,6 +39,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     out = torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
+    overlap = overlaps_launches(x.device)
     warps = 8 if block > 2048 else 4
-    _rms_norm_kernel[(len(x),)](x, weight, out, eps, size=x.shape[1], BLOCK=block, num_warps=warps)
+    _rms_norm_kernel[(len(x),)](
+        x, weight, out, eps, size=x.shape[1], BLOCK=block, OVERLAP=overlap,
+        num_warps=warps, launch_pdl=overlap,
+    )  # fmt: skip
     return out

@@ -24,9 +24,14 @@ def _attend_keys(
     dim = tl.arange(0, DIM_BLOCK)
     for at in range(begin, end, KEYS):
         key = at + tl.arange(0, KEYS)
-        block = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0)
-        slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * slot_stride
-        place = slot[:, None] + head_offset + dim[None, :]
+        if BLOCK_SIZE % KEYS == 0:  # the keys lie in one block
+            block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+            place = (block * BLOCK_SIZE + at % BLOCK_SIZE) * slot_stride + head_offset
+            place += tl.arange(0, KEYS)[:, None] * slot_stride + dim[None, :]
+        else:
+            block = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0)
+            slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * slot_stride
+            place = slot[:, None] + head_offset + dim[None, :]
         readable = (key[:, None] < end) & (dim[None, :] < DIM)
         k = tl.load(key_cache + place, mask=readable, other=0.0)
         v = tl.load(value_cache + place, mask=readable, other=0.0)
@@ -49,7 +54,7 @@ def _attend_keys(
     return highest, weight, attended
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table", "query_starts", "seq_lens", "window", "table_stride"])
 def _prefill_kernel(
     query, key_cache, value_cache, block_table, query_starts, seq_lens, out,
     scale, window, query_stride, slot_stride, head_stride, table_stride,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from engine.kernels.launch import overlaps_launches
 
 _HEADS = 4
 """Heads of a token that a program handles."""
@@ -15,7 +18,7 @@ def _rotate_and_store_kernel(
     qkv, positions, slots, table, q_norm, k_norm, key_cache, value_cache,
     eps, slot_stride, head_stride,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    HEADS: tl.constexpr, NORM: tl.constexpr,
+    HEADS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -23,6 +26,9 @@ def _rotate_and_store_kernel(
     total: tl.constexpr = NUM_Q + 2 * NUM_KV
     inside = (head < total) & (offset < HALF)
     here = qkv + (token * total + head) * 2 * HALF + offset
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     left = tl.load(here, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(here + HALF, mask=inside, other=0.0).to(tl.float32)
     is_value = head >= NUM_Q + NUM_KV
@@ -87,11 +93,12 @@ def rotate_and_store(
     num_kv, head_dim = keys.shape[1:]
     tokens, half = len(qkv), head_dim // 2
     q_norm, k_norm = norms if norms is not None else (qkv, qkv)
+    overlap = overlaps_launches(qkv.device)
     grid = (tokens, triton.cdiv(num_heads + 2 * num_kv, _HEADS))
     _rotate_and_store_kernel[grid](
         qkv, positions, slots, table, q_norm, k_norm, keys, values,
         eps, keys.stride(0), keys.stride(1),
         NUM_Q=num_heads, NUM_KV=num_kv, HALF=half, HALF_BLOCK=triton.next_power_of_2(half),
-        HEADS=_HEADS, NORM=norms is not None, num_warps=2,
+        HEADS=_HEADS, NORM=norms is not None, OVERLAP=overlap, num_warps=2, launch_pdl=overlap,
     )  # fmt: skip
     return qkv.view(tokens, -1, head_dim)[:, :num_heads]

@@ -1,0 +1,25 @@
+"""How kernels are launched."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel may be set up while the one before it still runs.
+
+    Programmatic dependent launch (CUDA C++ Programming Guide, section of that name) is there from
+    Hopper on. A kernel launched so must call `gdc_wait` before it touches what others wrote.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of the device; a few in Triton's interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
