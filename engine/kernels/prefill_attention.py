@@ -146,4 +146,4 @@ def _tiles(full_precision: bool, dim_block: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps and stages, as far as shared memory goes."""
     if full_precision:
         return 32, 32, 4, 1
-    return (128, 64, 8, 3) if dim_block <= 128 else (64, 32, 4, 3)
+    return (64, 64, 4, 3) if dim_block <= 128 else (64, 32, 4, 3)
