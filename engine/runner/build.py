@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from engine.attention import select_backend
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.failures import Failure, classify
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_source import resolve_model
 from engine.runner.cuda_graphs import graph_sizes
@@ -61,25 +64,32 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
     dtype = _dtype(config, shape, device)
     max_model_len = config.resolve_max_model_len(shape.max_position_embeddings)
     step_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
-    model = load_model(config, source, shape, dtype, device, max_model_len)
+    with _memory_for(f"the weights of {config.model}", "take a smaller model or dtype"):
+        model = load_model(config, source, shape, dtype, device, max_model_len)
     stopwatch.lap("weights")
     backend = select_backend(config.attention_backend, device, dtype)
     layout = CacheLayout.of(config, shape, backend, dtype)
     row_blocks = math.ceil(max_model_len / layout.block_size)
-    batch = InputBatch(config.max_num_seqs, row_blocks, layout.block_size, step_tokens, device)
-    sampler = Sampler(config.max_num_seqs, shape.vocab_size, device, shape.eos_token_ids)
-    runner = ModelRunner(model, backend, layout.allocate(1, device), batch, sampler)
+    with _memory_for("the requests' rows", "lower max_num_seqs or max_model_len"):
+        batch = InputBatch(config.max_num_seqs, row_blocks, layout.block_size, step_tokens, device)
+        sampler = Sampler(config.max_num_seqs, shape.vocab_size, device, shape.eos_token_ids)
+        runner = ModelRunner(model, backend, layout.allocate(1, device), batch, sampler)
     if device.type == "cuda":
-        _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
+        lower = f"lower max_num_batched_tokens (now {step_tokens}) or max_num_seqs"
+        with _memory_for("the activations of the largest step", lower):
+            _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
         stopwatch.lap("largest step")
     num_blocks = count_blocks(config, layout, device, max_model_len)
-    runner.kv_caches = layout.allocate(num_blocks, device)
+    lower = "lower gpu_memory_utilization, kv_cache_memory_bytes or num_kvcache_blocks"
+    with _memory_for(f"a KV cache of {num_blocks} blocks", lower):
+        runner.kv_caches = layout.allocate(num_blocks, device)
     stopwatch.lap("KV cache")
-    _warm_up(runner, min(16, max_model_len))
-    stopwatch.lap("warm-up")
-    if device.type == "cuda" and not config.enforce_eager:
-        runner.capture(graph_sizes(config.max_num_seqs))
-        stopwatch.lap("CUDA graphs")
+    with _memory_for("anything beside the KV cache", f"{lower}, or max_num_seqs"):
+        _warm_up(runner, min(16, max_model_len))
+        stopwatch.lap("warm-up")
+        if device.type == "cuda" and not config.enforce_eager:
+            runner.capture(graph_sizes(config.max_num_seqs))
+            stopwatch.lap("CUDA graphs")
     return runner, EngineInfo(
         model=config.model,
         device=str(device),
@@ -92,6 +102,17 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
         eos_token_ids=shape.eos_token_ids,
         startup_seconds=dict(stopwatch.seconds),
     )
+
+
+@contextmanager
+def _memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Let an allocation that fails say what it was for and what to change."""
+    try:
+        yield
+    except Exception as error:
+        if classify(error) is not Failure.OUT_OF_MEMORY:
+            raise
+        raise ConfigError(f"there is no memory for {what}; {remedy}.") from error
 
 
 def _device(config: EngineConfig) -> torch.device:

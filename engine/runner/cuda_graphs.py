@@ -64,9 +64,9 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 hidden = self._forward(batch)
             self._captured[size] = (graph, hidden)
-        self._drop_slow_sizes()
+        self._drop_slow_sizes(inputs)
 
-    def _drop_slow_sizes(self) -> None:
+    def _drop_slow_sizes(self, inputs: Callable[[int], StepInputs]) -> None:
         """Drop every size that takes longer than a larger one.
 
         The libraries' products are far from smooth in the number of rows: on an H200 a step of 192
@@ -74,6 +74,7 @@ class DecodeGraphs:
         """
         best, kept = math.inf, []
         for size in reversed(self._sizes):
+            inputs(size)  # the addresses hold a batch of another size
             seconds = self._time(size)
             if seconds < best:
                 best = seconds
@@ -83,7 +84,7 @@ class DecodeGraphs:
         self._sizes = kept[::-1]
 
     def _time(self, size: int) -> float:
-        """Seconds of a replay over whatever batch lies at its addresses: the shortest of three."""
+        """Seconds of a replay over the batch uploaded last: the shortest of three."""
         times = []
         for _ in range(3):
             torch.cuda.synchronize()
