@@ -47,7 +47,7 @@ class EngineConfig(BaseModel):
     kv_cache_memory_bytes: int | None = Field(None, ge=1)
     """Bytes of KV cache; overrides `gpu_memory_utilization`; None on CPU means 2 GiB."""
     kvcache_block_size: int | None = Field(None, ge=1)
-    """Tokens in a block; None takes the attention backend's: 64 (Triton), 256 (flash-attn), 16 (CPU)."""
+    """Tokens in a block; None takes the backend's own: Triton 64, flash-attn 256, CPU 16."""
     num_kvcache_blocks: int = Field(-1, ge=-1)
     """Blocks in the pool; -1 derives them from the memory allowed."""
     enable_prefix_caching: bool = True
