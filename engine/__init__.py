@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
-    from engine.errors import ConfigError, EngineDead, InvalidRequest
+    from engine.errors import ConfigError, EngineDead, InvalidRequest, StepFailed
     from engine.inference_engine import InferenceEngine
     from engine.llm import LLM
     from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -28,6 +28,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StepFailed",
     "StepRecord",
 ]
 
@@ -39,6 +40,7 @@ _HOMES = {
     "ConfigError": "errors",
     "EngineDead": "errors",
     "InvalidRequest": "errors",
+    "StepFailed": "errors",
     "CompletionOutput": "outputs",
     "RequestMetrics": "outputs",
     "RequestOutput": "outputs",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, StepFailed
+from engine.failures import Failure, classify, drop_locals
 from engine.outputs import EngineLoad, TokenDelta
 from engine.profile import StepRecord, add_device_times
 from engine.request import EngineRequest, Request
@@ -17,6 +19,24 @@ from engine.runner.model_runner import PendingStep
 from engine.scheduler.scheduler import Scheduler
 from engine.startup import Stopwatch
 from engine.step import StepPlan
+
+MAX_FAILED_STEPS = 3
+"""So many failed steps, with no good one between them, and the engine gives up."""
+OUT_OF_MEMORY = (
+    "a step ran out of memory, and its requests are lost; lower max_num_batched_tokens, "
+    "max_num_seqs or gpu_memory_utilization."
+)
+OUT_OF_MEMORY_TOLD = "The engine ran out of memory in a step of the request; try again."
+FAILED_TOLD = "The engine failed in a step of the request; try again."
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step that the device has, and the seconds that scheduling it took."""
+
+    plan: StepPlan
+    pending: PendingStep
+    schedule_s: float
 
 
 class EngineCore:
@@ -39,8 +59,8 @@ class EngineCore:
         )
         ahead = config.async_scheduling
         self._one_step_ahead = self.info.device != "cpu" if ahead is None else ahead
-        self._in_flight: tuple[StepPlan, PendingStep, float] | None = None
-        """A plan, its step, and the seconds that scheduling it took."""
+        self._in_flight: LaunchedStep | None = None
+        self._failed_in_a_row = 0
         self._records: list[StepRecord] = []
         self._timers: list[tuple[torch.cuda.Event, torch.cuda.Event] | None] = []
 
@@ -71,23 +91,31 @@ class EngineCore:
 
         One step ahead, step N+1 is launched before the tokens of step N are read: the device works
         while the host updates.
+
+        Raises:
+            StepFailed: the steps in flight are lost, and their requests with them.
+            Exception: anything else means that the engine cannot go on.
         """
         began = time.perf_counter()
         plan = self.scheduler.schedule()
         schedule_s = time.perf_counter() - began
-        launched = (plan, self.runner.execute(plan), schedule_s) if plan.rows else None
-        if self._one_step_ahead:
-            launched, self._in_flight = self._in_flight, launched
-        if launched is None:
+        try:
+            step = self._launch(plan, schedule_s)
+            launched = time.perf_counter()
+            result = None if step is None else step.pending.result()
+        except Exception as error:
+            kind = classify(error)
+            self._failed_in_a_row += 1
+            if kind is Failure.DEVICE_LOST or self._failed_in_a_row == MAX_FAILED_STEPS:
+                raise
+            raise self._lose_steps(error, kind) from error
+        if step is None or result is None:
             return []
-        plan, pending, schedule_s = launched
-        began = time.perf_counter()
-        result = pending.result()
         arrived = time.perf_counter()
-        deltas = self.scheduler.update(plan, result)
+        deltas = self.scheduler.update(step.plan, result)
+        self._failed_in_a_row = 0
         if self.runner.profiling:
-            updated = time.perf_counter()
-            self._book(plan, pending, schedule_s, arrived - began, updated - arrived)
+            self._book(step, arrived - launched, time.perf_counter() - arrived)
         return deltas
 
     def start_profile(self) -> None:
@@ -103,32 +131,12 @@ class EngineCore:
         add_device_times(self._records, self._timers)
         return self._records
 
-    def _book(
-        self,
-        plan: StepPlan,
-        pending: PendingStep,
-        schedule_s: float,
-        wait_s: float,
-        update_s: float,
-    ) -> None:
-        self._timers.append(pending.timers)
-        self._records.append(
-            StepRecord(
-                rows=len(plan.rows),
-                tokens=plan.total_tokens,
-                context_tokens=sum(plan.starts) + plan.total_tokens,
-                decode=plan.total_tokens == len(plan.rows),
-                schedule_s=schedule_s,
-                prepare_s=pending.prepare_s,
-                launch_s=pending.launch_s,
-                wait_s=wait_s,
-                update_s=update_s,
-            )
-        )
-
     def fail_all(self, error: str) -> list[TokenDelta]:
-        """End every request with `error`, a sentence for the client."""
-        self._in_flight = None
+        """End every request with `error`, a sentence for the client, and the engine with them.
+
+        A step in flight is left as it is: to free the memory of a device that is lost may end the
+        process.
+        """
         return self.scheduler.fail_all(error)
 
     def check_invariants(self) -> None:
@@ -138,6 +146,44 @@ class EngineCore:
             InvariantViolation: it contradicts itself.
         """
         self.scheduler.check_invariants()
+
+    def _launch(self, plan: StepPlan, schedule_s: float) -> LaunchedStep | None:
+        """Launch a plan, unless it is empty; returns the step whose result is due."""
+        launched = None
+        if plan.rows:
+            launched = LaunchedStep(plan, self.runner.execute(plan), schedule_s)
+        if self._one_step_ahead:
+            launched, self._in_flight = self._in_flight, launched
+        return launched
+
+    def _lose_steps(self, error: Exception, kind: Failure) -> StepFailed:
+        """Forget the steps in flight, free what they held, and tell what that means to whom."""
+        if self.info.device != "cpu":
+            torch.cuda.synchronize()  # raises if the device is lost after all
+        self._in_flight = None
+        drop_locals(error)
+        if kind is Failure.OUT_OF_MEMORY:
+            torch.cuda.empty_cache()  # does nothing without a GPU
+            return StepFailed(OUT_OF_MEMORY, self.scheduler.fail_in_flight(OUT_OF_MEMORY_TOLD))
+        message = f"a step failed, and its requests with it: {type(error).__name__}: {error}"
+        return StepFailed(message, self.scheduler.fail_in_flight(FAILED_TOLD))
+
+    def _book(self, step: LaunchedStep, wait_s: float, update_s: float) -> None:
+        plan, pending = step.plan, step.pending
+        self._timers.append(pending.timers)
+        self._records.append(
+            StepRecord(
+                rows=len(plan.rows),
+                tokens=plan.total_tokens,
+                context_tokens=sum(plan.starts) + plan.total_tokens,
+                decode=plan.total_tokens == len(plan.rows),
+                schedule_s=step.schedule_s,
+                prepare_s=pending.prepare_s,
+                launch_s=pending.launch_s,
+                wait_s=wait_s,
+                update_s=update_s,
+            )
+        )
 
     def _check(self, wire: EngineRequest) -> None:
         num_prompt, limit = len(wire.prompt_token_ids), self.info.max_model_len

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.outputs import TokenDelta
+
 
 class TrunklineError(Exception):
     """Base of every error that this project raises on purpose."""
@@ -23,6 +28,20 @@ class InvalidRequest(TrunklineError, ValueError):
 
 class ConfigError(TrunklineError, ValueError):
     """An engine option, model directory or model file that cannot be used."""
+
+
+class StepFailed(TrunklineError, RuntimeError):
+    """A step failed and took its requests with it; the engine goes on without them.
+
+    The message is for whoever runs the engine; it says what to change where that is known.
+
+    Attributes:
+        deltas: the ends of these requests, each with a sentence for its client.
+    """
+
+    def __init__(self, message: str, deltas: list[TokenDelta]) -> None:
+        super().__init__(message)
+        self.deltas = deltas
 
 
 class EngineDead(TrunklineError, RuntimeError):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.config import BUNDLED_MODEL, EngineConfig
-from engine.errors import ConfigError, EngineDead, InvalidRequest
+from engine.errors import ConfigError, EngineDead, InvalidRequest, StepFailed
 from engine.inputs import Prompt
 from engine.job import Job
 from engine.model_source import resolve_model
@@ -23,6 +23,9 @@ from engine.tokenizer import Tokenizer, has_tokenizer
 
 Message = Mapping[str, Any]
 """A chat message: `role`, `content` and what else the chat template reads."""
+
+Inbox = deque[tuple[Job, TextDelta] | StepFailed]
+"""What is new of the requests of one call, or how they were lost."""
 
 
 class LLM:
@@ -43,7 +46,7 @@ class LLM:
         self.core = start_engine(self.config)
         self._ids = itertools.count()
         self._rng = random.Random(self.config.seed)
-        self._owners: dict[str, tuple[Job, deque[tuple[Job, TextDelta]]]] = {}
+        self._owners: dict[str, tuple[Job, Inbox]] = {}
         """Request id → its job, and where to put what is new of it."""
         self._dead: Exception | None = None
 
@@ -79,7 +82,9 @@ class LLM:
 
         Raises:
             InvalidRequest: a prompt or an option cannot be served; nothing was run.
-            EngineDead: a step failed.
+            StepFailed: a step with one of the requests failed, and all of them have ended. Others
+                go on, and so does the engine.
+            EngineDead: the engine cannot go on, now or since an earlier call.
         """
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _one_each(sampling_params or SamplingParams(), len(listed), "sampling_params")
@@ -124,6 +129,7 @@ class LLM:
 
         Raises:
             InvalidRequest: the prompt or an option cannot be served.
+            StepFailed, EngineDead: as for `generate`, while the text is read.
         """
         job = self._job(prompt, sampling_params or SamplingParams(), 0)
         return (text for _, text in self._run([job]))
@@ -151,7 +157,7 @@ class LLM:
 
     def _run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, TextDelta]]:
         """Run jobs to their end; several such iterators may take turns."""
-        inbox: deque[tuple[Job, TextDelta]] = deque()
+        inbox: Inbox = deque()
         request_ids = [request_id for job in jobs for request_id in job.requests]
         try:
             for job in jobs:
@@ -162,7 +168,10 @@ class LLM:
                 if not inbox:
                     self._step()
                 while inbox:
-                    yield inbox.popleft()
+                    item = inbox.popleft()
+                    if isinstance(item, StepFailed):
+                        raise item
+                    yield item
         finally:
             self.core.abort([i for i in request_ids if self._owners.pop(i, None)])
 
@@ -172,10 +181,16 @@ class LLM:
             raise EngineDead("a step failed earlier; build a new LLM.") from self._dead
         try:
             deltas = self.core.step()
+        except StepFailed as failure:
+            for delta in failure.deltas:
+                self._owners.pop(delta.request_id)[1].append(failure)
+            return
         except Exception as error:
             self._dead = error
             self.core.fail_all(str(error))
-            raise EngineDead("a step failed; build a new LLM to go on.") from error
+            raise EngineDead(
+                "the engine cannot go on; build a new LLM, in a new process if the GPU failed."
+            ) from error
         for delta in deltas:
             job, inbox = self._owners[delta.request_id]
             text = job.push(delta)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, StepFailed
 from engine.outputs import EngineLoad, TokenDelta
 from engine.request import EngineRequest
 
@@ -33,7 +33,7 @@ class Core(Protocol):
         """End requests without another word."""
 
     def step(self) -> list[TokenDelta]:
-        """Do one step and return what is new."""
+        """Do one step and return what is new; StepFailed if it is lost but the core goes on."""
 
     def load(self) -> EngineLoad:
         """The load after the last step."""
@@ -50,19 +50,24 @@ OnDeath = Callable[[BaseException], None]
 
 
 class EngineLoop:
-    """Drives a core until stopped or until a step raises.
+    """Drives a core until stopped or until it cannot go on.
 
     `on_step` is called in the loop's thread after every step, and with no deltas at least every
-    `IDLE_WAKEUP_S` while idle. A step that raises ends the loop: every request is told so through
-    `on_step`, then `on_death` gets the exception. A refused request is told so alone.
+    `IDLE_WAKEUP_S` while idle. A refused request is told so alone, and so are those of a step that
+    failed. Whatever else a step raises ends the loop: every request is told so through `on_step`,
+    then `on_death` gets the exception.
     """
 
     def __init__(self, core: Core, on_step: OnStep, on_death: OnDeath) -> None:
         self.last_progress = time.monotonic()
-        """`time.monotonic()` of the last finished step or idle wake-up."""
+        """`time.monotonic()` of the last finished step or idle wake-up.
+
+        A step that failed does not count."""
         self._core = core
         self._on_step = on_step
         self._on_death = on_death
+        self._death: BaseException | None = None
+        self._refused: list[TokenDelta] = []
         self._inbox: queue.SimpleQueue[list[EngineRequest] | list[str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
@@ -87,28 +92,40 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            while (deltas := self._take_commands()) is not None:
-                if self._core.has_work:
-                    deltas += self._core.step()
-                self.last_progress = time.monotonic()
-                self._on_step(deltas, self._core.load())
+            while self._take_commands():
+                self._tell(self._step(), self._core.load())
         except BaseException as error:
+            self._death = error  # its frames may hold memory that a lost device cannot free
             logger.exception("the engine loop died")
             try:
                 failed = self._core.fail_all("The engine failed while it ran the request.")
-                self._on_step(failed, EngineLoad())
+                self._tell(failed, EngineLoad())
             except Exception:
                 logger.exception("its requests could not be told")
             self._on_death(error)
 
-    def _take_commands(self) -> list[TokenDelta] | None:
-        """Carry out what is in the inbox; returns refusals, or None when told to stop."""
-        refused: list[TokenDelta] = []
+    def _step(self) -> list[TokenDelta]:
+        deltas: list[TokenDelta] = []
+        if self._core.has_work:
+            try:
+                deltas = self._core.step()
+            except StepFailed as failure:
+                logger.exception("the engine goes on without the requests of a step")
+                return failure.deltas
+        self.last_progress = time.monotonic()
+        return deltas
+
+    def _tell(self, deltas: list[TokenDelta], load: EngineLoad) -> None:
+        refused, self._refused = self._refused, []
+        self._on_step(refused + deltas, load)
+
+    def _take_commands(self) -> bool:
+        """Carry out what is in the inbox; False when told to stop."""
         for command in self._commands():
             if command is None:
-                return None
-            self._carry_out(command, refused)
-        return refused
+                return False
+            self._carry_out(command)
+        return True
 
     def _commands(self) -> Iterator[list[EngineRequest] | list[str] | None]:
         """What is in the inbox; waits for it while there is nothing else to do."""
@@ -122,9 +139,7 @@ class EngineLoop:
                 return
             idle = False
 
-    def _carry_out(
-        self, command: list[EngineRequest] | list[str], refused: list[TokenDelta]
-    ) -> None:
+    def _carry_out(self, command: list[EngineRequest] | list[str]) -> None:
         for item in command:
             if isinstance(item, str):
                 self._core.abort((item,))
@@ -132,7 +147,7 @@ class EngineLoop:
             try:
                 self._core.add(item)
             except InvalidRequest as error:
-                refused.append(_refusal(item.request_id, error))
+                self._refused.append(_refusal(item.request_id, error))
 
 
 def _refusal(request_id: str, error: InvalidRequest) -> TokenDelta:

@@ -145,18 +145,31 @@ class Scheduler:
 
     def fail_all(self, error: str) -> list[TokenDelta]:
         """End every request with `error` and forget the steps in flight and all cached blocks."""
-        deltas = [
-            TokenDelta(request_id, [], finish_reason="error", error=error)
-            for request_id in self._requests
-        ]
+        deltas = [_failed(request_id, error) for request_id in self._requests]
         for request in self._requests.values():
             request.status = Status.FINISHED
         self._requests.clear()
         self._waiting.clear()
         self._running.clear()
         self._in_flight.clear()
-        self._blocks.pool.reset()  # a step that failed may not have written what it registered
+        self._blocks.pool.reset()
         return deltas
+
+    def fail_in_flight(self, error: str) -> list[TokenDelta]:
+        """End the requests of all steps in flight with `error`, and forget these steps.
+
+        All cached blocks are forgotten as well, as a step that failed may not have written what it
+        registered: requests that run but were in none of these steps are computed anew.
+        """
+        concerned = dict.fromkeys(r for step in self._in_flight for r in step.requests)
+        lost = [request for request in concerned if not request.finished]
+        self._in_flight.clear()
+        self._finish(lost)
+        for request in self._running.requests.copy():
+            self._send_back(request)
+        self._running.clear()
+        self._blocks.pool.reset()
+        return [_failed(request.request_id, error) for request in lost]
 
     def load(self) -> EngineLoad:
         """The load now."""
@@ -235,9 +248,13 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request, step: StepBuilder) -> None:
+        self._send_back(request)
+        step.plan.num_preempted += 1
+
+    def _send_back(self, request: Request) -> None:
+        """Let a running request wait until it is computed anew."""
         self._running.preempt(request, self._done_step)
         self._waiting.push(request)
-        step.plan.num_preempted += 1
         self._num_preemptions += 1
 
     def _admit(self, step: StepBuilder) -> None:
@@ -285,3 +302,7 @@ class Scheduler:
 
 def _is_prefilling(request: Request) -> bool:
     return request.num_tokens - request.num_computed_tokens > 1
+
+
+def _failed(request_id: str, error: str) -> TokenDelta:
+    return TokenDelta(request_id, [], finish_reason="error", error=error)

@@ -199,6 +199,17 @@ class Driver:
         self.in_flight.clear()
         self.runner.slots = [None] * len(self.runner.slots)
 
+    def fail_in_flight(self) -> None:
+        owners = [self.runner.owner[row] for plan, _ in self.in_flight for row in plan.rows]
+        lost = {truth.wire.request_id for truth in owners if truth in self.live.values()}
+        deltas = self.scheduler.fail_in_flight("it broke")
+        assert sorted(d.request_id for d in deltas) == sorted(lost)
+        assert all(d.finish_reason == "error" and d.error == "it broke" for d in deltas)
+        for request_id in lost:
+            self.live.pop(request_id).aborted = True
+        self.in_flight.clear()
+        self.runner.slots = [None] * len(self.runner.slots)
+
     def schedule(self) -> StepPlan:
         plan = self.scheduler.schedule()
         if plan.rows:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import LLM, ConfigError, EngineDead, InferenceEngine, InvalidRequest, SamplingParams
+from engine import LLM, ConfigError, InferenceEngine, InvalidRequest, SamplingParams
 from engine.model_source import resolve_model
 
 GREEDY = {"temperature": 0.0}
@@ -228,16 +228,10 @@ def test_bad_options_name_the_field(options, words):
         LLM(**options)
 
 
-def test_a_failing_step_is_loud_and_final(tiny_model, monkeypatch):
+def test_without_a_tokenizer(tiny_model):
     llm = LLM(tiny_model, load_format="dummy", num_kvcache_blocks=64, max_model_len=128)
     prompt = {"prompt_token_ids": [1, 2, 3]}
-    assert (
-        len(llm.generate(prompt, SamplingParams(ignore_eos=True), use_tqdm=False)[0].tokens) == 64
-    )
-    monkeypatch.setattr(llm.core.runner, "execute", lambda plan: 1 / 0)
-    with pytest.raises(EngineDead):
-        llm.generate(prompt, use_tqdm=False)
-    with pytest.raises(EngineDead, match="build a new LLM"):
-        llm.generate(prompt, use_tqdm=False)
+    output = llm.generate(prompt, SamplingParams(ignore_eos=True), use_tqdm=False)[0]
+    assert len(output.tokens) == 64
     with pytest.raises(ConfigError, match="no tokenizer"):
         _ = llm.tokenizer

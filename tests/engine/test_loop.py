@@ -7,10 +7,12 @@ import pytest
 
 from engine import loop as loop_module
 from engine.config import EngineConfig
-from engine.errors import InvalidRequest
+from engine.core import EngineCore
+from engine.errors import InvalidRequest, StepFailed
 from engine.loop import EngineLoop
 from tests.deployments.fake_core import FakeCore, expected_tokens
-from tests.engine.conftest import request
+from tests.engine.conftest import request, tiny_config
+from tests.engine.test_core_failures import Failing, bug, lost
 
 
 class Recorder:
@@ -83,6 +85,66 @@ def test_a_failing_step_tells_everyone_and_ends_the_loop(recorder, monkeypatch):
     assert str(recorder.deaths.get(timeout=5)) == "boom"
     recorder.loop.stop()
     assert not recorder.loop.alive
+
+
+def test_a_failed_step_is_told_and_the_loop_goes_on(tiny_model):
+    core = EngineCore(tiny_config(tiny_model, max_num_seqs=1, async_scheduling=True))
+    with Failing(core, {1: ("before", bug)}):
+        recorder = Recorder(core)
+        recorder.loop.submit([request(rid, [1, 2, 3], max_tokens=3) for rid in "abc"])
+        ends = [d for d in recorder.deltas_until_finished(3) if d.finish_reason]
+        assert [(d.request_id, d.finish_reason) for d in ends] == [
+            ("a", "error"),
+            ("b", "length"),
+            ("c", "length"),
+        ]
+        assert recorder.loop.alive
+        recorder.loop.stop()
+    assert recorder.deaths.empty()
+
+
+def test_a_lost_device_ends_the_loop_at_once(tiny_model):
+    core = EngineCore(tiny_config(tiny_model, max_num_seqs=1))
+    with Failing(core, {1: ("result", lost)}):
+        recorder = Recorder(core)
+        recorder.loop.submit([request("a", [1, 2]), request("b", [3])])
+        ends = recorder.deltas_until_finished(2)
+        assert [d.request_id for d in ends if d.finish_reason == "error"] == ["a", "b"]
+        assert "illegal memory access" in str(recorder.deaths.get(timeout=5))
+        recorder.loop.stop()
+    assert not recorder.loop.alive
+
+
+def test_a_failed_step_is_no_progress(monkeypatch):
+    core, progress = FakeCore(EngineConfig()), queue.Queue()
+
+    def fail():
+        progress.put(loop.last_progress)
+        raise StepFailed("a step failed", core.fail_all("it failed"))
+
+    monkeypatch.setattr(core, "step", fail)
+    loop = EngineLoop(
+        core, lambda deltas, load: deltas and progress.put(loop.last_progress), lambda error: None
+    )
+    loop.submit([request("a", [1])])
+    assert progress.get(timeout=5) == progress.get(timeout=5)
+    loop.stop()
+
+
+def test_who_was_refused_hears_it_even_if_the_step_is_the_end(recorder, monkeypatch):
+    def refuse(wire):
+        raise InvalidRequest("too long", "prompt")
+
+    def fail():
+        raise RuntimeError("boom")
+
+    recorder.core.add(request("a", [1], max_tokens=None))
+    monkeypatch.setattr(recorder.core, "add", refuse)
+    monkeypatch.setattr(recorder.core, "step", fail)
+    recorder.loop.submit([request("b", [2])])
+    ends = {d.request_id: d.error for d in recorder.deltas_until_finished(2)}
+    assert ends["b"] == "too long"
+    assert "failed" in ends["a"]
 
 
 def test_death_is_told_even_if_failing_fails(recorder, monkeypatch):

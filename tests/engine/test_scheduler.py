@@ -211,6 +211,20 @@ def test_failure_ends_every_request_and_forgets_the_cache():
     driver.run()
 
 
+def test_failed_steps_take_their_requests_and_leave_the_others():
+    driver = Driver(max_num_seqs=2)
+    lost, queued = driver.add("lost", [1] * 9), driver.add("also lost", [2] * 9)
+    waiting = driver.add("waiting", [1] * 9)
+    driver.schedule()
+    driver.schedule()
+    driver.fail_in_flight()
+    assert lost.aborted and queued.aborted and not waiting.aborted
+    driver.scheduler.check_invariants()
+    assert driver.schedule().starts == [0]
+    driver.update()
+    driver.run()
+
+
 # Stop rules
 
 

@@ -106,6 +106,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fail(self):
         self.driver.fail_all()
 
+    @precondition(lambda self: self.count % 5 == 2)
+    @rule()
+    def fail_in_flight(self):
+        self.driver.fail_in_flight()
+
     @invariant()
     def bookkeeping_agrees(self):
         if hasattr(self, "driver"):
