@@ -79,17 +79,7 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
         with _memory_for("the activations of the largest step", lower):
             _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
         stopwatch.lap("largest step")
-    num_blocks = count_blocks(config, layout, device, max_model_len)
-    lower = "lower gpu_memory_utilization, kv_cache_memory_bytes or num_kvcache_blocks"
-    with _memory_for(f"a KV cache of {num_blocks} blocks", lower):
-        runner.kv_caches = layout.allocate(num_blocks, device)
-    stopwatch.lap("KV cache")
-    with _memory_for("anything beside the KV cache", f"{lower}, or max_num_seqs"):
-        _warm_up(runner, min(16, max_model_len))
-        stopwatch.lap("warm-up")
-        if device.type == "cuda" and not config.enforce_eager:
-            runner.capture(graph_sizes(config.max_num_seqs))
-            stopwatch.lap("CUDA graphs")
+    num_blocks = _fill_memory(runner, config, layout, max_model_len, stopwatch)
     return runner, EngineInfo(
         model=config.model,
         device=str(device),
@@ -137,6 +127,29 @@ def _warm_up(runner: ModelRunner, prompt_len: int) -> None:
     decode = StepPlan(1, [0], [prompt_len - 1], [1], [True])
     for plan in (prefill, decode):
         runner.execute(plan).result()
+
+
+def _fill_memory(
+    runner: ModelRunner,
+    config: EngineConfig,
+    layout: CacheLayout,
+    max_model_len: int,
+    stopwatch: Stopwatch,
+) -> int:
+    """Give the KV cache what is left, and warm up in the rest; returns the number of blocks."""
+    device = runner.batch.device
+    num_blocks = count_blocks(config, layout, device, max_model_len)
+    lower = "lower gpu_memory_utilization, kv_cache_memory_bytes or num_kvcache_blocks"
+    with _memory_for(f"a KV cache of {num_blocks} blocks", lower):
+        runner.kv_caches = layout.allocate(num_blocks, device)
+    stopwatch.lap("KV cache")
+    with _memory_for("anything beside the KV cache", f"{lower}, or max_num_seqs"):
+        _warm_up(runner, min(16, max_model_len))
+        stopwatch.lap("warm-up")
+        if device.type == "cuda" and not config.enforce_eager:
+            runner.capture(graph_sizes(config.max_num_seqs))
+            stopwatch.lap("CUDA graphs")
+    return num_blocks
 
 
 def _run_largest_step(
