@@ -1,4 +1,4 @@
-"""Runs a model over a paged cache whose pages lie in random order."""
+"""Caches whose pages lie in random order: attention over them, and models that use them."""
 
 import itertools
 import math
@@ -9,10 +9,23 @@ from engine.attention.backend import AttentionBatch
 from engine.attention.torch_sdpa import TorchAttention
 
 MAX_BLOCKS = 32
+BATCHES = {
+    "decodes of one length": [(i, 1, 99) for i in range(6)],
+    "decodes of very different lengths": [(0, 1, 0), (1, 1, 400), (2, 1, 3), (3, 1, 30), (4, 1, 7)],
+    "prefills": [(0, 20, 0), (1, 300, 0)],
+    "chunks over a prefix": [(0, 5, 100), (1, 64, 16), (2, 33, 1)],
+    "mixed": [(0, 1, 50), (1, 1, 449), (2, 40, 0), (3, 17, 200)],
+}
+"""Rows of a step: (sequence, tokens computed, first position), those of one token first."""
 
 
-def attention_batch(rows, tables, block_size: int) -> AttentionBatch:
-    """Rows are (table index, tokens computed, first position), those of one token first."""
+def random_tables(num_rows: int, max_len: int, block_size: int) -> torch.Tensor:
+    """Block tables for `num_rows` sequences, int32; no two hold the same block, none block 0."""
+    width = math.ceil(max_len / block_size)
+    return (torch.randperm(num_rows * width) + 1).view(num_rows, width).int()
+
+
+def attention_batch(rows, tables, block_size: int, device="cpu") -> AttentionBatch:
     lens = [start + count for _, count, start in rows]
     slots = [
         int(tables[row, p // block_size]) * block_size + p % block_size
@@ -24,17 +37,79 @@ def attention_batch(rows, tables, block_size: int) -> AttentionBatch:
         num_decodes=sum(count == 1 for _, count, _ in rows),
         query_lens=[count for _, count, _ in rows],
         seq_lens=lens,
-        block_table=tables[[row for row, _, _ in rows], :width],
-        slot_mapping=torch.tensor(slots),
+        block_table=tables[[row for row, _, _ in rows], :width].to(device),
+        slot_mapping=torch.tensor(slots, device=device),
         block_size=block_size,
-        device_seq_lens=torch.tensor(lens, dtype=torch.int32),
-        query_starts=starts([count for _, count, _ in rows if count > 1]),
-        key_starts=starts([start + count for _, count, start in rows if count > 1]),
+        device_seq_lens=torch.tensor(lens, dtype=torch.int32, device=device),
+        query_starts=starts([count for _, count, _ in rows if count > 1]).to(device),
+        key_starts=starts([start + count for _, count, start in rows if count > 1]).to(device),
     )
 
 
 def starts(lengths) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def attend_in_float64(query, keys, values, window=None):
+    """Query [n, heads, d] over keys and values [n or more, kv heads, d], the ends aligned."""
+    shared, start = query.shape[1] // keys.shape[1], len(keys) - len(query)
+    q, k, v = (x.cpu().double() for x in (query, keys, values))
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * query.shape[-1] ** -0.5
+    at, positions = torch.arange(len(k)), torch.arange(start, start + len(q))[:, None]
+    seen = at <= positions
+    if window is not None:
+        seen &= at > positions - window
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+class RandomStep:
+    """Queries of a step, and one layer's cache with random keys and values in every slot."""
+
+    def __init__(
+        self,
+        backend,
+        rows,
+        block_size,
+        heads,
+        kv_heads,
+        head_dim,
+        dtype=torch.float32,
+        device="cpu",
+    ) -> None:
+        generator = torch.manual_seed(0)
+        lens = [start + count for _, count, start in rows]
+        self.backend, self.rows, self.scale = backend, rows, head_dim**-0.5
+        self.tables = random_tables(1 + max(row for row, _, _ in rows), max(lens), block_size)
+        self.layout = attention_batch(rows, self.tables, block_size, device)
+        shape = backend.kv_cache_shape(self.tables.numel() + 1, block_size, kv_heads, head_dim)
+        self.cache = torch.randn(shape, generator=generator).to(device, dtype)
+        # As the model gives them: a part of what the merged projection made.
+        merged = (sum(self.layout.query_lens), heads + 2 * kv_heads, head_dim)
+        self.query = torch.randn(merged, generator=generator).to(device, dtype)[:, :heads]
+
+    def attend(self, window=None) -> torch.Tensor:
+        """As the layers of a model do: metadata is shared by several."""
+        metadata = self.backend.prepare(self.layout)
+        first, second = (
+            self.backend.attend(self.query, self.cache, metadata, self.scale, window)
+            for _ in range(2)
+        )
+        assert torch.equal(first, second)
+        return first
+
+    def error(self, output, window=None) -> float:
+        """Distance from float64, relative to its length, of the worst row."""
+        block_size, errors, first = self.layout.block_size, [], 0
+        keys, values = self.backend.slots(self.cache)
+        for row, count, start in self.rows:
+            positions = torch.arange(start + count)
+            slots = self.tables[row, positions // block_size] * block_size + positions % block_size
+            tokens, slots = slice(first, first + count), slots.to(keys.device)
+            wanted = attend_in_float64(self.query[tokens], keys[slots], values[slots], window)
+            errors.append((output[tokens].cpu().double() - wanted).norm() / wanted.norm())
+            first += count
+        return max(errors).item()
 
 
 class PagedModel:
