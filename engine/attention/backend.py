@@ -32,6 +32,8 @@ class AttentionBatch:
     last; int32 [rows - decodes + 1]."""
     key_starts: torch.Tensor
     """The same sum over the keys of these rows; int32 [rows - decodes + 1]."""
+    decode_order: torch.Tensor
+    """Decode rows from the longest sequence to the shortest, int32 [decodes]."""
 
 
 class AttentionBackend(ABC):

@@ -48,6 +48,7 @@ class TritonAttention(AttentionBackend):
                 caches,
                 metadata.block_table[:count],
                 metadata.device_seq_lens,
+                metadata.decode_order,
                 metadata.block_size,
                 scale,
                 sliding_window,

@@ -23,19 +23,20 @@ _PROGRAMS_PER_PROCESSOR = 2
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["block_table", "seq_lens", "window", "table_stride"])
+@triton.jit(do_not_specialize=["block_table", "seq_lens", "order", "window", "table_stride"])
 def _decode_kernel(
-    query, key_cache, value_cache, block_table, seq_lens, out, partials, stats, arrivals,
+    query, key_cache, value_cache, block_table, seq_lens, order, out, partials, stats, arrivals,
     scale, window, query_stride, slot_stride, head_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr, MIN_SPAN: tl.constexpr,
     WINDOW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    sequence, kv_head, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_kv, max_spans = tl.num_programs(1), tl.num_programs(2)
+    kv_head, span = tl.program_id(0), tl.program_id(2)
+    num_kv, max_spans = tl.num_programs(0), tl.num_programs(2)
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
+    sequence = tl.load(order + tl.program_id(1))
     length = tl.load(seq_lens + sequence)
     first = tl.maximum(length - window, 0) if WINDOW else 0
     size = tl.maximum(tl.cdiv(tl.cdiv(length - first, max_spans), KEYS) * KEYS, MIN_SPAN)
@@ -108,6 +109,7 @@ def decode_attention(
     caches: tuple[torch.Tensor, torch.Tensor],
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    order: torch.Tensor,
     block_size: int,
     scale: float,
     window: int | None,
@@ -122,6 +124,9 @@ def decode_attention(
         caches: keys and values, each [slots, kv heads, head_dim].
         block_table: int32 [sequences, blocks].
         seq_lens: keys of each sequence, int32 [sequences].
+        order: sequences in the order in which they start, int32 [sequences]. The longest should
+            come first: then the GPU is busy to the end (Graham 1969, "Bounds on Multiprocessing
+            Timing Anomalies").
         block_size: slots in a block.
         scale: factor on the dot products.
         window: keys that a query sees, itself included; None sees all.
@@ -136,14 +141,14 @@ def decode_attention(
     partials, stats = _scratch(
         count * num_kv * spans if spans > 1 else 1, group_block, dim_block, query.device
     )
-    _decode_kernel[(count, num_kv, spans)](
-        query, keys, values, block_table, seq_lens, out, partials, stats, _arrivals(query.device),
-        scale * _LOG2_E, window or 0, query.stride(0), keys.stride(0), keys.stride(1),
-        block_table.stride(0), BLOCK_SIZE=block_size, GROUP=heads // num_kv,
+    _decode_kernel[(num_kv, count, spans)](
+        query, keys, values, block_table, seq_lens, order, out, partials, stats,
+        _arrivals(query.device), scale * _LOG2_E, window or 0,
+        query.stride(0), keys.stride(0), keys.stride(1), block_table.stride(0), BLOCK_SIZE=block_size, GROUP=heads // num_kv,
         GROUP_BLOCK=group_block, DIM=dim, DIM_BLOCK=dim_block,
         KEYS=_num_keys(count * num_kv * spans, query.element_size() * dim_block, query.device),
-        MIN_SPAN=_MIN_SPAN,
-        WINDOW=window is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=4, num_stages=2,
+        MIN_SPAN=_MIN_SPAN, WINDOW=window is not None, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
 
 

@@ -131,6 +131,7 @@ class InputBatch:
                 seq_lens.astype(np.int32),
                 _starts(counts[decodes:]),
                 _starts(seq_lens[decodes:]),
+                np.argsort(-seq_lens[:decodes], kind="stable").astype(np.int32),
                 # Last, as graphs need the others at places that the samples do not move.
                 rows[samples],
                 seq_lens[samples],
@@ -147,6 +148,7 @@ class InputBatch:
             device_seq_lens=tensors[5],
             query_starts=tensors[6],
             key_starts=tensors[7],
+            decode_order=tensors[8],
         )
         return StepInputs(
             known_tokens=tensors[0],
@@ -157,10 +159,10 @@ class InputBatch:
                 rows[samples].tolist(),
                 seq_lens[samples].tolist(),
                 self.device,
-                row_index=tensors[8],
-                position_index=tensors[9],
+                row_index=tensors[9],
+                position_index=tensors[10],
             ),
-            sample_indices=tensors[10],
+            sample_indices=tensors[11],
         )
 
 

@@ -43,11 +43,17 @@ def attention_batch(rows, tables, block_size: int, device="cpu") -> AttentionBat
         device_seq_lens=torch.tensor(lens, dtype=torch.int32, device=device),
         query_starts=starts([count for _, count, _ in rows if count > 1]).to(device),
         key_starts=starts([start + count for _, count, start in rows if count > 1]).to(device),
+        decode_order=longest_first([start for _, count, start in rows if count == 1]).to(device),
+        decode_order=torch.arange(sum(count == 1 for _, count, _ in rows), device=device).int(),
     )
 
 
 def starts(lengths) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def longest_first(lengths) -> torch.Tensor:
+    return torch.tensor(lengths).argsort(descending=True, stable=True).int()
 
 
 def attend_in_float64(query, keys, values, window=None):
