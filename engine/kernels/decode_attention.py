@@ -141,14 +141,14 @@ def decode_attention(
     partials, stats = _scratch(
         count * num_kv * spans if spans > 1 else 1, group_block, dim_block, query.device
     )
+    tile, stages = _tile(query.element_size() * dim_block, query.device)
     _decode_kernel[(num_kv, count, spans)](
         query, keys, values, block_table, seq_lens, order, out, partials, stats,
         _arrivals(query.device), scale * _LOG2_E, window or 0,
-        query.stride(0), keys.stride(0), keys.stride(1), block_table.stride(0), BLOCK_SIZE=block_size, GROUP=heads // num_kv,
-        GROUP_BLOCK=group_block, DIM=dim, DIM_BLOCK=dim_block,
-        KEYS=_num_keys(count * num_kv * spans, query.element_size() * dim_block, query.device),
-        MIN_SPAN=_MIN_SPAN, WINDOW=window is not None, OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=4, num_stages=2,
+        query.stride(0), keys.stride(0), keys.stride(1), block_table.stride(0),
+        BLOCK_SIZE=block_size, GROUP=heads // num_kv, GROUP_BLOCK=group_block,
+        DIM=dim, DIM_BLOCK=dim_block, KEYS=tile, MIN_SPAN=_MIN_SPAN, WINDOW=window is not None,
+        OVERLAP=overlap, launch_pdl=overlap, num_warps=4, num_stages=stages,
     )  # fmt: skip
 
 
@@ -158,11 +158,13 @@ def _num_spans(pairs: int, max_len: int, device: torch.device) -> int:
     return max(1, min(_MAX_SPANS, wanted, -(-max_len // _MIN_SPAN)))
 
 
-def _num_keys(programs: int, row_bytes: int, device: torch.device) -> int:
-    """Keys in a step of the loop: as many as fit, or half of them where a few programs share a
-    multiprocessor and neither their number nor their length evens out their work; as measured."""
-    keys = 2**15 // row_bytes
-    return keys // 2 if 3 <= programs / num_processors(device) < 7 else keys
+@cache
+def _tile(row_bytes: int, device: torch.device) -> tuple[int, int]:
+    """Keys in a step of the loop and steps in flight: 32 KiB of keys a step, and as many values."""
+    if device.type != "cuda":
+        return 128, 1
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return 2**15 // row_bytes, min(3, shared // 2**16)
 
 
 @cache
