@@ -163,7 +163,8 @@ def _tile(row_bytes: int, device: torch.device) -> tuple[int, int]:
     """Keys in a step of the loop and steps in flight: 32 KiB of keys a step, and as many values."""
     if device.type != "cuda":
         return 128, 1
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     return 2**15 // row_bytes, min(3, shared // 2**16)
 
 
