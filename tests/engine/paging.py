@@ -44,7 +44,6 @@ def attention_batch(rows, tables, block_size: int, device="cpu") -> AttentionBat
         query_starts=starts([count for _, count, _ in rows if count > 1]).to(device),
         key_starts=starts([start + count for _, count, start in rows if count > 1]).to(device),
         decode_order=longest_first([start for _, count, start in rows if count == 1]).to(device),
-        decode_order=torch.arange(sum(count == 1 for _, count, _ in rows), device=device).int(),
     )
 
 

@@ -1,0 +1,57 @@
+"""One new token a sequence over random pages, against float64."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from engine.attention.triton_paged import TritonAttention
+from engine.kernels import decode_attention as kernels
+from tests.engine.gpu import DOT_DTYPES
+from tests.engine.paging import RandomStep
+
+torch.set_num_threads(1)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LENGTHS = [1, 500, 16, 129, 257]
+
+
+def check(lengths, device, *, window=None, block_size=16, heads=4, kv_heads=2, head_dim=64, **more):
+    rows = [(row, 1, length - 1) for row, length in enumerate(lengths)]
+    step = RandomStep(
+        TritonAttention(), rows, block_size, heads, kv_heads, head_dim, device=device, **more
+    )
+    output = step.attend(window)
+    assert step.error(output, window) < TOLERANCE[output.dtype]
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, 200])
+@pytest.mark.parametrize("block_size", [16, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (7, 1)])
+def test_groups_pages_and_windows(heads, kv_heads, block_size, window, device):
+    check(
+        LENGTHS,
+        device,
+        heads=heads,
+        kv_heads=kv_heads,
+        block_size=block_size,
+        window=window,
+    )
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 96, 128, 256])
+def test_head_sizes_and_types(head_dim, dtype, device):
+    check([3, 140], device, head_dim=head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("length", [1, 128, 129, 400, 700])
+def test_one_sequence_is_split_and_its_counters_reset(length, window, device):
+    for _ in range(2):
+        check([length], device, heads=2, kv_heads=1, window=window)
+    check([length, 200], device, heads=2, kv_heads=1, window=window)
+    assert not kernels._arrivals(device).any()
+
+
+def test_many_sequences_take_one_span_each(device):
+    check([30 + 9 * i for i in range(12)], device, heads=2, kv_heads=1)
