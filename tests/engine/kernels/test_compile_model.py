@@ -1,0 +1,30 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+MODEL = {
+    "_take_tokens_kernel",
+    "_rms_norm_kernel",
+    "_silu_mul_kernel",
+    "_skinny_kernel",
+    "_rotate_and_store_kernel",
+    "_decode_kernel",
+    "_prefill_kernel",
+}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes that a block may have (CUDA C++ Programming Guide, table of technical specifications)."""
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_compiles_for_an_a100_and_an_h100(capability, tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.engine.kernels.compile_model", str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    compiled = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, _ in compiled} == MODEL
+    assert max(int(shared) for _, shared in compiled) <= SHARED_MEMORY[capability]
