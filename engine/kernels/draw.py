@@ -1,7 +1,8 @@
 """Drawing the next tokens, greedy and random rows together, in one launch.
 
-The noise is that of `engine.sampling.gumbel`, bit for bit in its integers, without its table: a
-token's word is mixed in registers, in less time than it could be loaded.
+The noise is that of `engine.sampling.gumbel`, bit for bit in its integers. Its two logarithms would
+be most of the work, so they are computed only for tokens that an upper bound of their score lets
+win: a few of a line.
 """
 
 from __future__ import annotations
@@ -12,12 +13,22 @@ import torch
 import triton
 import triton.language as tl
 
-_CHUNK = 2048
-"""Tokens in a program: few enough that a single row fills the GPU."""
+from engine.sampling.gumbel import token_words
+
+_TILE = 512
+"""Tokens that a program looks at together; it is one warp, which never waits for another."""
+_LINES = 4
+"""Lines of a tile in large batches: they share the tokens' words, which outweigh the logits."""
+_LARGE_BATCH = 64
+"""From here on lines share; before, more programs a line end sooner."""
+_PROGRAMS = 2048
+"""About what a large GPU holds at once; more would only know less of the best score so far."""
 _LOG2 = tl.constexpr(0.6931471805599453 * 2.0**-23)
+_BOUND_BASE = tl.constexpr(0.6931471805599453 * (31 + 127))
 _LAST = tl.constexpr(0x7FFFFFFF)
 """Largest token id; x ^ _LAST counts from the end."""
-_NONE = tl.constexpr(-(2**63))
+_NONE = tl.constexpr((-0x7F800001 << 32) | 0x7FFFFFFF)
+"""Token 0 with the score -inf, as `_settle` packs it."""
 
 
 @triton.jit
@@ -35,6 +46,12 @@ def order(value):
 
 
 @triton.jit
+def unorder(key):
+    """The float32 value of an int32 of `order`."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _mix64(x):
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -42,20 +59,19 @@ def _mix64(x):
 
 
 @triton.jit
-def _half_mix32(x, key):
-    """`mix32` up to its last shift, with a key inside."""
-    x = (x ^ (x >> 16)) * 0x21F0AAAD
-    return ((x ^ (x >> 15)) + key) * 0xD35A2D97
+def _stream_keys(seed, position):
+    """`gumbel.stream_keys`, each half moved as far as it goes: what `_random_bits` takes."""
+    seed = _mix64(seed.to(tl.uint64, bitcast=True))
+    key = _mix64(seed + position.to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15)
+    low = key.to(tl.uint32)
+    return low ^ (low >> 16), (key >> 32).to(tl.uint32) * 0xD35A2D97
 
 
 @triton.jit
-def _random_bits(token, seed, position):
+def _random_bits(word, key, addend):
     """31 random bits of (seed, position, token), int32: `gumbel.random_words`."""
-    seed = _mix64(seed.to(tl.uint64, bitcast=True))
-    key = _mix64(seed + position.to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15)
-    word = _half_mix32((token + 1).to(tl.uint32), 0)
-    word = word ^ (word >> 15) ^ key.to(tl.uint32)
-    bits = _half_mix32(word, (key >> 32).to(tl.uint32)).to(tl.int32, bitcast=True)
+    x = (word.to(tl.uint32, bitcast=True) ^ key) * 0x21F0AAAD
+    bits = ((x ^ (x >> 15)) * 0xD35A2D97 + addend).to(tl.int32, bitcast=True)
     return bits ^ (bits >> 15)
 
 
@@ -96,33 +112,131 @@ def _gumbel(bits):
 
 
 @triton.jit
-def _draw_kernel(
-    logits, rows, positions, temperatures, seeds, thresholds, token_ids, best, arrivals,
-    logits_stride, temperature_stride, seed_stride,
-    VOCAB: tl.constexpr, CHUNK: tl.constexpr,
+def _noise_bound(bits, step, base):
+    """At least the noise of these bits less 1e-4, and rarely more than 0.07 + u above it.
+
+    The noise is -log(-log1p(-u)) <= -log(u), and u >= f 2^-31 within 1e-6 for f = float(bits). A
+    float's bits, read as an integer I, are a piecewise linear logarithm (Mitchell 1962, "Computer
+    Multiplication and Division Using Binary Logarithms"): f = 2^k (1 + m), with m from 0 to 1, has
+    I = 2^23 (127 + k + m), and m <= log2(1 + m) <= m + 0.0861. So -log(u) is at most
+    log(2) (31 + 127 - I 2^-23), here `base + I · step`, and rounding takes less than 5e-5 off it.
+    Both are 0 for lines without noise.
+    """
+    logarithm = bits.to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.fma(logarithm.to(tl.float32), step, base)
+
+
+@triton.jit
+def _bar(score, noisy):
+    """What upper bounds must exceed for a token to reach the score: a little less than it.
+
+    A bound x · (1 / T) + `_noise_bound` falls short of x / T + noise, as these are rounded, by less
+    than 2^-20 |x / T| + 2e-4. Of a token that reaches the score, x / T is either below twice the
+    score's size + 64, and this margin is larger, or it exceeds the score by itself. Bounds of
+    greedy lines are their scores.
+    """
+    size = tl.minimum(tl.abs(score), 1e30)  # infinity has no margin
+    return tl.where(noisy, score - tl.fma(size, 2.0**-18, 2.0**-10), score)
+
+
+@triton.jit
+def _score(logit, word, temperature, key, addend, threshold):
+    """What decides about one token: logit / T and noise, or a greedy line's logit."""
+    score = scale_logits(logit, tl.where(temperature > 0, temperature, 1.0))
+    if temperature > 0:
+        score = tl.where(score < threshold, float("-inf"), score)
+        score += _gumbel(_random_bits(word, key, addend))
+    return tl.where(score == 0, 0.0, score)  # -0 ties with 0
+
+
+@triton.jit
+def _pick(values, is_chosen):
+    """The value at the one place that is chosen."""
+    return tl.sum(tl.where(is_chosen, values, 0))
+
+
+@triton.jit
+def _settle(
+    upper, top, bar, first, logits, words, best, logits_stride, batch,
+    temperature, key, addend, threshold, LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    line, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = token < VOCAB
+    """Score the tokens of a tile whose upper bounds exceed the bar, which rises on the way."""
+    place = tl.arange(0, LINES)
+    column = tl.arange(0, WIDTH)[None, :]
+    line = tl.minimum(tl.program_id(0) * LINES + place, batch - 1).to(tl.int64)
+    # Below what other programs have found none can win; a tie with it can, if its id is smaller.
+    shared = (tl.load(best + line, volatile=True) >> 32).to(tl.int32) - 1
+    shared = unorder(tl.maximum(shared, -0x7F800001))
+    bar = tl.maximum(bar, _bar(shared, temperature > 0))
+    upper = tl.where(upper > bar[:, None], upper, float("-inf"))
+    while tl.max(upper) > float("-inf"):
+        at = tl.argmax(tl.reshape(upper, (LINES * WIDTH,)), axis=0)
+        here = place == at // WIDTH
+        token = first + at % WIDTH
+        at_line = tl.minimum(tl.program_id(0) * LINES + at // WIDTH, batch - 1).to(tl.int64)
+        score = _score(
+            tl.load(logits + at_line * logits_stride + token), tl.load(words + token),
+            _pick(temperature, here), _pick(key, here), _pick(addend, here), _pick(threshold, here),
+        )  # fmt: skip
+        # As (order of the score, id from the end) the best token is a maximum.
+        packed = (order(score).to(tl.int64) << 32) | (token ^ _LAST)
+        tl.atomic_max(best + at_line, packed, sem="relaxed")
+        top = tl.where(here, tl.maximum(top, score), top)
+        bar = tl.maximum(bar, _bar(top, temperature > 0))
+        is_open = (upper > bar[:, None]) & ~(here[:, None] & (column == at % WIDTH))
+        upper = tl.where(is_open, upper, float("-inf"))
+    return top, bar
+
+
+@triton.jit(do_not_specialize=["batch", "tiles"])
+def _draw_kernel(
+    logits, words, rows, positions, temperatures, seeds, thresholds, token_ids, best, arrivals,
+    batch, tiles, logits_stride, temperature_stride, seed_stride,
+    VOCAB: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    line = tl.minimum(place, batch - 1).to(tl.int64)
     row = tl.load(rows + line)
     temperature = tl.load(temperatures + row * temperature_stride)
-    score = tl.load(logits + line * logits_stride + token, mask=inside, other=float("-inf"))
-    score = scale_logits(score, tl.where(temperature > 0, temperature, 1.0))
-    if temperature > 0:
+    noisy = temperature > 0
+    any_noisy = tl.max(noisy.to(tl.int32)) > 0
+    key, addend = _stream_keys(tl.load(seeds + row * seed_stride), tl.load(positions + line))
+    addend = tl.where(noisy, addend, 0)  # a plain product would be moved back into the loop
+    threshold = tl.full((LINES,), float("-inf"), tl.float32)
+    if thresholds is not None:
+        threshold = tl.where(noisy, tl.load(thresholds + line), threshold)
+    cut = _bar(threshold, noisy)[:, None]
+    scale = 1.0 / tl.where(noisy, temperature, 1.0)[:, None]
+    step = tl.where(noisy, -_LOG2, 0.0)[:, None]
+    base = tl.where(noisy, _BOUND_BASE, 0.0)[:, None]
+    top = tl.full((LINES,), float("-inf"), tl.float32)
+    bar = top
+    start = tl.program_id(1) * tiles * WIDTH
+    # Four neighbours a thread: so words and logits of any type lie alike in registers.
+    column = tl.max_contiguous(tl.arange(0, WIDTH)[None, :], [1, 4])
+    source = logits + line[:, None] * logits_stride + column
+    following = tl.load(source + start, mask=start + column < VOCAB, other=float("-inf"))
+    for first in range(start, tl.minimum(start + tiles * WIDTH, VOCAB), WIDTH):
+        upper = following.to(tl.float32)
+        word = tl.load(words + (first + column))
+        rest = first + WIDTH + column < VOCAB
+        following = tl.load(source + (first + WIDTH), mask=rest, other=float("-inf"))
         if thresholds is not None:
-            score = tl.where(score < tl.load(thresholds + line), float("-inf"), score)
-        seed = tl.load(seeds + row * seed_stride)
-        bits = _random_bits(token, seed, tl.load(positions + line))
-        score += _gumbel(bits)
-    score = tl.where(score == 0, 0.0, score)  # -0 ties with 0
-    largest = tl.max(score)
-    first = tl.min(tl.where((score == largest) & inside, token, _LAST))
-    # As (order of the score, id from the end) the best token of all chunks is a maximum.
-    tl.atomic_max(best + line, (order(largest).to(tl.int64) << 32) | (first ^ _LAST))
-    if tl.atomic_add(arrivals + line, 1) == tl.num_programs(1) - 1:
-        packed = tl.atomic_xchg(best + line, _NONE)
-        tl.store(token_ids + line, (packed & _LAST) ^ _LAST)
-        tl.store(arrivals + line, 0)
+            upper = tl.where(upper * scale < cut, float("-inf"), upper)
+        if any_noisy:
+            bits = _random_bits(word, key[:, None], addend[:, None])
+            upper = tl.fma(upper, scale, _noise_bound(bits, step, base))
+        peaks = tl.max(tl.reshape(upper, (LINES, WIDTH // 4, 4)), axis=2)
+        if tl.max((peaks > bar[:, None]).to(tl.int32)) > 0:
+            top, bar = _settle(
+                upper, top, bar, first, logits, words, best, logits_stride, batch,
+                temperature, key, addend, threshold, LINES, WIDTH,
+            )  # fmt: skip
+    tl.debug_barrier()  # what all threads have found comes before the arrival
+    if tl.atomic_add(arrivals + tl.program_id(0), 1) == tl.num_programs(1) - 1:
+        packed = tl.atomic_xchg(best + line, _NONE, mask=place < batch)
+        tl.store(token_ids + line, (packed & _LAST) ^ _LAST, mask=place < batch)
+        tl.store(arrivals + tl.program_id(0), 0)
 
 
 def draw(
@@ -152,17 +266,29 @@ def draw(
     batch, vocab_size = logits.shape
     token_ids = torch.empty(batch, dtype=torch.int64, device=logits.device)
     best, arrivals = _scratch(triton.next_power_of_2(batch), logits.device)
+    lines = _LINES if batch >= _LARGE_BATCH else 1
+    width = _TILE // lines
+    groups, tiles = triton.cdiv(batch, lines), triton.cdiv(vocab_size, width)
+    tiles_each = triton.cdiv(tiles, max(1, _PROGRAMS // groups))
     # Without fused multiply-add the noise is rounded as on the CPU.
-    _draw_kernel[(batch, triton.cdiv(vocab_size, _CHUNK))](
-        logits, rows, positions, temperature, seeds, threshold, token_ids, best, arrivals,
+    _draw_kernel[(groups, triton.cdiv(tiles, tiles_each))](
+        logits, _words(vocab_size, logits.device), rows, positions, temperature, seeds, threshold,
+        token_ids, best, arrivals, batch, tiles_each,
         logits.stride(0), temperature.stride(0), seeds.stride(0),
-        VOCAB=vocab_size, CHUNK=_CHUNK, num_warps=4, enable_fp_fusion=False,
+        VOCAB=vocab_size, LINES=lines, WIDTH=width, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return token_ids
 
 
 @cache
+def _words(vocab_size: int, device: torch.device) -> torch.Tensor:
+    """The tokens' words, int32 [vocab], with the first step of `_random_bits` done."""
+    words = token_words(triton.cdiv(vocab_size, _TILE) * _TILE, device)
+    return words ^ (words >> 16 & 0xFFFF)
+
+
+@cache
 def _scratch(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best token so far and the chunks done of each line; every launch leaves them so."""
+    """The best token so far of each line and the programs done; every launch leaves them so."""
     best = torch.full((batch,), _NONE.value, dtype=torch.int64, device=device)
     return best, torch.zeros(batch, dtype=torch.int32, device=device)

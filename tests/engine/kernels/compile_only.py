@@ -4,6 +4,7 @@ The interpreter accepts what the compiler refuses, such as a loop variable that 
 """
 
 import sys
+from itertools import product
 
 import torch
 import triton
@@ -46,10 +47,11 @@ def compile_instead_of_launching():
 def main():
     triton.runtime.driver.set_active(AbsentGPU(int(sys.argv[1])))
     compile_instead_of_launching()
-    for kind in ("plain", "truncated", "penalised"):
-        sampler = Sampler(1, VOCAB, CPU, EOS)
+    for kind, batch in product(("plain", "truncated", "penalised"), (1, 64)):
+        sampler = Sampler(batch, VOCAB, CPU, EOS)
         sampler.add_row(new_row(0, params(**BATCHES[kind][0]), [1]))
-        fused_sample(sampler, torch.zeros(1, VOCAB, dtype=torch.bfloat16), [0], [1])
+        logits = torch.zeros(batch, VOCAB, dtype=torch.bfloat16)
+        fused_sample(sampler, logits, list(range(batch)), [1] * batch)
 
 
 if __name__ == "__main__":
