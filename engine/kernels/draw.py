@@ -19,7 +19,7 @@ _TILE = 512
 """Tokens that a program looks at together; it is one warp, which never waits for another."""
 _LINES = 4
 """Lines of a tile in large batches: they share the tokens' words, which outweigh the logits."""
-_LARGE_BATCH = 64
+LARGE_BATCH = 64
 """From here on lines share; before, more programs a line end sooner."""
 _PROGRAMS = 2048
 """About what a large GPU holds at once; more would only know less of the best score so far."""
@@ -188,7 +188,9 @@ def _settle(
     return top, bar
 
 
-@triton.jit(do_not_specialize=["batch", "tiles"])
+@triton.jit(
+    do_not_specialize=["batch", "tiles"], do_not_specialize_on_alignment=["rows", "positions"]
+)
 def _draw_kernel(
     logits, words, rows, positions, temperatures, seeds, thresholds, token_ids, best, arrivals,
     batch, tiles, logits_stride, temperature_stride, seed_stride,
@@ -266,7 +268,7 @@ def draw(
     batch, vocab_size = logits.shape
     token_ids = torch.empty(batch, dtype=torch.int64, device=logits.device)
     best, arrivals = _scratch(triton.next_power_of_2(batch), logits.device)
-    lines = _LINES if batch >= _LARGE_BATCH else 1
+    lines = _LINES if batch >= LARGE_BATCH else 1
     width = _TILE // lines
     groups, tiles = triton.cdiv(batch, lines), triton.cdiv(vocab_size, width)
     tiles_each = triton.cdiv(tiles, max(1, _PROGRAMS // groups))

@@ -23,7 +23,7 @@ def _load_row(rows, repetitions, presences, frequencies, stride, place):
     return row, is_penalised, repetition, presence, frequency
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _apply_kernel(
     logits, rows, seen, repetitions, presences, frequencies, stride,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr,
@@ -45,7 +45,7 @@ def _apply_kernel(
         tl.store(logits + place * VOCAB + token, logit, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _count_kernel(
     token_ids, rows, seen, repetitions, presences, frequencies, stride, VOCAB: tl.constexpr
 ):

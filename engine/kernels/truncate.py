@@ -137,7 +137,7 @@ def _search(
     return _unorder(low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _threshold_kernel(
     logits, rows, temperatures, top_ks, top_ps, log_min_ps, found, thresholds,
     logits_stride, stride, top_k_stride,

@@ -1,5 +1,7 @@
 """Sampling on a GPU: real sizes, and no wait for the device. Kernels: tests/engine/kernels."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -47,17 +49,36 @@ def test_never_waits_for_the_device(kind):
     rows = list(range(64))
     logits = torch.randn(2, 64, VOCAB, device=CUDA).bfloat16()
     index = torch.tensor(rows, device=CUDA)
-    sample(loaded_sampler(kind, rows, CUDA), logits[0], rows, [4] * 64)  # kernels are compiled
+    sampler = loaded_sampler(kind, rows, CUDA)
+    sample(sampler, logits[0], rows, [4] * 64)  # kernels are compiled
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sampler = loaded_sampler(kind, rows, CUDA)
         for step in range(2):
             batch = Batch(rows, [4 + step] * 64, CUDA, index, index + step)
             sampler.sample(logits[step], batch)
             sampler.add_row(new_row(step, params(top_p=0.5, presence_penalty=1.0), [1, 2]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_request_waits_for_the_compiler(dtype):
+    from engine.kernels.draw import _draw_kernel
+    from engine.kernels.penalties import _apply_kernel, _count_kernel
+    from engine.kernels.truncate import _threshold_kernel
+
+    def variants():
+        kernels = (_draw_kernel, _threshold_kernel, _apply_kernel, _count_kernel)
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+    Sampler(1, VOCAB, CUDA).warm_up(dtype)
+    warm = variants()
+    for kind, batch in itertools.product(BATCHES, (1, 2, 3, 16, 63, 64, 65, 200)):
+        rows = list(range(batch))
+        logits = torch.zeros(batch, VOCAB, dtype=dtype, device=CUDA)
+        sample(loaded_sampler(kind, rows, CUDA), logits, rows, [4] * batch)
+    assert variants() == warm
 
 
 @pytest.mark.parametrize(("kind", "launches"), [("greedy", 1), ("plain", 1), ("truncated", 2)])

@@ -29,7 +29,7 @@ def tables(num_rows):
 def division(request, monkeypatch):
     """How lines and tiles are given to programs."""
     if "share" in request.param or "all" in request.param:
-        monkeypatch.setattr(kernels, "_LARGE_BATCH", 1)
+        monkeypatch.setattr(kernels, "LARGE_BATCH", 1)
     if "one" in request.param:
         monkeypatch.setattr(kernels, "_PROGRAMS", 1)
 
