@@ -1,0 +1,88 @@
+"""The command line: runs probes, writes a result file and prints its table."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from benchmarks.machine import describe_commit, describe_machine, describe_versions
+from benchmarks.models import find_model
+from benchmarks.probes.bench import Bench
+from benchmarks.probes.records import Record, table
+from benchmarks.roofline import Shape
+
+PROBES = {
+    "ceilings": "ceilings",
+    "decode-attention": "decode_attention",
+    "prefill-attention": "prefill_attention",
+    "rotary": "rotary",
+    "products": "products",
+    "sampling": "sampling",
+}
+"""Modules of this package by the names of their probes; each has a `measure`."""
+
+_MODELS = ("qwen2.5-7b", "qwen3-0.6b")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = _parse(words)
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.probes: needs a CUDA GPU, and this machine has none")
+    run(Bench(torch.device("cuda", 0)), options)
+
+
+def run(bench: Bench, options: argparse.Namespace) -> None:
+    """Run the probes asked for; the file holds what was measured even if one of them fails."""
+    started = datetime.now(UTC)
+    torch.manual_seed(0)
+    records: list[Record] = []
+    try:
+        for name in options.names or PROBES:
+            _measure(bench, name, records)
+    finally:
+        document = {
+            "command": shlex.join(["python", "-m", "benchmarks.probes", *options.words]),
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
+            "commit": describe_commit(),
+            "machine": describe_machine(),
+            "versions": describe_versions(),
+            "dtype": str(bench.dtype).removeprefix("torch."),
+            "records": records,
+        }
+        out = options.out or results.FOLDER / f"probes-{started:%Y%m%d-%H%M%S}.json"
+        results.write(document, out)
+        print(f"{out}\n{table(records)}")
+
+
+def _measure(bench: Bench, name: str, records: list[Record]) -> None:
+    """Run one probe, and say on the terminal how far it is."""
+    probe = import_module(f"benchmarks.probes.{PROBES[name]}")
+    shapes = {m: Shape.read(Path(find_model(m)), bench.dtype.itemsize) for m in _MODELS}
+    for entry in probe.measure(bench, shapes):
+        records.append({"name": name, **entry})
+        print(name, *entry.values(), file=sys.stderr, flush=True)
+
+
+def _parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.probes", description=__doc__)
+    parser.set_defaults(words=sys.argv[1:] if words is None else words)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PROBES)}; or all")
+    parser.add_argument("--out", type=Path, help="file to write, in benchmarks/results if unset")
+    options = parser.parse_args(words)
+    if unknown := set(options.names) - PROBES.keys():
+        parser.error(f"no probe is called {', '.join(sorted(unknown))}; {', '.join(PROBES)} are")
+    return options
+
+
+if __name__ == "__main__":
+    main()
