@@ -1,0 +1,144 @@
+import pytest
+import torch
+
+from engine.runner.input_batch import InputBatch
+from engine.step import StepPlan
+
+BLOCK_SIZE, MAX_SEQS, MAX_BLOCKS = 4, 6, 5
+CPU = torch.device("cpu")
+BLOCKS = {2: [9, 3], 0: [7, 1, 8], 5: [2, 4, 6, 5]}
+"""Row → its blocks."""
+
+
+@pytest.fixture
+def batch():
+    return InputBatch(MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, 64, CPU)
+
+
+def new_blocks():
+    return {row: (0, blocks) for row, blocks in BLOCKS.items()}
+
+
+def decode_plan(**options):
+    return StepPlan(1, [5, 2, 0], [13, 6, 11], [1, 1, 1], [True] * 3, new_blocks=new_blocks())
+
+
+def mixed_plan():
+    """A decode whose token the device has, one that the host knows, a last and a first chunk."""
+    return StepPlan(
+        1,
+        [2, 5, 0, 1],
+        [6, 13, 2, 0],
+        [1, 1, 9, 5],
+        [True, True, True, False],
+        {5: [33], 0: [*range(40, 49)], 1: [*range(50, 55)]},
+        new_blocks=new_blocks() | {1: (0, [10, 11])},
+    )
+
+
+def tokens_of(plan):
+    """(row, position) of each token that a plan computes."""
+    counts = zip(plan.rows, plan.starts, plan.num_tokens, strict=True)
+    return [(row, start + i) for row, start, count in counts for i in range(count)]
+
+
+def slot(row, position, blocks):
+    return blocks[row][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+
+
+@pytest.mark.parametrize("make", [decode_plan, mixed_plan])
+def test_tokens_lie_where_the_plan_says(batch, make):
+    plan, blocks = make(), BLOCKS | {1: [10, 11]}
+    inputs, tokens = batch.build(plan), tokens_of(plan)
+    attention = inputs.attention
+    assert inputs.positions.tolist() == [position for _, position in tokens]
+    assert attention.slot_mapping.tolist() == [slot(*token, blocks) for token in tokens]
+    lens = [start + count for start, count in zip(plan.starts, plan.num_tokens, strict=True)]
+    assert attention.seq_lens == attention.device_seq_lens.tolist() == lens
+    assert attention.query_lens == plan.num_tokens
+    assert attention.block_size == BLOCK_SIZE
+    for row, table, length in zip(plan.rows, attention.block_table.tolist(), lens, strict=True):
+        needed = -(-length // BLOCK_SIZE)
+        assert table[:needed] == blocks[row][:needed]
+
+
+def test_mixed_steps_know_their_decodes_and_samples(batch):
+    inputs = batch.build(mixed_plan())
+    attention = inputs.attention
+    assert attention.num_decodes == 2
+    assert attention.query_starts.tolist() == [0, 9, 14]
+    assert attention.key_starts.tolist() == [0, 11, 16]
+    assert attention.decode_order.tolist() == [1, 0]
+    assert inputs.samples.rows == inputs.samples.row_index.tolist() == [2, 5, 0]
+    assert inputs.samples.positions == inputs.samples.position_index.tolist() == [7, 14, 11]
+    assert inputs.sample_indices.tolist() == [0, 1, 10]
+
+
+def test_tokens_come_from_the_host_or_from_the_last_sample(batch):
+    sampled = batch.build(decode_plan())
+    batch.store_sampled(sampled, torch.tensor([71, 72, 73]))
+    tokens = batch.input_tokens(batch.build(mixed_plan())).tolist()
+    assert tokens == [72, 33, *range(40, 49), *range(50, 55)]
+    assert batch.input_tokens(batch.build(decode_plan())).tolist() == [71, 72, 73]
+
+
+def test_samples_of_a_step_are_the_inputs_of_the_next_whatever_the_order(batch):
+    batch.store_sampled(batch.build(mixed_plan()), torch.tensor([1, 2, 3]))
+    assert batch.input_tokens(batch.build(decode_plan())).tolist() == [2, 1, 3]
+
+
+def test_blocks_stay_and_grow(batch):
+    batch.build(decode_plan())
+    batch.build(StepPlan(2, [2], [8], [1], [True], new_blocks={2: (2, [12])}))
+    inputs = batch.build(StepPlan(3, [2], [9], [1], [True]))
+    assert inputs.attention.block_table.tolist() == [[9, 3, 12]]
+    assert inputs.attention.slot_mapping.tolist() == [12 * BLOCK_SIZE + 1]
+
+
+def fields(inputs):
+    """Tensors of a step by name, and of the block table what its sequences use."""
+    attention = inputs.attention
+    names = ("slot_mapping", "device_seq_lens", "query_starts", "key_starts", "decode_order")
+    found = {name: getattr(attention, name).tolist() for name in names}
+    found |= {name: getattr(inputs, name).tolist() for name in ("known_tokens", "token_sources")}
+    found |= {name: getattr(inputs, name).tolist() for name in ("positions", "sample_indices")}
+    found["rows"] = inputs.samples.row_index.tolist()
+    found["sampled at"] = inputs.samples.position_index.tolist()
+    found["lists"] = [inputs.samples.rows, inputs.samples.positions, attention.query_lens]
+    found["lens"] = [attention.num_decodes, attention.seq_lens]
+    tables = zip(attention.block_table.tolist(), attention.seq_lens, strict=True)
+    found["tables"] = [table[: -(-length // BLOCK_SIZE)] for table, length in tables]
+    return found
+
+
+def test_a_decode_step_is_the_same_for_a_graph(batch):
+    whole, for_graph = batch.build(decode_plan()), batch.build_decode(decode_plan(), 3)
+    assert fields(for_graph) == fields(whole)
+    assert for_graph.attention.block_table.shape == (3, MAX_BLOCKS)
+
+
+@pytest.mark.parametrize("known", [{}, {2: [44]}])
+def test_padding_reads_and_writes_the_null_block_alone(batch, known):
+    batch.last_tokens[:] = 99
+    plan = decode_plan()
+    plan.input_ids = known
+    padded, alone = batch.build_decode(plan, 6), batch.build(plan)
+    assert batch.input_tokens(padded).tolist() == [*batch.input_tokens(alone).tolist(), 0, 0, 0]
+    assert padded.attention.slot_mapping[3:].tolist() == [0, 0, 0]
+    assert padded.attention.seq_lens[3:] == [1, 1, 1]
+    assert padded.attention.device_seq_lens[3:].tolist() == [1, 1, 1]
+    assert not padded.attention.block_table[3:].any()
+    assert padded.positions[3:].tolist() == [0, 0, 0]
+    assert sorted(padded.attention.decode_order.tolist()) == [*range(6)]
+    assert padded.attention.num_decodes == 6
+    for name in ("rows", "sampled at", "sample_indices"):  # padding samples nothing
+        assert fields(padded)[name] == fields(alone)[name]
+
+
+def test_tensors_of_a_graph_depend_on_its_size_alone(batch):
+    """Up to the samples, which come last, so that all before them keep their place."""
+    full, empty = batch.build_decode(decode_plan(), 4), batch.build_decode(StepPlan(2), 4)
+    for name in ("known_tokens", "token_sources", "positions"):
+        assert getattr(full, name).shape == getattr(empty, name).shape
+    for name in ("slot_mapping", "block_table", "device_seq_lens", "query_starts", "decode_order"):
+        assert getattr(full.attention, name).shape == getattr(empty.attention, name).shape
