@@ -78,6 +78,7 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
         lower = f"lower max_num_batched_tokens (now {step_tokens}) or max_num_seqs"
         with _memory_for("the activations of the largest step", lower):
             _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
+            sampler.warm_up(dtype)
         stopwatch.lap("largest step")
     num_blocks = _fill_memory(runner, config, layout, max_model_len, stopwatch)
     return runner, EngineInfo(
@@ -158,12 +159,14 @@ def _run_largest_step(
     """Compute as many tokens and sample as many rows as any step will, in the null block.
 
     What this takes stays in torch's allocator for the steps to come: the KV cache gets the rest.
+    The last row is penalised, so that the table of seen tokens has all its rows from the start.
     """
     rows = min(max_num_seqs, step_tokens)
     longest = min(max_model_len, step_tokens)
     counts = [min(longest, step_tokens // rows)] * rows
     params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, seed=0)
     new_rows = [NewRow(row, "", params, [0] * count, count) for row, count in enumerate(counts)]
+    new_rows[-1].params = SamplingParams(presence_penalty=1.0, seed=0)
     plan = StepPlan(
         0,
         list(range(rows)),

@@ -182,9 +182,11 @@ class RowTokens:
             if self._ids.shape[1]
             else torch.zeros(shape, dtype=torch.int64, device=self._device)
         )
-        self._ids = torch.cat([self._ids, pad_ids], dim=1)
         pad_values = torch.zeros(shape, dtype=torch.float, device=self._device)
+        # Both or neither: memory may run out between.
+        ids = torch.cat([self._ids, pad_ids], dim=1)
         self._values = torch.cat([self._values, pad_values], dim=1)
+        self._ids = ids
 
     def add_to(self, logits: torch.Tensor, batch: Batch, places: list[int]) -> None:
         """Add the values to the logits [batch, vocab] of the rows at `places`, in place."""
