@@ -18,7 +18,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 CUDA_WAYS = WAYS | {
     "not ahead": {"async_scheduling": False},
     "chunked, not ahead": {"max_num_batched_tokens": 16, "async_scheduling": False},
-    "many rows": {"max_num_seqs": 200},
+    "many rows": {"max_num_seqs": 200, "max_num_batched_tokens": 300},
     "one row": {"max_num_seqs": 1},
     "blocks of 64": {"kvcache_block_size": 64},
     "blocks of 256": {"kvcache_block_size": 256},
