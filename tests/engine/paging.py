@@ -120,9 +120,9 @@ class RandomStep:
 class PagedModel:
     """A model, its cache, and up to 8 sequences."""
 
-    def __init__(self, shape, model, block_size: int, seed: int) -> None:
+    def __init__(self, shape, model, block_size: int, seed: int, backend=None) -> None:
         self.model, self.block_size = model, block_size
-        self.backend = TorchAttention()
+        self.backend = backend or TorchAttention()
         cache = self.backend.kv_cache_shape(
             8 * MAX_BLOCKS + 1, block_size, shape.num_kv_heads, shape.head_dim
         )
