@@ -1,4 +1,4 @@
-"""Each family as it runs on CUDA in float32, every kernel but cuBLAS's, against transformers."""
+"""Models as they run on CUDA in float32, every kernel but cuBLAS's, against transformers."""
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ def run_as_on_cuda(model):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral sliding"], indirect=True)
 def test_prefill_chunks_and_decode_match(family):
     reference, folder = family
     shape, model = load(folder)
