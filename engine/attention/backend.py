@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -46,6 +46,8 @@ class AttentionBackend(ABC):
 
     block_size: int
     """Tokens in a block that suit the backend best."""
+    capturable: ClassVar[bool] = True
+    """Decode batches may be captured in a CUDA graph."""
 
     @abstractmethod
     def kv_cache_shape(

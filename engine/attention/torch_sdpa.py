@@ -63,6 +63,7 @@ class TorchAttention(AttentionBackend):
     """
 
     block_size = 16
+    capturable = False  # it groups rows by their lengths, on the host
 
     def kv_cache_shape(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int

@@ -140,52 +140,24 @@ def _bar(score, noisy):
 
 
 @triton.jit
-def _score(logit, word, temperature, key, addend, threshold):
-    """What decides about one token: logit / T and noise, or a greedy line's logit."""
-    score = scale_logits(logit, tl.where(temperature > 0, temperature, 1.0))
-    if temperature > 0:
-        score = tl.where(score < threshold, float("-inf"), score)
-        score += _gumbel(_random_bits(word, key, addend))
-    return tl.where(score == 0, 0.0, score)  # -0 ties with 0
-
-
-@triton.jit
-def _pick(values, is_chosen):
-    """The value at the one place that is chosen."""
-    return tl.sum(tl.where(is_chosen, values, 0))
-
-
-@triton.jit
 def _settle(
-    upper, top, bar, first, logits, words, best, logits_stride, batch,
-    temperature, key, addend, threshold, LINES: tl.constexpr, WIDTH: tl.constexpr,
+    logits, bits, first, top, best, line, temperature, threshold, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Score the tokens of a tile whose upper bounds exceed the bar, which rises on the way."""
-    place = tl.arange(0, LINES)
-    column = tl.arange(0, WIDTH)[None, :]
-    line = tl.minimum(tl.program_id(0) * LINES + place, batch - 1).to(tl.int64)
+    """Score the tokens of a tile exactly, note the best, and raise top and bar of the lines."""
+    noisy = temperature > 0
+    score = scale_logits(logits, tl.where(noisy, temperature, 1.0)[:, None])
+    drawn = tl.where(score < threshold[:, None], float("-inf"), score) + _gumbel(bits)
+    score = tl.where(noisy[:, None], drawn, score)
+    score = tl.where(score == 0, 0.0, score)  # -0 ties with 0
+    # As (order of the score, id from the end) the best token is a maximum.
+    token = first + tl.arange(0, WIDTH)[None, :]
+    packed = (order(score).to(tl.int64) << 32) | (token ^ _LAST)
+    tl.atomic_max(best + line, tl.max(packed, axis=1), sem="relaxed")
+    top = tl.maximum(top, tl.max(score, axis=1))
     # Below what other programs have found none can win; a tie with it can, if its id is smaller.
     shared = (tl.load(best + line, volatile=True) >> 32).to(tl.int32) - 1
     shared = unorder(tl.maximum(shared, -0x7F800001))
-    bar = tl.maximum(bar, _bar(shared, temperature > 0))
-    upper = tl.where(upper > bar[:, None], upper, float("-inf"))
-    while tl.max(upper) > float("-inf"):
-        at = tl.argmax(tl.reshape(upper, (LINES * WIDTH,)), axis=0)
-        here = place == at // WIDTH
-        token = first + at % WIDTH
-        at_line = tl.minimum(tl.program_id(0) * LINES + at // WIDTH, batch - 1).to(tl.int64)
-        score = _score(
-            tl.load(logits + at_line * logits_stride + token), tl.load(words + token),
-            _pick(temperature, here), _pick(key, here), _pick(addend, here), _pick(threshold, here),
-        )  # fmt: skip
-        # As (order of the score, id from the end) the best token is a maximum.
-        packed = (order(score).to(tl.int64) << 32) | (token ^ _LAST)
-        tl.atomic_max(best + at_line, packed, sem="relaxed")
-        top = tl.where(here, tl.maximum(top, score), top)
-        bar = tl.maximum(bar, _bar(top, temperature > 0))
-        is_open = (upper > bar[:, None]) & ~(here[:, None] & (column == at % WIDTH))
-        upper = tl.where(is_open, upper, float("-inf"))
-    return top, bar
+    return top, tl.maximum(_bar(top, noisy), _bar(shared, noisy))
 
 
 @triton.jit(
@@ -219,7 +191,9 @@ def _draw_kernel(
     source = logits + line[:, None] * logits_stride + column
     following = tl.load(source + start, mask=start + column < VOCAB, other=float("-inf"))
     for first in range(start, tl.minimum(start + tiles * WIDTH, VOCAB), WIDTH):
-        upper = following.to(tl.float32)
+        tile = following
+        upper = tile.to(tl.float32)
+        bits = tl.zeros((LINES, WIDTH), tl.int32)
         word = tl.load(words + (first + column))
         rest = first + WIDTH + column < VOCAB
         following = tl.load(source + (first + WIDTH), mask=rest, other=float("-inf"))
@@ -231,8 +205,7 @@ def _draw_kernel(
         peaks = tl.max(tl.reshape(upper, (LINES, WIDTH // 4, 4)), axis=2)
         if tl.max((peaks > bar[:, None]).to(tl.int32)) > 0:
             top, bar = _settle(
-                upper, top, bar, first, logits, words, best, logits_stride, batch,
-                temperature, key, addend, threshold, LINES, WIDTH,
+                tile, bits, first, top, best, line, temperature, threshold, WIDTH
             )  # fmt: skip
     tl.debug_barrier()  # what all threads have found comes before the arrival
     if tl.atomic_add(arrivals + tl.program_id(0), 1) == tl.num_programs(1) - 1:

@@ -147,7 +147,7 @@ def _fill_memory(
     with _memory_for("anything beside the KV cache", f"{lower}, or max_num_seqs"):
         _warm_up(runner, min(16, max_model_len))
         stopwatch.lap("warm-up")
-        if device.type == "cuda" and not config.enforce_eager:
+        if device.type == "cuda" and not config.enforce_eager and runner.backend.capturable:
             runner.capture(graph_sizes(config.max_num_seqs))
             stopwatch.lap("CUDA graphs")
     return num_blocks

@@ -10,7 +10,7 @@ import torch
 _ALIGNMENT = 16
 """Bytes; each array begins at a multiple, so that kernels may load it in wide words."""
 _RING = 3
-"""Host buffers: that of a step is filled again only after the step before the last is done."""
+"""Host buffers: with one step in flight and one to be launched, none is waited for."""
 
 
 class Staging:
@@ -33,13 +33,19 @@ class Staging:
                 torch.empty(capacity, dtype=torch.uint8, pin_memory=True) for _ in range(_RING)
             ]
             self._arrays = [host.numpy() for host in self._host]
+            self._copied = [torch.cuda.Event() for _ in range(_RING)]
             self._twin = torch.empty(capacity, dtype=torch.uint8, device=device)
 
     def upload(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Tensors of the same types and shapes on the device; does not wait for it."""
+        """Tensors of the same types and shapes on the device.
+
+        Waits only for a device that has not even copied the last step but two.
+        """
         if self._device.type != "cuda":
             return [torch.from_numpy(array) for array in arrays]
         host, buffer = self._host[self._next], self._arrays[self._next]
+        copied = self._copied[self._next]
+        copied.synchronize()
         self._next = (self._next + 1) % _RING
         end, tensors = 0, []
         for array in arrays:
@@ -49,6 +55,7 @@ class Staging:
             tensors.append(self._twin[begin:end].view(dtype).view(array.shape))
             end = -(-end // _ALIGNMENT) * _ALIGNMENT
         self._twin[:end].copy_(host[:end], non_blocking=True)
+        copied.record()
         return tensors
 
 
