@@ -19,7 +19,7 @@ from deployments.config import (
 from deployments.engine_actor import StartCore
 from deployments.engine_replica import EngineReplica
 from deployments.ingress.deployment import IngressASGI
-from deployments.routing import LeastLoadedRouter
+from deployments.routing import EngineRouter
 from engine.config import EngineConfig
 from engine.startup import start_engine
 
@@ -76,7 +76,10 @@ def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.
         graceful_shutdown_timeout_s=options.graceful_shutdown_timeout_s,
         health_check_period_s=options.health_check_period_s,
         health_check_timeout_s=options.health_check_timeout_s,
-        request_router_config=RequestRouterConfig(request_router_class=LeastLoadedRouter),
+        request_router_config=RequestRouterConfig(
+            request_router_class=EngineRouter,
+            request_router_kwargs={"margin": options.cache_affinity_margin},
+        ),
         **_size(options.num_replicas, options.autoscaling),
     )
     actor_options = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deployments.placement import AFFINITY_MARGIN
 from engine.config import BUNDLED_MODEL, EngineConfig
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model, weight_files
@@ -54,6 +55,9 @@ class DeploymentOptions(Options):
     max_queued_requests: int = Field(default=1024, ge=-1)
     """Requests that an ingress replica holds back when all engines are full, before it answers
     503. It must exceed a burst: Serve counts requests here while it routes them."""
+    cache_affinity_margin: float = Field(default=AFFINITY_MARGIN, ge=0)
+    """How many more requests than the mean an engine may have, as a share of the mean, and still be
+    given requests because the beginning of their prompts is in its cache."""
     graceful_shutdown_timeout_s: float = Field(default=600, ge=0)
     """Longest generation that a downscale or update waits for. Serve's 20 s would cut streams."""
     health_check_period_s: float = Field(default=5, gt=0)

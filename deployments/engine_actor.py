@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -67,18 +67,14 @@ class Subscriber:
         """Number of the reader now attached, or 0."""
         self.unread_since = time.monotonic()
         self.last_sent = 0.0
-        self.submitted: list[str] = []
-        self.settling: list[str] = []
+        self.submitted: deque[tuple[int, str]] = deque()
+        """Requests that the load does not count yet, each with its number among all submitted."""
         self.reflected: list[str] = []
 
-    def note_step(self) -> None:
-        """Move submissions one step closer to being counted in the load.
-
-        A step that ends just after a submission may have begun before it, so the load is sure to
-        count the request only a step later.
-        """
-        self.reflected += self.settling
-        self.settling, self.submitted = self.submitted, []
+    def settle(self, num_received: int) -> None:
+        """Take over that the load counts the first `num_received` requests of all submitted."""
+        while self.submitted and self.submitted[0][0] <= num_received:
+            self.reflected.append(self.submitted.popleft()[1])
 
 
 class EngineActor:
@@ -92,6 +88,7 @@ class EngineActor:
         self._subscribers: dict[str, Subscriber] = {}
         self._owners: dict[str, str] = {}
         self._num_tokens: dict[str, int] = {}
+        self._num_submitted = 0
         self._early_aborts: OrderedDict[str, float] = OrderedDict()
         self._load = EngineLoad()
         self._report = EngineReport([], self._load)
@@ -128,7 +125,8 @@ class EngineActor:
         for item in submissions:
             subscriber = self._subscriber(item.subscriber_id)
             subscriber.request_ids.add(item.request.request_id)
-            subscriber.submitted.append(item.request.request_id)
+            self._num_submitted += 1
+            subscriber.submitted.append((self._num_submitted, item.request.request_id))
             self._owners[item.request.request_id] = item.subscriber_id
         self._loop.submit([item.request for item in submissions])
 
@@ -216,7 +214,7 @@ class EngineActor:
         self._count(deltas)
         now = time.monotonic()
         for subscriber in self._subscribers.values():
-            subscriber.note_step()
+            subscriber.settle(load.num_received)
             if now - subscriber.last_sent > LOAD_INTERVAL_S:
                 subscriber.mailbox.wake()
 

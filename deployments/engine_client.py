@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deployments.load_table import LoadTable
 from deployments.mailbox import Mailbox
-from deployments.routing import Booking
+from deployments.placement import Booking
+from deployments.prefix_index import request_blocks
 from deployments.trunk import TrunkHub
 from deployments.wire import Submission, encode
 from engine.errors import EngineDead
@@ -26,6 +27,8 @@ class Flight:
 
     request: EngineRequest
     """Its `output_token_ids` hold what has come so far."""
+    blocks: Sequence[bytes]
+    """Of its prompt; see `request_blocks`."""
     call: Any
     watcher: asyncio.Task[None]
 
@@ -37,13 +40,17 @@ class EngineClient:
         handle: Serve handle of the deployment.
         hub: reads the trunks.
         table: where the router books.
+        prefix_caching: whether the engines keep what they have computed.
     """
 
-    def __init__(self, handle: Any, hub: TrunkHub, table: LoadTable) -> None:
+    def __init__(
+        self, handle: Any, hub: TrunkHub, table: LoadTable, prefix_caching: bool = True
+    ) -> None:
         self.deployment = str(handle.deployment_name)
         self.handle = handle
         self.hub = hub
         self.table = table
+        self.prefix_caching = prefix_caching
         self.num_running = 0
         """Requests of this process that have not ended."""
 
@@ -62,9 +69,13 @@ class Generation:
         subscriber_id = client.hub.subscriber_id
         # All are encoded before any is sent: what cannot be encoded must not leave others running.
         encoded = [(request, encode(Submission(subscriber_id, request))) for request in requests]
+        blocks: dict[int, list[bytes]] = {}  # by prompt: the `n` completions of one share it
         try:
             for request, submission in encoded:
-                self._launch(request, submission)
+                prompt = id(request.prompt_token_ids)
+                if prompt not in blocks:
+                    blocks[prompt] = request_blocks(request) if client.prefix_caching else []
+                self._launch(request, submission, blocks[prompt])
         except BaseException:
             self.abort(list(self._flights))  # nobody gets to the end of this `with`
             raise
@@ -107,22 +118,26 @@ class Generation:
             self._flights[request_id].call.cancel()
             self._land(request_id)
 
-    def _launch(self, request: EngineRequest, submission: bytes) -> None:
+    def _launch(self, request: EngineRequest, submission: bytes, blocks: list[bytes]) -> None:
         client, request_id = self._client, request.request_id
-        call = client.handle.generate.remote(
-            submission, Booking(request_id, len(request.prompt_token_ids))
-        )
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        # Whoever wants log-probabilities of the prompt has all of it computed.
+        hits = blocks if request.params.prompt_logprobs is None else ()
+        call = client.handle.generate.remote(submission, Booking(request_id, num_tokens, hits))
         # Tokens arrive in this event loop, so none can have come before the mailbox is known.
         watcher = asyncio.create_task(self._watch(call, request_id))
-        self._flights[request_id] = Flight(request, call, watcher)
+        self._flights[request_id] = Flight(request, blocks, call, watcher)
         client.hub.register(request_id, self._mailbox)
         client.num_running += 1
 
     def _land(self, request_id: str) -> None:
-        del self._flights[request_id]
-        self._client.num_running -= 1
-        self._client.hub.unregister(request_id)
-        self._client.table.release(request_id)
+        flight, client = self._flights.pop(request_id), self._client
+        client.num_running -= 1
+        client.hub.unregister(request_id)
+        # What follows in the same chat begins with the output as well.
+        begun = client.prefix_caching and flight.request.output_token_ids
+        blocks = request_blocks(flight.request, flight.blocks) if begun else ()
+        client.table.release(request_id, blocks)
 
     async def _watch(self, call: Any, request_id: str) -> None:
         """See to it that a request whose Serve call has ended ends for the client too."""

@@ -14,7 +14,7 @@ from ray import serve
 from deployments.engine_actor import EngineActor, StartCore
 from deployments.metrics import EngineMetrics
 from deployments.names import engine_actor_name
-from deployments.routing import Booking
+from deployments.placement import Booking
 from deployments.wire import (
     EngineReport,
     Submission,

@@ -7,64 +7,19 @@ Ray Serve copies router modules by value, and there must be one table a process.
 from __future__ import annotations
 
 import functools
-import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+from deployments.engine_state import EngineState
+from deployments.placement import AFFINITY_MARGIN, Booking, choose
 from engine.outputs import EngineLoad
 
-REQUEST_COST = 64
-"""What a request costs beside its tokens, in tokens: each step has a fixed price a sequence."""
-CROWDED_SHARE = 0.05
-"""An engine with less of its cache free than this is taken only when all others are so too."""
-FIRST_PAUSE_S = 0.02
-"""An engine that turns a request away gets none for about this long, and twice as long each time
-that it does so again, up to `LAST_PAUSE_S`."""
-LAST_PAUSE_S = 1.0
 RELEASED_KEPT = 10_000
 """So many requests that have ended are remembered: the router's thread may still be about to book
 one, and nobody would ever release that booking."""
-
-
-@dataclass(slots=True)
-class EngineState:
-    """One engine as this process sees it."""
-
-    load: EngineLoad = field(default_factory=EngineLoad)
-    bookings: dict[str, int] = field(default_factory=dict)
-    """Cost of each request that was sent there and that `load` does not count yet."""
-    reported_at: float | None = None
-    """`time.monotonic()` of the last report; None before the first."""
-    last_booking: float = field(default_factory=random.random)
-    """Number of its last booking; before the first a fraction, so that ingress replicas do not all
-    begin with the same one of several idle engines."""
-    down: bool = False
-    refusals: int = 0
-    """Requests it turned away since it last took one."""
-    closed_until: float = 0.0
-    """`time.monotonic()` of the end of the pause after a refusal."""
-
-    def has_room(self, max_requests: int) -> bool:
-        """Whether it would take one more request, as far as this process knows."""
-        held = self.load.num_running + self.load.num_waiting + len(self.bookings)
-        return held < max_requests and time.monotonic() >= self.closed_until
-
-    def close(self) -> None:
-        """Begin the pause after a refusal; its length varies, so that ingresses do not meet."""
-        pause = min(FIRST_PAUSE_S * 2 ** min(self.refusals, 10), LAST_PAUSE_S)
-        self.refusals += 1
-        self.closed_until = time.monotonic() + pause * random.uniform(0.5, 1.0)
-
-    def score(self) -> tuple[bool, bool, int, float]:
-        """Sorts engines, best first: alive, with room, least load, longest without a booking."""
-        load = self.load
-        crowded = load.free_blocks < CROWDED_SHARE * load.total_blocks
-        requests = load.num_running + load.num_waiting
-        tokens = load.running_tokens + load.waiting_tokens + REQUEST_COST * requests
-        return self.down, crowded, tokens + sum(self.bookings.values()), self.last_booking
 
 
 @dataclass(slots=True, frozen=True)
@@ -121,17 +76,21 @@ class LoadTable:
         with self._lock:
             self._room_listeners.append(listener)
 
-    def book(self, limits: Mapping[str, int], request_id: str, cost: int) -> str | None:
-        """Choose the least loaded engine with room and book the request there, in one step.
+    def book(
+        self, limits: Mapping[str, int], booking: Booking, margin: float = AFFINITY_MARGIN
+    ) -> str | None:
+        """Choose an engine with room and book the request there, in one step.
 
         Args:
             limits: engine id → most requests that it holds, running and waiting.
-            request_id: one that is booked already moves; one that was released leaves no booking.
-            cost: tokens that the request brings.
+            booking: a request that is booked already moves; one that was released leaves no
+                booking.
+            margin: see `placement.choose`.
 
         Returns:
             The engine, or None when none has room; `on_room` tells when to try again.
         """
+        request_id = booking.request_id
         with self._lock:
             self._drop(request_id)
             states = {i: self._engines.setdefault(i, EngineState()) for i in limits}
@@ -139,12 +98,13 @@ class LoadTable:
             if not roomy:
                 self._full = True
                 return None
-            chosen = min(roomy, key=lambda i: states[i].score())
+            chosen, num_tokens = choose(states, roomy, booking, margin)
             self._bookings_made += 1
-            state = self._engines[chosen]
+            state = states[chosen]
             state.last_booking = self._bookings_made
             if request_id not in self._released:
-                state.bookings[request_id] = cost + REQUEST_COST
+                state.book(request_id, num_tokens)
+                state.index.use(booking.blocks)
                 self._placed[request_id] = chosen
             return chosen
 
@@ -174,19 +134,20 @@ class LoadTable:
     def report(self, engine_id: str, load: EngineLoad, reflected: Iterable[str] = ()) -> None:
         """Take over a fresh load; the bookings of `reflected` requests are part of it now."""
         with self._lock:
-            state = self._engines.setdefault(engine_id, EngineState())
-            state.load = load
-            state.down = False
-            state.reported_at = time.monotonic()
-            for request_id in reflected:
-                if state.bookings.pop(request_id, None) is not None:
-                    state.refusals = 0
+            self._engines.setdefault(engine_id, EngineState()).report(load, reflected)
         self._tell_of_room()
 
-    def release(self, request_id: str) -> None:
-        """Forget a request that has ended; its id must not be used again."""
+    def release(self, request_id: str, blocks: Sequence[bytes] = ()) -> None:
+        """Forget a request that has ended; its id must not be used again.
+
+        Args:
+            request_id: of the request.
+            blocks: what its engine has computed for it; see `request_blocks`.
+        """
         with self._lock:
-            self._drop(request_id)
+            state = self._drop(request_id)
+            if state is not None:
+                state.index.use(blocks)
             self._released[request_id] = None
             if len(self._released) > RELEASED_KEPT:
                 self._released.popitem(last=False)
@@ -221,10 +182,12 @@ class LoadTable:
         for listener in listeners:
             listener()
 
-    def _drop(self, request_id: str) -> None:
-        engine_id = self._placed.pop(request_id, None)
-        if engine_id in self._engines:
-            self._engines[engine_id].bookings.pop(request_id, None)
+    def _drop(self, request_id: str) -> EngineState | None:
+        """Undo a booking; returns the engine where it was."""
+        state = self._engines.get(self._placed.pop(request_id, ""))
+        if state is not None:
+            state.settle(request_id)
+        return state
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Routes each request to the least loaded engine, booking its load in the same step.
+"""Routes each request to the engine that will begin it soonest, booking its load in the same step.
 
 Ray Serve copies this module by value into its processes: nothing here may hold state, and what is
 shared is imported inside the methods.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray.serve.request_router import (
     FIFOMixin,
@@ -17,20 +17,14 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from deployments.placement import AFFINITY_MARGIN, Booking
+
 RECHECK_S = 0.1
 """The request at the head of the line looks for room this often even if nothing told of any: what
 an engine's pause after a refusal needs, as nobody tells of its end."""
 
 
-class Booking(NamedTuple):
-    """What the router needs to know of a request; the second argument of every routed call."""
-
-    request_id: str
-    num_tokens: int
-    """Tokens still to be computed before the first new one comes."""
-
-
-class LeastLoadedRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
+class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
     """Chooses and books without giving up control in between; requests wait here, in the order of
     their arrival, while the load table knows of no engine with room.
 
@@ -45,7 +39,12 @@ class LeastLoadedRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         self._line = asyncio.Lock()
         self._room = asyncio.Event()
         self._room_loop: asyncio.AbstractEventLoop | None = None
+        self._margin = AFFINITY_MARGIN
         load_table().on_room(self._tell_of_room)
+
+    def initialize_state(self, margin: float = AFFINITY_MARGIN) -> None:
+        """Called by Serve with the `request_router_kwargs` of the deployment."""
+        self._margin = margin
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Tell the load table which engines Serve has in service."""
@@ -77,7 +76,7 @@ class LeastLoadedRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
             self._room.clear()
             replicas = {replica.replica_id.unique_id: replica for replica in self._replicas_list}
             limits = {i: replica.max_ongoing_requests for i, replica in replicas.items()}
-            chosen = load_table().book(limits, booking.request_id, booking.num_tokens)
+            chosen = load_table().book(limits, booking, self._margin)
             if chosen is not None:
                 return replicas[chosen]
             with contextlib.suppress(TimeoutError):

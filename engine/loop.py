@@ -68,6 +68,7 @@ class EngineLoop:
         self._on_death = on_death
         self._death: BaseException | None = None
         self._refused: list[TokenDelta] = []
+        self._num_received = 0
         self._inbox: queue.SimpleQueue[list[EngineRequest] | list[str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
@@ -117,6 +118,7 @@ class EngineLoop:
 
     def _tell(self, deltas: list[TokenDelta], load: EngineLoad) -> None:
         refused, self._refused = self._refused, []
+        load.num_received = self._num_received
         self._on_step(refused + deltas, load)
 
     def _take_commands(self) -> bool:
@@ -144,6 +146,7 @@ class EngineLoop:
             if isinstance(item, str):
                 self._core.abort((item,))
                 continue
+            self._num_received += 1
             try:
                 self._core.add(item)
             except InvalidRequest as error:

@@ -62,6 +62,10 @@ class EngineLoad(msgspec.Struct, array_like=True):
     """Prompt tokens looked up in the prefix cache so far."""
     prefix_hits: int = 0
     """Prompt tokens found there so far."""
+    block_size: int = 0
+    """Tokens in a block; 0 when nothing has been reported."""
+    num_received: int = 0
+    """Requests that had reached the engine, refused ones included, when this was its load."""
 
 
 @dataclass(slots=True)

@@ -42,7 +42,8 @@ class Ingress:
         for name, options in args.models.items():
             # `options` starts the handle's router, which learns at once what engines there are.
             handle = handles[name].options(method_name="generate")
-            client = EngineClient(handle, hub, load_table())
+            caching = options.engine.enable_prefix_caching
+            client = EngineClient(handle, hub, load_table(), caching)
             hub.follow(client.deployment)
             self._models.by_name[name] = await asyncio.to_thread(
                 _load, name, options, args.ingress, client

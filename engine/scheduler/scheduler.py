@@ -191,6 +191,7 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
+            block_size=self._blocks.block_size,
         )
 
     def check_invariants(self) -> None:

@@ -75,6 +75,7 @@ class FakeCore:
             free_blocks=TOTAL_BLOCKS - sum(math.ceil(size / BLOCK_SIZE) for size in sizes),
             total_blocks=TOTAL_BLOCKS,
             step=self._steps,
+            block_size=BLOCK_SIZE,
         )
 
     def check_invariants(self) -> None:

@@ -16,7 +16,7 @@ from deployments.engine_client import EngineClient
 from deployments.ingress.app import build_asgi_app
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import LoadTable
-from deployments.routing import Booking
+from deployments.placement import Booking
 from deployments.trunk import TrunkHub
 from deployments.wire import decode_submission, encode
 from engine.config import EngineConfig
@@ -76,7 +76,7 @@ class LocalHandle:
         if self.failure is not None:
             raise self.failure
         limits = dict.fromkeys(self._actors, 1000)
-        chosen = self._table.book(limits, booking.request_id, booking.num_tokens)
+        chosen = self._table.book(limits, booking)
         await self._actors[chosen].submit(encode([decode_submission(submission)]))
         await asyncio.Event().wait()
         return ""

@@ -3,8 +3,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from deployments import load_table
+from deployments import engine_state, load_table
 from deployments.load_table import LoadTable
+from deployments.placement import Booking
 from engine.outputs import EngineLoad
 
 ENGINES = dict.fromkeys("abcd", 100)
@@ -13,7 +14,7 @@ PAIR = dict.fromkeys("ab", 100)
 
 def test_burst_is_spread_evenly_before_any_report():
     table = LoadTable()
-    chosen = [table.book(ENGINES, f"r{i}", cost=100) for i in range(16)]
+    chosen = [table.book(ENGINES, Booking(f"r{i}", 100)) for i in range(16)]
     assert Counter(chosen) == dict.fromkeys(ENGINES, 4)
 
 
@@ -22,7 +23,7 @@ def test_burst_from_many_threads_is_spread_evenly():
 
     def book(number: int) -> None:
         start.wait()
-        chosen.append(table.book(ENGINES, f"r{number}", cost=100))
+        chosen.append(table.book(ENGINES, Booking(f"r{number}", 100)))
 
     threads = [threading.Thread(target=book, args=(i,)) for i in range(16)]
     for thread in threads:
@@ -34,50 +35,50 @@ def test_burst_from_many_threads_is_spread_evenly():
 
 def test_long_prompts_weigh_more():
     table = LoadTable()
-    first = table.book(PAIR, "long", cost=4000)
-    assert first not in [table.book(PAIR, f"r{i}", cost=100) for i in range(3)]
+    first = table.book(PAIR, Booking("long", 4000))
+    assert first not in [table.book(PAIR, Booking(f"r{i}", 100)) for i in range(3)]
 
 
 def test_booking_gives_way_to_the_report_that_counts_it():
     table = LoadTable()
-    table.book({"a": 100}, "r", cost=1000)
+    table.book({"a": 100}, Booking("r", 1000))
     table.report("a", EngineLoad(num_running=1, running_tokens=10, free_blocks=9, total_blocks=10))
     table.report("b", EngineLoad(num_running=3, running_tokens=500, free_blocks=9, total_blocks=10))
-    assert table.book(PAIR, "s", cost=1) == "b"
+    assert table.book(PAIR, Booking("s", 1)) == "b"
     table.report(
         "a", EngineLoad(num_running=1, running_tokens=10, free_blocks=9, total_blocks=10), ["r"]
     )
-    assert table.book(PAIR, "t", cost=1) == "a"
+    assert table.book(PAIR, Booking("t", 1)) == "a"
 
 
 def test_crowded_and_lost_engines_come_last():
     table = LoadTable()
-    table.report("a", EngineLoad(free_blocks=1, total_blocks=100))
-    table.report("b", EngineLoad(num_running=50, free_blocks=50, total_blocks=100))
-    assert table.book(PAIR, "r", cost=1) == "b"
+    table.report("a", EngineLoad(free_blocks=1, total_blocks=100, block_size=16))
+    table.report("b", EngineLoad(num_running=50, free_blocks=50, total_blocks=100, block_size=16))
+    assert table.book(PAIR, Booking("r", 1)) == "b"
     assert table.mark_down("b") == ["r"]
-    assert table.book(PAIR, "s", cost=1) == "a"
-    assert table.book({"b": 100}, "t", cost=1) == "b"
-    table.report("b", EngineLoad(free_blocks=50, total_blocks=100))
-    assert table.book(PAIR, "u", cost=1) == "b"
+    assert table.book(PAIR, Booking("s", 1)) == "a"
+    assert table.book({"b": 100}, Booking("t", 1)) == "b"
+    table.report("b", EngineLoad(free_blocks=50, total_blocks=100, block_size=16))
+    assert table.book(PAIR, Booking("u", 1)) == "b"
 
 
 def test_refused_request_moves_and_the_engine_is_left_alone_for_longer_each_time(monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(load_table.time, "monotonic", lambda: now)
+    monkeypatch.setattr(engine_state.time, "monotonic", lambda: now)
     table = LoadTable()
-    first = table.book(PAIR, "r", cost=10)
+    first = table.book(PAIR, Booking("r", 10))
     table.refuse("r")
-    second = table.book(PAIR, "r", cost=10)
+    second = table.book(PAIR, Booking("r", 10))
     assert {first, second} == {"a", "b"}
     assert table.engine_of("r") == second
     for pause in (0.02, 0.04, 0.08):
         table.refuse("r")
         assert table.engine_of("r") is None
         now += pause * 0.49
-        assert table.book({second: 100}, "r", cost=10) is None
+        assert table.book({second: 100}, Booking("r", 10)) is None
         now += pause * 0.52
-        assert table.book({second: 100}, "r", cost=10) == second
+        assert table.book({second: 100}, Booking("r", 10)) == second
     table.release("r")
     table.set_members("m", ["a", "b"])
     assert [view.num_booked for view in table.view("m")] == [0, 0]
@@ -87,19 +88,19 @@ def test_full_engines_get_nothing_until_somebody_tells_of_room():
     table, told = LoadTable(), []
     table.on_room(lambda: told.append(1))
     limits = {"a": 2, "b": 1}
-    assert sorted(table.book(limits, f"r{i}", cost=1) for i in range(3)) == ["a", "a", "b"]
+    assert sorted(table.book(limits, Booking(f"r{i}", 1)) for i in range(3)) == ["a", "a", "b"]
     table.release("none")
     assert not told  # nobody was turned away yet
-    assert table.book(limits, "s", cost=1) is None
+    assert table.book(limits, Booking("s", 1)) is None
     table.release("r0")
     assert told == [1]
-    assert table.book(limits, "s", cost=1) is not None
+    assert table.book(limits, Booking("s", 1)) is not None
     table.report("a", EngineLoad(num_running=1, num_waiting=1), ["r0", "r1", "r2", "s"])
     table.report("b", EngineLoad(num_running=1), ["r0", "r1", "r2", "s"])
-    assert table.book(limits, "t", cost=1) is None
+    assert table.book(limits, Booking("t", 1)) is None
     table.report("b", EngineLoad(num_running=0))
     assert told == [1, 1]
-    assert table.book(limits, "t", cost=1) == "b"
+    assert table.book(limits, Booking("t", 1)) == "b"
 
 
 def test_booking_after_the_release_leaves_nothing(monkeypatch):
@@ -107,7 +108,7 @@ def test_booking_after_the_release_leaves_nothing(monkeypatch):
     table = LoadTable()
     table.set_members("m", ["a"])
     table.release("r")
-    assert table.book({"a": 1}, "r", cost=1) == "a"
+    assert table.book({"a": 1}, Booking("r", 1)) == "a"
     assert table.engine_of("r") is None
     assert [view.num_booked for view in table.view("m")] == [0]
     for number in range(5):

@@ -12,7 +12,8 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
 from deployments import load_table, routing
 from deployments.load_table import LoadTable
-from deployments.routing import Booking, LeastLoadedRouter
+from deployments.placement import Booking
+from deployments.routing import EngineRouter
 from engine.outputs import EngineLoad
 
 
@@ -32,8 +33,8 @@ def table(monkeypatch):
     return made
 
 
-def make_router(**limits: int) -> LeastLoadedRouter:
-    router = LeastLoadedRouter(DeploymentID("m"), DeploymentHandleSource.REPLICA)
+def make_router(**limits: int) -> EngineRouter:
+    router = EngineRouter(DeploymentID("m"), DeploymentHandleSource.REPLICA)
     router._replicas_list = [
         SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), max_ongoing_requests=limit)
         for name, limit in limits.items()
@@ -41,7 +42,7 @@ def make_router(**limits: int) -> LeastLoadedRouter:
     return router
 
 
-async def place(router: LeastLoadedRouter, request_id: str, **more: Any) -> str:
+async def place(router: EngineRouter, request_id: str, **more: Any) -> str:
     pending = SimpleNamespace(kwargs={}, args=[b"", Booking(request_id, 10)])
     replica = await router._choose_replica_for_request(pending, **more)
     return replica.replica_id.unique_id
