@@ -1,4 +1,4 @@
-"""Plots of result files for the documents. The one module that needs matplotlib."""
+"""Plots of result files for the documents. Needs matplotlib, as does `benchmarks.serving.plots`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -21,6 +21,7 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "svg.hashsalt": "trunkline",  # the same figures give the same file
 }
+"""Of all plots, for `matplotlib.rc_context`."""
 _MARKERS = "osD^vP*X"
 
 
@@ -35,12 +36,12 @@ def plot_sweep(document: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     Returns:
         The files.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         times, shares = _figure(document, "step-time"), _figure(document, "roofline")
         _draw_times(times.axes[0], document["records"])
         _draw_shares(shares.axes[0], document["records"])
-        files = _save(times, folder, f"{stem}-step-time")
-        return files + _save(shares, folder, f"{stem}-roofline")
+        files = save(times, folder, f"{stem}-step-time")
+        return files + save(shares, folder, f"{stem}-roofline")
 
 
 def _figure(document: dict[str, Any], kind: str) -> Figure:
@@ -106,7 +107,8 @@ def _label_halves(value: float, _: int | None) -> str:
     return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
-def _save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+    """Write a figure as `<stem>.png` and `<stem>.svg`, and return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{stem}.png", folder / f"{stem}.svg"]
     figure.savefig(files[0], dpi=160)

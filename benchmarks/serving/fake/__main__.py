@@ -1,0 +1,150 @@
+"""Serves a fake engine through the whole serve plane until its input ends or it is interrupted.
+
+    python -m benchmarks.serving.fake --step-ms 25
+
+Ingress, routing, trunk, engine actor, HAProxy and flags are those that are shipped; only the core
+inside the engine actor is another. Prints a line of JSON once it is ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.models import BUNDLED_MODEL, find_model
+from deployments.config import AppArgs
+from deployments.flags import FAST_PATH
+from deployments.launch import Plan, environment, is_ready
+from deployments.leftovers import adopt_orphans, end_descendants
+
+_ROOT = Path(__file__).parents[3]
+_NAME = "fake"
+"""The served model's name."""
+_START_LIMIT_S = 120.0
+_END_LIMIT_S = 10.0
+_OBJECT_STORE_BYTES = 200 * 2**20
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the server."""
+    options = _parse(words)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray shows the logs of its processes there
+    folder = Path(tempfile.mkdtemp(prefix="tl-"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    adopt_orphans()
+    try:
+        _serve(options, folder, answers)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        end_descendants(_END_LIMIT_S)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
+    """Start Ray and the application, tell that they are ready, and wait for the end."""
+    plan = Plan(folder, "127.0.0.1", options.port or _free_port(), _NAME)
+    os.environ.update(environment(plan, folder))
+    os.environ["PYTHONPATH"] = str(_ROOT)
+    for name in FAST_PATH if options.flags == "default" else ():
+        os.environ[name] = "0"
+    import ray  # reads the flags when it is imported
+    from ray import serve
+
+    from benchmarks.serving.fake.core import FakeCore
+    from deployments.app import compose
+
+    ray.init(
+        address="local",
+        num_cpus=4 + options.engines + options.ingresses,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        namespace="serve",
+        _temp_dir=str(folder),
+    )
+    serve.start(http_options={"host": plan.host, "port": plan.port, "keep_alive_timeout_s": 90})
+    journal = options.journal or folder / "journal"
+    journal.mkdir(parents=True, exist_ok=True)
+    core = partial(FakeCore, step_s=options.step_ms / 1e3, journal=journal)
+    serve.run(
+        compose(_app_args(options), core),
+        logging_config={"enable_access_log": False},
+    )
+    _wait_until_ready(plan)
+    ready = {
+        **vars(options),
+        "tokenizer": options.model,
+        "model": _NAME,
+        "url": plan.url,
+        "pid": os.getpid(),
+        "journal": str(journal),
+    }
+    print(json.dumps(ready), file=answers, flush=True)
+    sys.stdin.read()
+    serve.shutdown()
+    ray.shutdown()
+
+
+def _app_args(options: argparse.Namespace) -> AppArgs:
+    engine: dict[str, Any] = {
+        "model": options.model if options.model == BUNDLED_MODEL else find_model(options.model),
+        "load_format": "auto" if options.model == BUNDLED_MODEL else "dummy",
+        "device": "cpu",
+        "max_num_seqs": options.max_num_seqs,
+    }
+    deployment = {
+        "num_replicas": options.engines,
+        "num_cpus": 0.1,
+        "graceful_shutdown_timeout_s": 1,
+    }
+    ingress = {"num_replicas": options.ingresses, "graceful_shutdown_timeout_s": 1}
+    models = {_NAME: {"engine": engine, "deployment": deployment}}
+    return AppArgs.model_validate({"models": models, "ingress": ingress})
+
+
+def _wait_until_ready(plan: Plan) -> None:
+    deadline = time.monotonic() + _START_LIMIT_S
+    while not is_ready(plan):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the server was not ready within {_START_LIMIT_S:.0f} s")
+        time.sleep(0.2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _parse(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.serving.fake", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--step-ms", type=float, default=25.0, help="time of an engine's step")
+    parser.add_argument("--engines", type=int, default=1)
+    parser.add_argument("--ingresses", type=int, default=1)
+    parser.add_argument("--max-num-seqs", type=int, default=1024, help="rows of an engine's step")
+    parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer is used")
+    parser.add_argument(
+        "--flags",
+        choices=("fast", "default"),
+        default="fast",
+        help="those of docs/serving.md, or Ray Serve's defaults",
+    )
+    parser.add_argument("--port", type=int, default=0, help="any free one if unset")
+    parser.add_argument("--journal", type=Path, help="folder for accounts of the steps")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""CPU time of a server's processes, by what they do. Linux's `/proc` only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+_ROLES = (
+    ("ingress", re.compile(r"ray::ServeReplica:[^:]*:Ingress")),
+    ("engine_actor", re.compile(r"ray::EngineActor")),
+    ("engine_replica", re.compile(r"ray::ServeReplica:[^:]*:Engine-")),
+    ("haproxy", re.compile(r"\S*haproxy(\s|$)")),
+    ("proxy", re.compile(r"ray::ProxyActor")),
+)
+OTHERS = "others"
+"""Role of every other process of the server: Ray's daemons, Serve's controller, idle workers."""
+PLANE = ("ingress", "engine_actor", "engine_replica")
+"""Roles whose time counts against the goal for the serve plane."""
+
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def read_cpu(root: int) -> dict[str, float]:
+    """Role → CPU seconds spent so far by `root` and its living descendants.
+
+    A process with a role counts with all of its threads; one that ended since takes its time along.
+    """
+    seconds = dict.fromkeys([role for role, _ in _ROLES] + [OTHERS], 0.0)
+    for pid in _tree(root):
+        with contextlib.suppress(OSError):
+            seconds[_role(pid)] += _read_stat(pid)[1]
+    return seconds
+
+
+def _role(pid: int) -> str:
+    title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return next((role for role, pattern in _ROLES if pattern.match(title)), OTHERS)
+
+
+def _tree(root: int) -> list[int]:
+    """`root` and its descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            children.setdefault(_read_stat(int(entry.name))[0], []).append(int(entry.name))
+    found = [root]
+    for pid in found:  # grows meanwhile
+        found += children.get(pid, [])
+    return found
+
+
+def _read_stat(pid: int) -> tuple[int, float]:
+    """Parent, and CPU seconds in user and system mode (man proc_pid_stat: fields 4, 14, 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[1]), (int(fields[11]) + int(fields[12])) * _TICK_S
