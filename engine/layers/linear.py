@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -44,7 +47,7 @@ class Linear(nn.Module):
         if device.type == "cuda" and dtype != torch.float32:
             from engine.kernels import linear
 
-            self._skinny, self._skinny_rows = linear.skinny_linear, linear.MAX_ROWS
+            self._skinny, self._skinny_rows = linear.skinny_linear, linear.gainful_rows(total)
 
     def slots(self, *names: str) -> dict[str, torch.Tensor]:
         """Views of the merged parameters by checkpoint name, one name for each output."""
@@ -59,6 +62,19 @@ class Linear(nn.Module):
         """x with rows of zeros below, if the product is faster with more rows."""
         missing = _FAST_ROWS - len(x) if self._packed else 0
         return functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x
+
+    def warm_ups(self, *, adds: bool) -> Iterator[Callable[[], torch.Tensor]]:
+        """Calls that compile the kernels for few rows; they may run in threads of their own.
+
+        Args:
+            adds: warm `forward_add` up instead of `forward`.
+        """
+        for rows in filter(self._skinny_rows.__ge__, (16, 32, 64)):
+            x = self.weight.new_zeros(rows, self.weight.shape[1])
+            if adds:
+                yield partial(self.forward_add, x, x.new_zeros(rows, len(self.weight)))
+            else:
+                yield partial(self.forward, x)
 
     def finalize(self) -> None:
         """Pack the weight where the device gains by it; it can then no longer be read."""

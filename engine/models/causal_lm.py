@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -147,6 +147,16 @@ class CausalLM(nn.Module):
             assert isinstance(layer, DecoderLayer)
             found |= {f"model.layers.{index}.{name}": slot for name, slot in layer.slots().items()}
         return found
+
+    def warm_ups(self) -> Iterator[Callable[[], torch.Tensor]]:
+        """Calls that compile the kernels of products; they may run in threads of their own."""
+        layer = self.layers[0]
+        assert isinstance(layer, DecoderLayer)
+        yield from layer.attention.qkv.warm_ups(adds=False)
+        yield from layer.attention.out.warm_ups(adds=True)
+        yield from layer.mlp.gate_up.warm_ups(adds=False)
+        yield from layer.mlp.down.warm_ups(adds=True)
+        yield from self.head.warm_ups(adds=False)
 
     def finalize(self) -> None:
         """Make the parameters ready to run, once all slots are filled."""

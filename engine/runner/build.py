@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,12 +22,15 @@ from engine.runner.input_batch import InputBatch
 from engine.runner.kv_memory import CacheLayout, count_blocks
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.sampler import Sampler
+from engine.sampling.warm_up import sampling_warm_ups
 from engine.sampling_params import SamplingParams
 from engine.startup import Stopwatch
 from engine.step import NewRow, StepPlan
 from engine.weights.loader import load_model
 
 DEFAULT_BATCHED_TOKENS = {"cuda": 16384, "cpu": 1024}
+_COMPILERS = 8
+"""Threads that compile kernels on a GPU's first start, beside the one of the largest step."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,8 +81,12 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
     if device.type == "cuda":
         lower = f"lower max_num_batched_tokens (now {step_tokens}) or max_num_seqs"
         with _memory_for("the activations of the largest step", lower):
-            _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
-            sampler.warm_up(dtype)
+            calls = [*model.warm_ups(), *sampling_warm_ups(shape.vocab_size, device, dtype)]
+            with ThreadPoolExecutor(_COMPILERS) as pool:
+                compiled = [pool.submit(call) for call in calls]
+                _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
+                for each in compiled:
+                    each.result()
         stopwatch.lap("largest step")
     num_blocks = _fill_memory(runner, config, layout, max_model_len, stopwatch)
     return runner, EngineInfo(

@@ -15,21 +15,12 @@ from engine.sampling.min_tokens import MinTokens
 from engine.sampling.penalties import Penalties
 from engine.sampling.rows import Batch, RowParameter, RowTable, to_device
 from engine.sampling.truncation import Truncation
-from engine.sampling_params import SamplingParams
 from engine.step import NewRow
 
 _CPU_CHUNK_ROWS = 8
 """Rows that draw together on the CPU: few enough for the cache, enough to pay for the calls."""
 _NUM_PARAMETERS = 8
 """Numbers of a row: temperature, seed, three of the truncation, three of the penalties."""
-_WARM_UP = (
-    SamplingParams(seed=0),
-    SamplingParams(seed=0, top_k=2),
-    SamplingParams(seed=0, presence_penalty=1.0, logprobs=1),
-    SamplingParams(seed=0, presence_penalty=1.0, top_k=2, logit_bias={0: 1.0}),
-)
-"""Requests that reach every variant of every kernel: logits as they come or in float32, with and
-without truncation."""
 
 
 @dataclass(slots=True)
@@ -108,27 +99,6 @@ class Sampler:
         self._truncation.add_row(new_row)
         for feature in self._edits:
             feature.add_row(new_row)
-
-    @torch.inference_mode()
-    def warm_up(self, logits_dtype: torch.dtype) -> None:
-        """Compile, on CUDA, what requests of any kind will need, so that none waits for it.
-
-        Overwrites row 0; to call before it is given to a request.
-
-        Args:
-            logits_dtype: of the logits to come.
-        """
-        if self._device.type != "cuda":
-            return
-        from engine.kernels.draw import LARGE_BATCH
-
-        for size in (1, LARGE_BATCH):
-            for params in _WARM_UP:
-                self.add_row(NewRow(0, "warm-up", params, [0], 1))
-                shape = (size, self._vocab_size)
-                logits = torch.zeros(shape, dtype=logits_dtype, device=self._device)
-                self.sample(logits, Batch([0] * size, [1] * size, self._device))
-        self.add_row(NewRow(0, "warm-up", SamplingParams(temperature=0.0), [0], 1))
 
     def sample(self, logits: torch.Tensor, batch: Batch) -> SamplerOutput:
         """Draw one token a row, without waiting for the device.

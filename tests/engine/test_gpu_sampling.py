@@ -8,6 +8,7 @@ import torch
 
 from engine.sampling import Sampler
 from engine.sampling.rows import Batch
+from engine.sampling.warm_up import sampling_warm_ups
 from tests.engine.kernels.fused import BATCHES, EOS
 from tests.engine.kernels.test_fused_sampler import check_logprobs
 from tests.engine.sampling_reference import new_row, params, sample
@@ -72,7 +73,8 @@ def test_no_request_waits_for_the_compiler(dtype):
         kernels = (_draw_kernel, _threshold_kernel, _apply_kernel, _count_kernel)
         return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
 
-    Sampler(1, VOCAB, CUDA).warm_up(dtype)
+    for call in sampling_warm_ups(VOCAB, CUDA, dtype):
+        call()
     warm = variants()
     for kind, batch in itertools.product(BATCHES, (1, 2, 3, 16, 63, 64, 65, 200)):
         rows = list(range(batch))
