@@ -13,15 +13,12 @@ table of result files, and `plot` draws them.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import shlex
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,17 +30,11 @@ from benchmarks.machine import (
     describe_commit,
     describe_machine,
     describe_versions,
-    read_cpu_seconds,
 )
-from benchmarks.serving.conversations import Mix, arrivals
 from benchmarks.serving.fake_server import serve_fake
-from benchmarks.serving.journal import Journal
-from benchmarks.serving.load import Load, Target, closed_loop, open_loop
-from benchmarks.serving.processes import read_cpu
-from benchmarks.serving.summary import Record, summarise, summarise_fake, table
-
-_WARM_UP = 64
-"""Most conversations that run, unmeasured, before the first load."""
+from benchmarks.serving.load import Target
+from benchmarks.serving.measure import measure
+from benchmarks.serving.summary import table
 
 
 def main(words: list[str] | None = None) -> None:
@@ -73,99 +64,9 @@ def run(options: argparse.Namespace) -> None:
         target = _target(options, fake)
         pid = fake["pid"] if fake else options.server_pid
         document["server"] = fake or {"url": options.target, "model": target.model}
-        document["records"] = list(_records(options, target, fake, pid))
+        document["records"] = list(measure(options, target, fake, pid))
     results.write(document, out)
     print(f"{out}\n{table(document['records'])}")
-
-
-def _records(
-    options: argparse.Namespace, target: Target, fake: dict[str, Any] | None, pid: int | None
-) -> Iterator[Record]:
-    """Measure one load after the other."""
-    mix = Mix(
-        tuple(options.input), tuple(options.output), options.turns, options.prefix, options.prefixes
-    )
-    kind, levels = ("rate", options.rate) if options.rate else ("clients", options.clients)
-    most = int(min(max(levels), _WARM_UP))
-    warm_up = asyncio.run(closed_loop(target, mix.draw(options.seed - 1), most, most))
-    if all(errors := [sent.answer().error for sent in warm_up.sent]):
-        raise RuntimeError(f"no request of the warm-up succeeded: {errors[0]}")
-    counts = _counts(options.requests, levels)
-    for level, count in zip(levels, counts, strict=True):
-        name = f"{level:g} {'client' if kind == 'clients' else 'arrival/s'}"
-        load, usage = _measure(options, target, mix, kind, level, count, pid)
-        answers = [sent.answer() for sent in load.sent]
-        record = {"load": name, kind: level, **summarise(load, answers), **usage}
-        _price(record)
-        if fake is not None:
-            record |= summarise_fake(load, answers, Journal(Path(fake["journal"])))
-            _add_offered(record, fake)
-        print(f"{name}: {record['output_tok_s']:,.0f} tok/s", file=sys.stderr)
-        yield record
-
-
-def _measure(
-    options: argparse.Namespace,
-    target: Target,
-    mix: Mix,
-    kind: str,
-    level: float,
-    count: int,
-    pid: int | None,
-) -> tuple[Load, Record]:
-    """Run one load; with it the CPU seconds spent meanwhile, by role, and the disturbance."""
-    machine, own = read_cpu_seconds()
-    server = read_cpu(pid) if pid else {}
-    begin = time.monotonic()
-    conversations = mix.draw(options.seed)
-    if kind == "clients":
-        load = asyncio.run(closed_loop(target, conversations, int(level), count))
-    else:
-        times = arrivals(level, options.burst, options.seed)
-        load = asyncio.run(open_loop(target, conversations, times, count))
-    seconds = time.monotonic() - begin
-    machine, own = (b - a for a, b in zip((machine, own), read_cpu_seconds(), strict=True))
-    after = read_cpu(pid) if pid else {}
-    cpu = {role: after[role] - server[role] for role in server} | {"client": own}
-    others = machine - sum(cpu.values())
-    disturbance = max(0.0, others / (seconds * (os.cpu_count() or 1)))
-    return load, {
-        "cpu_s": {role: round(value, 2) for role, value in cpu.items()},
-        "disturbance": round(disturbance, 3) if pid else None,
-    }
-
-
-def _price(record: Record) -> None:
-    """Add the CPU time of each role a token, in µs."""
-    tokens = record["output_tokens"]
-    record["cpu_us_per_token"] = {
-        role: round(seconds / tokens * 1e6, 2)
-        for role, seconds in record["cpu_s"].items()
-        if tokens
-    }
-
-
-def _add_offered(record: Record, fake: dict[str, Any]) -> None:
-    """Add the speed that the fake engines would have with no plane around them, and the share of
-    it that clients saw while all of them had work."""
-    if "clients" in record:
-        rows = min(record["clients"], fake["engines"] * fake["max_num_seqs"])
-        record["offered_tok_s"] = round(rows * 1e3 / fake["step_ms"], 1)
-        if record["steady_tok_s"] is not None:
-            record["of_offered"] = round(record["steady_tok_s"] / record["offered_tok_s"], 4)
-
-
-def _counts(requests: list[int] | None, levels: list[float]) -> list[int]:
-    """Conversations of each load.
-
-    Raises:
-        ValueError: there is neither one number for all nor one for each.
-    """
-    if requests is None:
-        return [max(12, 5 * int(level)) for level in levels]
-    if len(requests) not in (1, len(levels)):
-        raise ValueError(f"--requests must have one value or {len(levels)}, one for each load")
-    return requests * len(levels) if len(requests) == 1 else requests
 
 
 def _target(options: argparse.Namespace, fake: dict[str, Any] | None) -> Target:
@@ -266,6 +167,8 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=int, nargs=2, default=[128, 384], help="least and most tokens of an answer"
     )
+    parser.add_argument("--driver", choices=("own", "guidellm"), default="own")
+    parser.add_argument("--guidellm", default="guidellm", metavar="COMMAND", help="how to call it")
     parser.add_argument("--turns", type=int, default=1, help="of a conversation")
     parser.add_argument("--prefix", type=int, default=0, help="tokens all conversations begin with")
     parser.add_argument("--prefixes", type=int, default=1, help="different such beginnings")

@@ -34,10 +34,13 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 @dataclass(slots=True)
 class Answer:
-    """A streamed completion as the client saw it."""
+    """A streamed completion as the client saw it; times are seconds of `time.monotonic()`."""
 
+    prompt: str
+    asked_tokens: int
+    """Tokens of output that the request asked for."""
     sent: float
-    """When the request was due, in seconds of `time.monotonic()`, as are the times below."""
+    """When the request was due."""
     request_id: str = ""
     events: list[tuple[float, str]] = field(default_factory=list)
     """When text came, and which."""
@@ -52,9 +55,23 @@ class Answer:
         return "".join(text for _, text in self.events)
 
 
-def read_answer(exchange: Exchange) -> Answer:
+@dataclass(slots=True)
+class Run:
+    """What came of one load."""
+
+    answers: list[Answer]
+    begin: float
+    """When the first request was due, in seconds of `time.monotonic()`, as are the times below."""
+    end: float
+    full: tuple[float, float] | None = None
+    """From when until when every client of a closed loop had work; None where it is not known."""
+    itl: list[float] | None = None
+    """Gaps between events in seconds, where they are known only so and not by the answers."""
+
+
+def read_answer(prompt: str, asked_tokens: int, exchange: Exchange) -> Answer:
     """Read a finished exchange; whatever is wrong with it is its `error`."""
-    answer = Answer(exchange.sent, error=exchange.error)
+    answer = Answer(prompt, asked_tokens, exchange.sent, error=exchange.error)
     if answer.error is None:
         try:
             _read_into(answer, exchange)

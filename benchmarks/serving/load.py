@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from benchmarks.serving.answers import Answer, read_answer
+from benchmarks.serving.answers import Answer, Run, read_answer
 from benchmarks.serving.client import Connection, Exchange
 from benchmarks.serving.conversations import Conversation
 
@@ -60,20 +60,24 @@ class Sent:
     output_tokens: int
     exchange: Exchange
 
-    def answer(self) -> Answer:
-        """Read the exchange."""
-        return read_answer(self.exchange)
+    def read(self) -> Answer:
+        """What the exchange brought."""
+        return read_answer(self.prompt, self.output_tokens, self.exchange)
 
 
 @dataclass(slots=True)
 class Load:
-    """What was sent, and when."""
+    """What was sent and came back, unread; times are seconds of `time.monotonic()`."""
 
+    begin: float
     sent: list[Sent] = field(default_factory=list)
-    begin: float = 0.0
     end: float = 0.0
     full: tuple[float, float] | None = None
     """From when until when every client of a closed loop had work."""
+
+    def read(self) -> Run:
+        """Read all answers, which takes too long to do while others come."""
+        return Run([each.read() for each in self.sent], self.begin, self.end, self.full)
 
 
 async def closed_loop(
@@ -82,21 +86,21 @@ async def closed_loop(
     """Run `count` conversations with `clients` at a time: whoever is done begins the next."""
     queue = islice(conversations, count)
     connections = [await Connection.open(target.host, target.port) for _ in range(clients)]
-    load = Load(begin=time.monotonic())
-    ends: list[float] = []
+    load, ends = Load(time.monotonic()), list[float]()
 
     async def work(connection: Connection) -> None:
         for conversation in queue:
-            connection = await _converse(target, connection, conversation, load)
+            connection = await _converse(target, connection, conversation, load.sent)
         ends.append(time.monotonic())
         connection.close()
 
     with _NoCollection():
         await asyncio.gather(*map(work, connections))
-    load.end = max(ends)
     # The first requests of all clients were sent before any client's second.
-    firsts = sorted((sent.exchange for sent in load.sent), key=lambda each: each.sent)[:clients]
-    load.full = (max((e.pieces[0][0] for e in firsts if e.pieces), default=load.end), min(ends))
+    firsts = sorted((each.exchange for each in load.sent), key=lambda each: each.sent)[:clients]
+    load.end = max(ends)
+    began = max((each.pieces[0][0] for each in firsts if each.pieces), default=load.end)
+    load.full = (began, min(ends))
     return load
 
 
@@ -107,12 +111,12 @@ async def open_loop(
 
     A request counts as sent when it was due, even if this process was late.
     """
-    load, idle = Load(begin=time.monotonic() + _LEAD_S), list[Connection]()
+    load, idle = Load(time.monotonic() + _LEAD_S), list[Connection]()
 
     async def work(due: float, conversation: Conversation) -> None:
         await asyncio.sleep(due - time.monotonic())
         connection = idle.pop() if idle else Connection()
-        connection = await _converse(target, connection, conversation, load, due)
+        connection = await _converse(target, connection, conversation, load.sent, due)
         idle.append(connection)
 
     with _NoCollection():
@@ -132,7 +136,7 @@ async def _converse(
     target: Target,
     connection: Connection,
     conversation: Conversation,
-    load: Load,
+    sent: list[Sent],
     due: float | None = None,
 ) -> Connection:
     """Hold a conversation until its end or an error; returns the connection for the next one."""
@@ -148,10 +152,10 @@ async def _converse(
             exchange = Exchange(time.monotonic(), error=f"cannot connect: {error}")
         if due is not None and number == 1:
             exchange.sent = due
-        sent = Sent(prompt, turn.output_tokens, exchange)
-        load.sent.append(sent)
+        latest = Sent(prompt, turn.output_tokens, exchange)
+        sent.append(latest)
         if number < len(conversation.turns):
-            answer = sent.answer()
+            answer = latest.read()
             if answer.error is not None:
                 break
             prompt += answer.text

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.serving.answers import Answer
+from benchmarks.serving.answers import Answer, Run
 from benchmarks.serving.conversations import count_words, echo
 from benchmarks.serving.journal import Journal
-from benchmarks.serving.load import Load
 from benchmarks.serving.processes import PLANE
 
 Record = dict[str, Any]
@@ -31,33 +30,38 @@ def spread(values: Iterable[float]) -> Spread | None:
     return {name: round(value * 1e3, 3) for name, value in figures.items()}
 
 
-def summarise(load: Load, answers: Sequence[Answer]) -> Record:
-    """What every server can be judged by. `answers` are those of `load.sent`, in its order.
+def summarise(run: Run) -> Record:
+    """What every server can be judged by.
 
     `ttft` runs from the time a request was due to its first text. `itl` are the gaps between
     successive events with text, which may carry several tokens; `tpot` is the time from the first
     to the last event, divided by the tokens after the first. Only requests without an error count.
     """
-    good = [answer for answer in answers if answer.error is None and answer.events]
-    times = [[when for when, _ in answer.events] for answer in good]
+    good = [answer for answer in run.answers if answer.error is None and answer.events]
     tokens = sum(answer.output_tokens for answer in good)
-    seconds = load.end - load.begin
+    seconds = run.end - run.begin
     return {
-        "requests": len(answers),
+        "requests": len(run.answers),
         "completed": len(good),
-        "errors": dict(Counter(a.error or "no text" for a in answers if a.error or not a.events)),
-        "short": sum(
-            answer.output_tokens < sent.output_tokens
-            for answer, sent in zip(answers, load.sent, strict=True)
-            if answer.error is None
+        "errors": dict(
+            Counter(a.error or "no text" for a in run.answers if a.error or not a.events)
         ),
+        "short": sum(answer.output_tokens < answer.asked_tokens for answer in good),
         "seconds": round(seconds, 3),
         "input_tokens": sum(answer.prompt_tokens for answer in good),
         "output_tokens": tokens,
         "output_tok_s": round(tokens / seconds, 1),
-        "steady_tok_s": _steady_speed(load, good),
+        "steady_tok_s": _steady_speed(run, good),
+        **_latencies(run, good),
+    }
+
+
+def _latencies(run: Run, good: Sequence[Answer]) -> dict[str, Spread | None]:
+    times = [[when for when, _ in answer.events] for answer in good]
+    gaps = [after - before for when in times for before, after in pairwise(when)]
+    return {
         "ttft_ms": spread(w[0] - a.sent for a, w in zip(good, times, strict=True)),
-        "itl_ms": spread(after - before for when in times for before, after in pairwise(when)),
+        "itl_ms": spread(gaps if run.itl is None else run.itl),
         "tpot_ms": spread(
             (when[-1] - when[0]) / (answer.output_tokens - 1)
             for answer, when in zip(good, times, strict=True)
@@ -67,14 +71,14 @@ def summarise(load: Load, answers: Sequence[Answer]) -> Record:
     }
 
 
-def _steady_speed(load: Load, good: Sequence[Answer]) -> float | None:
+def _steady_speed(run: Run, good: Sequence[Answer]) -> float | None:
     """Tokens a second while all clients of a closed loop had work, if that lasted a second.
 
     An answer's tokens are spread evenly over its events.
     """
-    if load.full is None or load.full[1] - load.full[0] < 1.0:
+    if run.full is None or run.full[1] - run.full[0] < 1.0:
         return None
-    begin, end = load.full
+    begin, end = run.full
     tokens = sum(
         answer.output_tokens
         * sum(begin < when <= end for when, _ in answer.events)
@@ -84,28 +88,33 @@ def _steady_speed(load: Load, good: Sequence[Answer]) -> float | None:
     return round(tokens / (end - begin), 1)
 
 
-def summarise_fake(load: Load, answers: Sequence[Answer], journal: Journal) -> Record:
+def summarise_fake(run: Run, journal: Journal, *, by_token: bool) -> Record:
     """What only a fake engine can tell.
 
     `delay` is, for each token, the time from when the engine's step was due to when the client had
     it; `step` the time between successive steps of an engine; `wrong` counts answers whose text is
     not what the engine must have said.
+
+    Args:
+        run: the load's answers.
+        journal: of the engines.
+        by_token: whether the answers' events are known, and delays with them.
     """
     delays: list[float] = []
     wrong = unknown = 0
-    for sent, answer in zip(load.sent, answers, strict=True):
+    for answer in run.answers:
         if answer.error is not None:
             continue
         dues = journal.times(answer.request_id, answer.output_tokens)
-        if answer.text != echo(sent.prompt, sent.output_tokens):
+        if answer.text != echo(answer.prompt, answer.asked_tokens):
             wrong += 1
         elif dues is None:
             unknown += 1
-        else:
+        elif by_token:
             delays += _delays(answer, dues)
     return {
         "delay_ms": spread(delays),
-        "step_ms": spread(journal.steps(load.begin, load.end)),
+        "step_ms": spread(journal.steps(run.begin, run.end)),
         "wrong": wrong,
         "not_in_journal": unknown,
     }
