@@ -31,6 +31,8 @@ HEARTBEAT_S = 1.0
 """An idle trunk carries the load this often."""
 LOAD_INTERVAL_S = 0.1
 """A trunk without new tokens carries the load of a busy engine no more often than this."""
+HEARD_KEPT = 256
+"""A trunk carries the blocks of so many requests of others at most; older ones are dropped."""
 UNREAD_LIMIT_S = 30.0
 """Requests of a subscriber whose trunk nobody has read for this long are aborted."""
 EARLY_ABORTS_S = 60.0
@@ -70,11 +72,20 @@ class Subscriber:
         self.submitted: deque[tuple[int, str]] = deque()
         """Requests that the load does not count yet, each with its number among all submitted."""
         self.reflected: list[str] = []
+        self.heard: deque[list[bytes]] = deque(maxlen=HEARD_KEPT)
+        """Blocks of the requests of others."""
 
     def settle(self, num_received: int) -> None:
         """Take over that the load counts the first `num_received` requests of all submitted."""
         while self.submitted and self.submitted[0][0] <= num_received:
             self.reflected.append(self.submitted.popleft()[1])
+
+    def take_news(self) -> tuple[list[str], list[list[bytes]]]:
+        """What is new of `reflected` and of `heard`."""
+        news = self.reflected, list(self.heard)
+        self.reflected = []
+        self.heard.clear()
+        return news
 
 
 class EngineActor:
@@ -128,6 +139,7 @@ class EngineActor:
             self._num_submitted += 1
             subscriber.submitted.append((self._num_submitted, item.request.request_id))
             self._owners[item.request.request_id] = item.subscriber_id
+            self._spread(item)
         self._loop.submit([item.request for item in submissions])
 
     async def abort(self, request_ids: list[str]) -> None:
@@ -157,8 +169,7 @@ class EngineActor:
             while subscriber.reader == me and not self._finished(subscriber):
                 deltas = await subscriber.mailbox.take()
                 subscriber.last_sent = time.monotonic()
-                reflected, subscriber.reflected = subscriber.reflected, []
-                yield encode(TrunkMessage(deltas, self._load, reflected))
+                yield encode(TrunkMessage(deltas, self._load, *subscriber.take_news()))
         finally:
             if subscriber.reader == me:
                 self._drop(subscriber_id)
@@ -179,6 +190,12 @@ class EngineActor:
         self._draining = True
         self._wake_all()
         await asyncio.to_thread(self._loop.stop)
+
+    def _spread(self, item: Submission) -> None:
+        """Let the other ingress replicas know what this engine's cache will hold."""
+        for subscriber_id, subscriber in self._subscribers.items():
+            if subscriber_id != item.subscriber_id:
+                subscriber.heard.append(item.blocks)
 
     def _subscriber(self, subscriber_id: str) -> Subscriber:
         return self._subscribers.setdefault(subscriber_id, Subscriber())

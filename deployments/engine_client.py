@@ -58,6 +58,15 @@ class EngineClient:
         """Send requests off; to be used as a context manager, whose end aborts what still runs."""
         return Generation(self, requests)
 
+    def blocks_of(self, requests: Iterable[EngineRequest]) -> list[list[bytes]]:
+        """The blocks of each request; the `n` completions of a prompt share theirs."""
+        known: dict[int, list[bytes]] = {}
+        for request in requests if self.prefix_caching else ():
+            prompt = id(request.prompt_token_ids)
+            if prompt not in known:
+                known[prompt] = request_blocks(request)
+        return [known.get(id(request.prompt_token_ids), []) for request in requests]
+
 
 class Generation:
     """Requests that are consumed together, such as the `n` completions of a prompt."""
@@ -66,16 +75,16 @@ class Generation:
         self._client = client
         self._mailbox = Mailbox()
         self._flights: dict[str, Flight] = {}
-        subscriber_id = client.hub.subscriber_id
+        requests = list(requests)
+        blocks = client.blocks_of(requests)
         # All are encoded before any is sent: what cannot be encoded must not leave others running.
-        encoded = [(request, encode(Submission(subscriber_id, request))) for request in requests]
-        blocks: dict[int, list[bytes]] = {}  # by prompt: the `n` completions of one share it
+        submissions = [
+            encode(Submission(client.hub.subscriber_id, *each))
+            for each in zip(requests, blocks, strict=True)
+        ]
         try:
-            for request, submission in encoded:
-                prompt = id(request.prompt_token_ids)
-                if prompt not in blocks:
-                    blocks[prompt] = request_blocks(request) if client.prefix_caching else []
-                self._launch(request, submission, blocks[prompt])
+            for each in zip(requests, blocks, submissions, strict=True):
+                self._launch(*each)
         except BaseException:
             self.abort(list(self._flights))  # nobody gets to the end of this `with`
             raise
@@ -118,7 +127,7 @@ class Generation:
             self._flights[request_id].call.cancel()
             self._land(request_id)
 
-    def _launch(self, request: EngineRequest, submission: bytes, blocks: list[bytes]) -> None:
+    def _launch(self, request: EngineRequest, blocks: list[bytes], submission: bytes) -> None:
         client, request_id = self._client, request.request_id
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         # Whoever wants log-probabilities of the prompt has all of it computed.

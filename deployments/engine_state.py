@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import exp
 
 from deployments.prefix_index import PrefixIndex
 from engine.outputs import EngineLoad
@@ -14,22 +14,30 @@ FIRST_PAUSE_S = 0.02
 """An engine that turns a request away gets none for about this long, and twice as long each time
 that it does so again, up to `LAST_PAUSE_S`."""
 LAST_PAUSE_S = 1.0
+LATELY_S = 10.0
+"""About how long a request that has ended still counts as traffic. Chats pause, and come back to
+the engine that has them in its cache: one that is given all new chats while they pause would have
+too many when they all speak."""
 CROWDED_SHARE = 0.05
 """Share of an engine's blocks that a request should leave to those that run."""
 
 
 @dataclass(slots=True)
 class EngineState:
-    """Load, bookings on top of it, and cache of one engine."""
+    """Load, bookings on top of it, and cache of one engine. Times are seconds of one clock."""
 
     load: EngineLoad = field(default_factory=EngineLoad)
     index: PrefixIndex = field(default_factory=PrefixIndex)
-    bookings: dict[str, int] = field(default_factory=dict)
-    """Tokens to compute for each request that was sent there and that `load` does not count yet."""
+    bookings: dict[str, tuple[int, Sequence[bytes]]] = field(default_factory=dict)
+    """Requests that were sent there and that `load` does not count yet: tokens to compute and
+    blocks, by request id."""
     booked_tokens: int = 0
-    """Sum of `bookings`."""
+    """Tokens of all `bookings`."""
+    sent: float = 0.0
+    """`sent_lately` at the time `last_sent`."""
+    last_sent: float = 0.0
     reported_at: float | None = None
-    """`time.monotonic()` of the last report; None before the first."""
+    """Time of the last report; None before the first."""
     last_booking: float = field(default_factory=random.random)
     """Number of its last booking; before the first a fraction, so that ingress replicas do not all
     begin with the same one of several idle engines."""
@@ -37,7 +45,7 @@ class EngineState:
     refusals: int = 0
     """Requests it turned away since it last took one."""
     closed_until: float = 0.0
-    """`time.monotonic()` of the end of the pause after a refusal."""
+    """Time of the end of the pause after a refusal."""
 
     @property
     def num_requests(self) -> int:
@@ -49,9 +57,17 @@ class EngineState:
         """Tokens that it will compute before it comes to those of a new request."""
         return self.load.waiting_tokens + self.booked_tokens
 
-    def has_room(self, max_requests: int) -> bool:
+    def traffic(self, now: float) -> float:
+        """Requests there, and those that were sent there lately."""
+        return self.num_requests + self.sent_lately(now)
+
+    def sent_lately(self, now: float) -> float:
+        """Requests sent there, each counted for exp(-t / `LATELY_S`) when it was t seconds ago."""
+        return self.sent * exp((self.last_sent - now) / LATELY_S)
+
+    def has_room(self, max_requests: int, now: float) -> bool:
         """Whether it would take one more request, as far as this process knows."""
-        return self.num_requests < max_requests and time.monotonic() >= self.closed_until
+        return self.num_requests < max_requests and now >= self.closed_until
 
     def is_crowded(self, num_tokens: int) -> bool:
         """Whether a request with so many tokens to compute might have to wait for blocks."""
@@ -59,30 +75,46 @@ class EngineState:
         known = self.load.block_size > 0
         return known and spare_blocks * self.load.block_size < self.pending_tokens + num_tokens
 
-    def book(self, request_id: str, num_tokens: int) -> None:
+    def book(self, request_id: str, num_tokens: int, blocks: Sequence[bytes], now: float) -> None:
         """Count a request that is sent there."""
-        self.bookings[request_id] = num_tokens
+        self._count_sent(now)
+        self.bookings[request_id] = num_tokens, blocks
         self.booked_tokens += num_tokens
 
-    def settle(self, request_id: str) -> bool:
-        """Count the request no longer; whether it was counted."""
-        num_tokens = self.bookings.pop(request_id, None)
-        self.booked_tokens -= num_tokens or 0
-        return num_tokens is not None
+    def unbook(self, request_id: str) -> Sequence[bytes] | None:
+        """Count the request no longer; returns its blocks if it was counted."""
+        num_tokens, blocks = self.bookings.pop(request_id, (0, None))
+        self.booked_tokens -= num_tokens
+        return blocks
 
-    def report(self, load: EngineLoad, reflected: Iterable[str]) -> None:
-        """Take over a fresh load; the bookings of `reflected` requests are part of it now."""
+    def report(
+        self,
+        load: EngineLoad,
+        reflected: Iterable[str],
+        heard: Iterable[Sequence[bytes]],
+        now: float,
+    ) -> None:
+        """Take over a report; see `LoadTable.report`."""
         if load.block_size and load.total_blocks != self.load.total_blocks:
             self.index.resize(load.total_blocks * load.block_size)
         self.load = load
         self.down = False
-        self.reported_at = time.monotonic()
+        self.reported_at = now
         for request_id in reflected:
-            if self.settle(request_id):
+            blocks = self.unbook(request_id)
+            if blocks is not None:
                 self.refusals = 0
+                self.index.use(blocks)
+        for blocks in heard:
+            self._count_sent(now)
+            self.index.use(blocks)
 
-    def close(self) -> None:
+    def close(self, now: float) -> None:
         """Begin the pause after a refusal; its length varies, so that ingresses do not meet."""
         pause = min(FIRST_PAUSE_S * 2 ** min(self.refusals, 10), LAST_PAUSE_S)
         self.refusals += 1
-        self.closed_until = time.monotonic() + pause * random.uniform(0.5, 1.0)
+        self.closed_until = now + pause * random.uniform(0.5, 1.0)
+
+    def _count_sent(self, now: float) -> None:
+        self.sent = self.sent_lately(now) + 1
+        self.last_sent = now

@@ -33,9 +33,14 @@ class EngineView:
 
 
 class LoadTable:
-    """Load by engine, grouped by deployment. Thread-safe."""
+    """Load by engine, grouped by deployment. Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds, never going back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._engines: dict[str, EngineState] = {}
         self._members: dict[str, tuple[str, ...]] = {}
@@ -55,7 +60,7 @@ class LoadTable:
                 if gone not in self._placed.values():
                     del self._engines[gone]
             for engine_id in current:
-                self._engines.setdefault(engine_id, EngineState())
+                self._state(engine_id)
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
@@ -91,20 +96,20 @@ class LoadTable:
             The engine, or None when none has room; `on_room` tells when to try again.
         """
         request_id = booking.request_id
+        now = self._clock()
         with self._lock:
             self._drop(request_id)
-            states = {i: self._engines.setdefault(i, EngineState()) for i in limits}
-            roomy = [i for i, state in states.items() if state.has_room(limits[i])]
+            states = {i: self._state(i) for i in limits}
+            roomy = [i for i, state in states.items() if state.has_room(limits[i], now)]
             if not roomy:
                 self._full = True
                 return None
-            chosen, num_tokens = choose(states, roomy, booking, margin)
+            chosen, num_tokens = choose(states, roomy, booking, margin, now)
             self._bookings_made += 1
             state = states[chosen]
             state.last_booking = self._bookings_made
             if request_id not in self._released:
-                state.book(request_id, num_tokens)
-                state.index.use(booking.blocks)
+                state.book(request_id, num_tokens, booking.blocks, now)
                 self._placed[request_id] = chosen
             return chosen
 
@@ -118,7 +123,7 @@ class LoadTable:
         with self._lock:
             engine_id = self._placed.get(request_id)
             if engine_id in self._engines:
-                self._engines[engine_id].close()
+                self._engines[engine_id].close(self._clock())
             self._drop(request_id)
 
     def mark_down(self, engine_id: str) -> list[str]:
@@ -131,10 +136,23 @@ class LoadTable:
                 self._engines[engine_id].down = True
             return [i for i, engine in self._placed.items() if engine == engine_id]
 
-    def report(self, engine_id: str, load: EngineLoad, reflected: Iterable[str] = ()) -> None:
-        """Take over a fresh load; the bookings of `reflected` requests are part of it now."""
+    def report(
+        self,
+        engine_id: str,
+        load: EngineLoad,
+        reflected: Iterable[str] = (),
+        heard: Iterable[Sequence[bytes]] = (),
+    ) -> None:
+        """Take over what an engine tells.
+
+        Args:
+            engine_id: of the engine.
+            load: fresh.
+            reflected: requests whose bookings are part of the load now.
+            heard: blocks of requests that others sent there.
+        """
         with self._lock:
-            self._engines.setdefault(engine_id, EngineState()).report(load, reflected)
+            self._state(engine_id).report(load, reflected, heard, self._clock())
         self._tell_of_room()
 
     def release(self, request_id: str, blocks: Sequence[bytes] = ()) -> None:
@@ -162,7 +180,7 @@ class LoadTable:
 
     def view(self, deployment: str) -> list[EngineView]:
         """The engines in service, for people and tests to look at."""
-        now = time.monotonic()
+        now = self._clock()
         with self._lock:
             return [
                 EngineView(
@@ -182,11 +200,16 @@ class LoadTable:
         for listener in listeners:
             listener()
 
+    def _state(self, engine_id: str) -> EngineState:
+        if engine_id not in self._engines:
+            self._engines[engine_id] = EngineState()
+        return self._engines[engine_id]
+
     def _drop(self, request_id: str) -> EngineState | None:
         """Undo a booking; returns the engine where it was."""
         state = self._engines.get(self._placed.pop(request_id, ""))
         if state is not None:
-            state.settle(request_id)
+            state.unbook(request_id)
         return state
 
 

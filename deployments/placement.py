@@ -8,16 +8,19 @@ from typing import NamedTuple
 from deployments.engine_state import EngineState
 
 AFFINITY_MARGIN = 0.25
-"""An engine with this much more requests than the mean is passed over even by those requests whose
-beginning is in its cache. This is the c of "Consistent Hashing with Bounded Loads" (Mirrokni,
-Thorup, Zadimoghaddam, 2018), where it bounds the load of every server."""
-FEW_REQUESTS = 8
-"""Means below this are taken for this: on engines that have next to nothing to do, one request more
-or less is no imbalance to recompute a long prompt for."""
-MEAN_LOAD_PRICE = 4096
-"""Tokens of prefill that the mean number of requests on an engine weighs as much as. A request on
-idle engines so weighs 512: more than prompts usually differ by, so that a burst is spread evenly,
-and less than the history of a chat, which returns to its cache."""
+"""A request returns to the engine that has the beginning of its prompt in its cache unless that one
+has this share more traffic than the mean. The bound is that of "Consistent Hashing with Bounded
+Loads" (Mirrokni, Thorup, Zadimoghaddam, 2018)."""
+LITTLE_TRAFFIC = 16
+"""A mean below this is taken for this: where there is little to do, an engine that does most of it
+is no reason to compute a long prompt anew."""
+REQUEST_PRICE = 64
+"""Tokens of prefill that a request on an engine weighs as much as. High enough for a burst of
+prompts of unequal lengths to be spread evenly, low enough for a chat to return to an engine that
+has a few requests more."""
+PATIENCE = 2048
+"""Tokens of prefill ahead of a request that do not count: they fit into the step that it will be in
+or the one before, and to avoid that wait is not worth an uneven spread."""
 
 
 class Booking(NamedTuple):
@@ -27,7 +30,7 @@ class Booking(NamedTuple):
     num_tokens: int
     """Tokens that must be in the cache before the first new one comes."""
     blocks: Sequence[bytes] = ()
-    """See `request_blocks`; empty if the request does not start from cached blocks."""
+    """See `request_blocks`; empty if the request cannot start from cached blocks."""
 
     def __reduce__(self) -> tuple[type[Booking], tuple[str, int]]:
         """Leave the blocks behind when the call crosses to the engine's replica."""
@@ -44,38 +47,40 @@ class Place(NamedTuple):
 
 def choose(
     engines: Mapping[str, EngineState],
-    open_to: Collection[str],
+    candidates: Collection[str],
     booking: Booking,
-    margin: float = AFFINITY_MARGIN,
+    margin: float,
+    now: float,
 ) -> Place:
-    """Choose the engine that is likely to give the first token soonest.
+    """Choose the engine that has the least to compute before the first token of a request.
 
-    That is the one with the fewest tokens to compute first: those pending there, those of the
-    prompt that its cache lacks, and a price for the requests that it has. Engines that are lost, or
-    short of blocks, or busier than the mean by more than `margin`, are taken only when all are so.
-    Among equals it is the one that has been without a booking for longest.
+    That is the prefill ahead of it beyond `PATIENCE`, those tokens of its own that the engine's
+    cache lacks, and a price for each request there. A cache counts for nothing on an engine that is
+    at work and busier than the mean by `margin`. Engines that are lost, or short of blocks, come
+    last. Of equals, the one that has been without a booking for longest is taken.
 
     Args:
-        engines: engine id → state, of all engines; their mean load is what `margin` refers to.
-        open_to: those that may be chosen; at least one.
+        engines: engine id → state, of all that share the load.
+        candidates: ids of those that may be chosen; at least one.
         booking: the request.
         margin: see `AFFINITY_MARGIN`.
+        now: time, in seconds.
     """
-    in_service = [state for state in engines.values() if not state.down] or engines.values()
-    mean = (1 + sum(state.num_requests for state in in_service)) / len(in_service)
-    mean = max(mean, FEW_REQUESTS)
+    traffic = {engine_id: state.traffic(now) for engine_id, state in engines.items()}
+    counted = [traffic[i] for i, state in engines.items() if not state.down] or [0.0]
+    bound = (1 + margin) * max(sum(counted) / len(counted), LITTLE_TRAFFIC)
 
-    def rank(engine_id: str) -> tuple[bool, bool, bool, float, float]:
+    def missing(engine_id: str) -> int:
         state = engines[engine_id]
-        num_requests = state.num_requests
-        missing = booking.num_tokens - state.index.overlap(booking.blocks)
-        return (
-            state.down,
-            state.is_crowded(missing),
-            num_requests + 1 > (1 + margin) * mean,
-            state.pending_tokens + missing + MEAN_LOAD_PRICE * num_requests / mean,
-            state.last_booking,
-        )
+        too_busy = traffic[engine_id] > bound and state.num_requests > 0
+        return booking.num_tokens - (0 if too_busy else state.index.overlap(booking.blocks))
 
-    chosen = min(open_to, key=rank)
-    return Place(chosen, booking.num_tokens - engines[chosen].index.overlap(booking.blocks))
+    def rank(engine_id: str) -> tuple[bool, bool, int, float]:
+        state = engines[engine_id]
+        own = missing(engine_id)
+        ahead = max(0, state.pending_tokens - PATIENCE)
+        cost = ahead + own + REQUEST_PRICE * state.num_requests
+        return state.down, state.is_crowded(own), cost, state.last_booking
+
+    chosen = min(candidates, key=rank)
+    return Place(chosen, missing(chosen))

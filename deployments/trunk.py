@@ -148,7 +148,7 @@ class TrunkHub:
             return f"{type(error).__name__}: {error}".splitlines()[0]
 
     def _deliver(self, engine_id: str, message: TrunkMessage) -> None:
-        self._table.report(engine_id, message.load, message.reflected)
+        self._table.report(engine_id, message.load, message.reflected, message.heard)
         for delta in message.deltas:
             mailbox = self._mailboxes.get(delta.request_id)
             if mailbox is not None:

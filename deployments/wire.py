@@ -15,6 +15,8 @@ class Submission(msgspec.Struct, array_like=True):
 
     subscriber_id: str
     request: EngineRequest
+    blocks: list[bytes] = []
+    """Of the request, for other ingress replicas to know; see `request_blocks`."""
 
 
 class TrunkMessage(msgspec.Struct, array_like=True):
@@ -24,6 +26,8 @@ class TrunkMessage(msgspec.Struct, array_like=True):
     load: EngineLoad
     reflected: list[str] = []
     """Requests of this subscriber that `load` counts from now on."""
+    heard: list[list[bytes]] = []
+    """Blocks of requests that other subscribers have sent here."""
 
 
 class EndNotice(msgspec.Struct, array_like=True):

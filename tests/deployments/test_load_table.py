@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from deployments import engine_state, load_table
+from deployments import load_table
 from deployments.load_table import LoadTable
 from deployments.placement import Booking
 from engine.outputs import EngineLoad
@@ -41,7 +41,7 @@ def test_long_prompts_weigh_more():
 
 def test_booking_gives_way_to_the_report_that_counts_it():
     table = LoadTable()
-    table.book({"a": 100}, Booking("r", 1000))
+    table.book({"a": 100}, Booking("r", 5000))
     table.report("a", EngineLoad(num_running=1, running_tokens=10, free_blocks=9, total_blocks=10))
     table.report("b", EngineLoad(num_running=3, running_tokens=500, free_blocks=9, total_blocks=10))
     assert table.book(PAIR, Booking("s", 1)) == "b"
@@ -63,10 +63,9 @@ def test_crowded_and_lost_engines_come_last():
     assert table.book(PAIR, Booking("u", 1)) == "b"
 
 
-def test_refused_request_moves_and_the_engine_is_left_alone_for_longer_each_time(monkeypatch):
+def test_refused_request_moves_and_the_engine_is_left_alone_for_longer_each_time():
     now = 1000.0
-    monkeypatch.setattr(engine_state.time, "monotonic", lambda: now)
-    table = LoadTable()
+    table = LoadTable(clock=lambda: now)
     first = table.book(PAIR, Booking("r", 10))
     table.refuse("r")
     second = table.book(PAIR, Booking("r", 10))
@@ -124,3 +123,55 @@ def test_members_are_announced():
     assert told == [("a",), ("a", "b")]
     table.set_members("m", ["b"])
     assert [view.engine_id for view in table.view("m")] == ["b"]
+
+
+CHAT = [b"1", b"2", b"3", b"4"]
+
+
+def test_chat_returns_to_the_engine_that_computed_it():
+    table = LoadTable()
+    first = table.book(ENGINES, Booking("r", 600, CHAT[:2]))
+    assert {table.book(ENGINES, Booking(f"s{i}", 600)) for i in range(7)} == set(ENGINES)
+    table.report(first, EngineLoad(num_running=3), ["r"])  # its prompt is in the cache now
+    assert table.book(ENGINES, Booking("n", 600, CHAT[:3])) == first
+    table.release("r", CHAT)  # and what it answered
+    table.report(first, EngineLoad(num_running=4), ["n"])
+    assert table.book(ENGINES, Booking("t", 600, CHAT)) == first
+
+
+def test_prompts_on_their_way_are_in_no_cache_yet():
+    table = LoadTable()
+    chosen = [table.book(ENGINES, Booking(f"r{i}", 600, CHAT)) for i in range(16)]
+    assert Counter(chosen) == dict.fromkeys(ENGINES, 4)
+
+
+def test_what_others_send_is_known_too():
+    table = LoadTable()
+    table.report("c", EngineLoad(num_running=1), heard=[CHAT[:1], CHAT])
+    assert table.book(ENGINES, Booking("r", 600, CHAT)) == "c"
+
+
+def test_index_is_no_larger_than_the_cache():
+    table = LoadTable()
+    table.report("a", EngineLoad(total_blocks=16, block_size=16), heard=[CHAT])
+    table.report("b", EngineLoad(total_blocks=32, block_size=16), heard=[CHAT])
+    assert table.book(PAIR, Booking("r", 600, CHAT)) == "b"
+
+
+def test_request_that_ended_before_it_was_placed_leaves_no_blocks():
+    table = LoadTable()
+    table.release("r", CHAT)
+    assert table.engine_of("r") is None
+    assert Counter(table.book(PAIR, Booking(f"s{i}", 600, CHAT)) for i in range(4)) == {
+        "a": 2,
+        "b": 2,
+    }
+
+
+def test_margin_bounds_what_a_cache_attracts():
+    now = 0.0
+    table = LoadTable(clock=lambda: now)
+    table.report("a", EngineLoad(num_running=1), heard=[CHAT] * 18)
+    table.report("b", EngineLoad(num_running=1))
+    assert table.book(PAIR, Booking("r", 600, CHAT), margin=0.25) == "a"
+    assert table.book(PAIR, Booking("s", 600, CHAT), margin=0.0) == "b"

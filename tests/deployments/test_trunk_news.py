@@ -1,0 +1,148 @@
+"""What the trunk tells beside tokens: which bookings the load counts, and what others sent."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import pytest
+
+from deployments import engine_actor
+from deployments.engine_actor import EngineActor
+from deployments.wire import Submission, TrunkMessage, decode_trunk_message, encode
+from engine.config import EngineConfig
+from engine.outputs import TokenDelta
+from engine.request import EngineRequest
+from engine.sampling_params import SamplingParams
+from tests.deployments.fake_core import FakeCore
+from tests.deployments.plane import open_plane
+
+
+class SteppedCore(FakeCore):
+    """Each step begins and ends when the test says so."""
+
+    def __init__(self, config: EngineConfig, began: threading.Semaphore, end: threading.Semaphore):
+        super().__init__(config)
+        self._began, self._end = began, end
+
+    def step(self) -> list[TokenDelta]:
+        self._began.release()
+        self._end.acquire()
+        return super().step()
+
+
+def request(request_id: str, prompt: list[int] | None = None, max_tokens: int = 100_000):
+    params = SamplingParams(max_tokens=max_tokens, seed=0)
+    return EngineRequest(request_id, prompt or [1, 2, 3], params)
+
+
+async def submit(actor: EngineActor, subscriber: str, *requests: EngineRequest, blocks=()) -> None:
+    await actor.submit(encode([Submission(subscriber, each, list(blocks)) for each in requests]))
+
+
+async def next_step(trunk, step: int) -> TrunkMessage:
+    async for data in trunk:
+        message = decode_trunk_message(data)
+        if message.load.step >= step:
+            return message
+    raise AssertionError("the trunk ended")
+
+
+async def test_request_is_reflected_by_the_very_load_that_counts_it():
+    began, end = threading.Semaphore(0), threading.Semaphore(0)
+    actor = EngineActor(EngineConfig(max_num_seqs=8), partial(SteppedCore, began=began, end=end))
+    await actor.start()
+    trunk = actor.subscribe("x")
+    await submit(actor, "x", request("a"))
+    began.acquire()
+    await submit(actor, "y", request("other"))
+    await submit(actor, "x", request("b"), request("c"))  # while a step runs
+    end.release()
+    message = await next_step(trunk, 1)
+    assert (message.load.num_running, message.reflected) == (1, ["a"])
+    began.acquire()
+    end.release()
+    message = await next_step(trunk, 2)
+    assert (message.load.num_running, message.reflected) == (4, ["b", "c"])
+    end.release(1000)
+    await actor.drain()
+
+
+async def test_refused_and_aborted_requests_do_not_upset_the_count():
+    actor = EngineActor(EngineConfig(max_num_seqs=8), partial(FakeCore, step_s=0.001))
+    await actor.start()
+    trunk = actor.subscribe("x")
+    await actor.abort(["early"])
+    await submit(actor, "x", request("long", [1] * 5000), request("early"), request("a"))
+    await submit(actor, "x", request("b"))
+    await actor.abort(["b"])
+    await submit(actor, "x", request("c"))
+    reflected: list[str] = []
+    async for data in trunk:
+        message = decode_trunk_message(data)
+        reflected += message.reflected
+        if "c" in reflected:
+            break
+    assert reflected == ["long", "a", "b", "c"]
+    assert message.load.num_running == 2
+    await actor.drain()
+
+
+@pytest.fixture
+async def actor():
+    started = EngineActor(EngineConfig(max_num_seqs=8), partial(FakeCore, step_s=0.001))
+    await started.start()
+    yield started
+    await started.drain()
+
+
+async def test_others_hear_which_blocks_were_sent(actor):
+    mine, others = actor.subscribe("x"), actor.subscribe("y")
+    await anext(mine), await anext(others)
+    await submit(actor, "x", request("a"), blocks=[b"1", b"2"])
+    async for data in others:
+        if heard := decode_trunk_message(data).heard:
+            assert heard == [[b"1", b"2"]]
+            break
+    assert not decode_trunk_message(await anext(mine)).heard
+
+
+async def test_what_a_slow_reader_hears_is_bounded(actor, monkeypatch):
+    monkeypatch.setattr(engine_actor, "HEARD_KEPT", 3)
+    others = actor.subscribe("y")
+    await anext(others)
+    for number in range(10):
+        await submit(actor, "x", request(f"r{number}", max_tokens=1), blocks=[bytes([number])])
+    assert len(decode_trunk_message(await anext(others)).heard) <= 3
+
+
+async def generate(plane, request_id: str, prompt: list[int], answer: int) -> tuple[str, list[int]]:
+    """The engine that ran it, and all tokens in the end."""
+    wire = request(request_id, prompt, answer)
+    with plane.client.start([wire]) as generation:
+        engine_id = ""
+        async for _ in generation:
+            engine_id = engine_id or plane.table.engine_of(request_id)
+    return engine_id, prompt + wire.output_token_ids
+
+
+async def test_chat_stays_with_its_engine_through_the_whole_plane():
+    async with open_plane(num_engines=4) as plane:
+        tokens, home = list(range(500)), ""
+        for turn in range(5):
+            engine_id, tokens = await generate(plane, f"chat{turn}", tokens, answer=150)
+            assert engine_id == (home or engine_id)
+            home = engine_id
+            (view,) = (view for view in plane.view() if view.engine_id == home)
+            assert view.num_booked == 0
+            state = plane.table._engines[home]
+            assert state.index.overlap(plane.client.blocks_of([request("x", tokens)])[0]) >= 512
+            for number in range(3):
+                await generate(plane, f"other{turn}-{number}", [number, turn] * 200, answer=1)
+
+
+async def test_without_prefix_caching_nothing_is_hashed():
+    async with open_plane(num_engines=2) as plane:
+        plane.client.prefix_caching = False
+        home, _ = await generate(plane, "r", list(range(500)), answer=150)
+        assert len(plane.table._engines[home].index) == 0
