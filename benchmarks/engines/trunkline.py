@@ -36,8 +36,13 @@ class Trunkline(Engine):
         return [list(result.outputs[0].token_ids) for result in results]
 
     def describe(self) -> dict[str, Any]:
-        """The engine's `EngineInfo` (device, KV cache, seconds of each stage of the start)."""
-        return dataclasses.asdict(self._llm.core.info)
+        """The engine's `EngineInfo` (device, KV cache, seconds of each stage of the start).
+
+        Without the model, which may be a path that means nothing elsewhere.
+        """
+        info = dataclasses.asdict(self._llm.core.info)
+        del info["model"]
+        return info
 
     def profile(self, requests: Requests) -> Sequence[StepRecord]:
         """Run `requests` and return what each step took."""

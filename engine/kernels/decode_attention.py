@@ -23,6 +23,59 @@ _PROGRAMS_PER_PROCESSOR = 2
 _LOG2_E = 1.4426950408889634
 
 
+@triton.jit
+def _attend(
+    q, key_cache, value_cache, table, start, end, head_offset, scale, slot_stride,
+    BLOCK_SIZE: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys from `start` to `end`: highest score, weight and sum."""
+    dim = tl.arange(0, DIM_BLOCK)
+    highest = tl.full((GROUP_BLOCK,), -1e30, tl.float32)
+    weight = tl.zeros((GROUP_BLOCK,), tl.float32)
+    attended = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
+    for at in range(start, end, KEYS):
+        key = at + tl.arange(0, KEYS)
+        seen = key < end
+        block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0)
+        slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * slot_stride
+        place = slot[:, None] + head_offset + dim[None, :]
+        readable = seen[:, None] & (dim[None, :] < DIM)
+        k = tl.load(key_cache + place, mask=readable, other=0.0)
+        v = tl.load(value_cache + place, mask=readable, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, -1e30)
+        risen = tl.maximum(highest, tl.max(score, axis=1))
+        decay = tl.exp2(highest - risen)
+        probability = tl.exp2(score - risen[:, None])
+        weight = weight * decay + tl.sum(probability, axis=1)
+        attended = attended * decay[:, None]
+        attended = tl.dot(probability.to(v.dtype), v, attended, input_precision="ieee")
+        highest = risen
+    return highest, weight, attended
+
+
+@triton.jit
+def _join(partials, stats, first, num_spans, GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr):
+    """Weight and sum over the spans of a pair, which lie from `first` on, in their order."""
+    group = tl.arange(0, GROUP_BLOCK)
+    tile = group[:, None] * DIM_BLOCK + tl.arange(0, DIM_BLOCK)[None, :]
+    highest = tl.full((GROUP_BLOCK,), -1e30, tl.float32)
+    weight = tl.zeros((GROUP_BLOCK,), tl.float32)
+    attended = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
+    for span in range(num_spans):
+        theirs = (first + span) * GROUP_BLOCK
+        their_highest = tl.load(stats + theirs * 2 + group, cache_modifier=".cg")
+        their_weight = tl.load(stats + theirs * 2 + GROUP_BLOCK + group, cache_modifier=".cg")
+        their_sum = tl.load(partials + theirs * DIM_BLOCK + tile, cache_modifier=".cg")
+        risen = tl.maximum(highest, their_highest)
+        decay, growth = tl.exp2(highest - risen), tl.exp2(their_highest - risen)
+        weight = weight * decay + their_weight * growth
+        attended = attended * decay[:, None] + their_sum * growth[:, None]
+        highest = risen
+    return weight, attended
+
+
 @triton.jit(do_not_specialize=["block_table", "seq_lens", "order", "window", "table_stride"])
 def _decode_kernel(
     query, key_cache, value_cache, block_table, seq_lens, order, out, partials, stats, arrivals,
@@ -43,64 +96,31 @@ def _decode_kernel(
     num_spans = tl.maximum(tl.cdiv(length - first, size), 1)
     if span >= num_spans:
         return
-    group = tl.arange(0, GROUP_BLOCK)
-    dim = tl.arange(0, DIM_BLOCK)
+    group, dim = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
     heads = kv_head * GROUP + group
     of_group = (group[:, None] < GROUP) & (dim[None, :] < DIM)
     row = sequence.to(tl.int64)
-    q = tl.load(
-        query + row * query_stride + heads[:, None] * DIM + dim[None, :], mask=of_group, other=0.0
-    )
-    highest = tl.full((GROUP_BLOCK,), -1e30, tl.float32)
-    weight = tl.zeros((GROUP_BLOCK,), tl.float32)
-    attended = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
+    place = query + row * query_stride + heads[:, None] * DIM + dim[None, :]
+    q = tl.load(place, mask=of_group, other=0.0)
     start = first + span * size
-    end = tl.minimum(start + size, length)
-    for at in range(start, end, KEYS):
-        key = at + tl.arange(0, KEYS)
-        seen = key < end
-        block = tl.load(block_table + row * table_stride + key // BLOCK_SIZE, mask=seen, other=0)
-        slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * slot_stride
-        place = slot[:, None] + kv_head * head_stride + dim[None, :]
-        readable = seen[:, None] & (dim[None, :] < DIM)
-        k = tl.load(key_cache + place, mask=readable, other=0.0)
-        v = tl.load(value_cache + place, mask=readable, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        score = tl.where(seen[None, :], score, -1e30)
-        risen = tl.maximum(highest, tl.max(score, axis=1))
-        decay = tl.exp2(highest - risen)
-        probability = tl.exp2(score - risen[:, None])
-        weight = weight * decay + tl.sum(probability, axis=1)
-        attended = attended * decay[:, None]
-        attended = tl.dot(probability.to(v.dtype), v, attended, input_precision="ieee")
-        highest = risen
+    highest, weight, attended = _attend(
+        q, key_cache, value_cache, block_table + row * table_stride,
+        start, tl.minimum(start + size, length), kv_head * head_stride, scale, slot_stride,
+        BLOCK_SIZE, GROUP_BLOCK, DIM, DIM_BLOCK, KEYS,
+    )  # fmt: skip
+    if num_spans > 1:
+        pair = sequence * num_kv + kv_head
+        first_span = (pair * max_spans).to(tl.int64)
+        mine = (first_span + span) * GROUP_BLOCK
+        tl.store(partials + (mine + group[:, None]) * DIM_BLOCK + dim[None, :], attended)
+        tl.store(stats + mine * 2 + group, highest)
+        tl.store(stats + mine * 2 + GROUP_BLOCK + group, weight)
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") < num_spans - 1:
+            return
+        tl.store(arrivals + pair, 0)
+        weight, attended = _join(partials, stats, first_span, num_spans, GROUP_BLOCK, DIM_BLOCK)
     place = out + (row * num_kv * GROUP + heads[:, None]) * DIM + dim[None, :]
-    if num_spans == 1:
-        tl.store(place, attended / weight[:, None], mask=of_group)
-        return
-    pair = sequence * num_kv + kv_head
-    tile = group[:, None] * DIM_BLOCK + dim[None, :]
-    mine = (pair * max_spans + span).to(tl.int64) * GROUP_BLOCK
-    tl.store(partials + mine * DIM_BLOCK + tile, attended)
-    tl.store(stats + mine * 2 + group, highest)
-    tl.store(stats + mine * 2 + GROUP_BLOCK + group, weight)
-    tl.debug_barrier()
-    if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") < num_spans - 1:
-        return
-    tl.store(arrivals + pair, 0)
-    highest = tl.full((GROUP_BLOCK,), -1e30, tl.float32)
-    weight = tl.zeros((GROUP_BLOCK,), tl.float32)
-    attended = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
-    for other in range(num_spans):
-        theirs = (pair * max_spans + other).to(tl.int64) * GROUP_BLOCK
-        their_highest = tl.load(stats + theirs * 2 + group, cache_modifier=".cg")
-        their_weight = tl.load(stats + theirs * 2 + GROUP_BLOCK + group, cache_modifier=".cg")
-        their_sum = tl.load(partials + theirs * DIM_BLOCK + tile, cache_modifier=".cg")
-        risen = tl.maximum(highest, their_highest)
-        decay, growth = tl.exp2(highest - risen), tl.exp2(their_highest - risen)
-        weight = weight * decay + their_weight * growth
-        attended = attended * decay[:, None] + their_sum * growth[:, None]
-        highest = risen
     tl.store(place, attended / weight[:, None], mask=of_group)
 
 

@@ -14,9 +14,9 @@ from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 
 DEFAULT_CPU_CACHE_BYTES = 2 * 2**30
-GRAPH_BYTES = 256 * 2**20
-"""Left free for CUDA graphs, which are captured after the cache is allocated: their nodes, and what
-the largest of them computes."""
+RESERVE_BYTES = 512 * 2**20
+"""Left free for what comes after the cache is allocated: CUDA graphs (their nodes, and what the
+largest of them computes), and the logits of prompt tokens when somebody asks for them."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -103,5 +103,4 @@ def _cache_bytes(config: EngineConfig, device: torch.device) -> int:
     if device.type == "cpu":
         return DEFAULT_CPU_CACHE_BYTES
     free, total = torch.cuda.mem_get_info(device)
-    graphs = 0 if config.enforce_eager else GRAPH_BYTES
-    return max(0, int(total * config.gpu_memory_utilization) - (total - free) - graphs)
+    return max(0, int(total * config.gpu_memory_utilization) - (total - free) - RESERVE_BYTES)

@@ -233,7 +233,7 @@ def test_without_flash_attn_its_part_is_skipped_with_a_sentence(probe, no_flash_
 
 def test_products():
     bench = ToyBench()
-    found = list(products.measure(bench, SHAPES, copy_bytes=1 << 12, rows=(1, 64)))
+    found = list(products.measure(bench, SHAPES, copy_bytes=1 << 12, rows=(1, 128)))
     assert found[0]["method"] == "copy" and found[0]["gb_s"] == 8.2
     assert [(r["method"], r["shape"]["weight"], r["shape"]["rows"]) for r in found[1:]] == [
         (method, weight, rows)
@@ -243,9 +243,9 @@ def test_products():
             ("gate_up", "linear"),
             ("down", "addmm_"),
         )
-        for method, rows in ((cublas, 1), ("skinny_linear", 1), (cublas, 64))
+        for method, rows in ((cublas, 1), ("skinny_linear", 1), (cublas, 128))
     ]
-    moved = 2 * (32 * 48 + 64 * (48 + 32 + 32))
+    moved = 2 * (32 * 48 + 128 * (48 + 32 + 32))
     assert found[-1]["gb_s"] == round(moved / found[-1]["microseconds"] / 1e3, 1)
     linear, skinny = bench.outputs[1], bench.outputs[2]
     for one, other in zip(linear, skinny, strict=True):
