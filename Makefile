@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow bench bench-gpu clean
+.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow bench bench-gpu bench-serving clean
 
 # Interpreter that .venv is made with; unset, the first of these that is 3.11 or 3.12.
 RIGHT_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -90,6 +90,9 @@ SHAPE ?= qwen2.5-7b
 bench-gpu: install ## Measure offline speed on this GPU, and decode steps beside the roofline
 	$(PY) -m benchmarks.offline run --suite gpu --model $(SHAPE)
 	$(PY) -m benchmarks.sweep run --model $(SHAPE)
+
+bench-serving: install ## Measure the serve plane on this CPU with a fake engine: 128 streams of 40 tok/s
+	$(PY) -m benchmarks.serving run --fake step-ms=25 --clients 128 --requests 640
 
 clean: ## Remove what these targets made
 	@[ ! -e $(VENV)/.by-make ] || rm -rf $(VENV)
