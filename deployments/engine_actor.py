@@ -192,7 +192,7 @@ class EngineActor:
         await asyncio.to_thread(self._loop.stop)
 
     def _spread(self, item: Submission) -> None:
-        """Let the other ingress replicas know what this engine's cache will hold."""
+        """Let the other ingress replicas know of a request, and what the cache will hold."""
         for subscriber_id, subscriber in self._subscribers.items():
             if subscriber_id != item.subscriber_id:
                 subscriber.heard.append(item.blocks)

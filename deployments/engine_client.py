@@ -58,7 +58,7 @@ class EngineClient:
         """Send requests off; to be used as a context manager, whose end aborts what still runs."""
         return Generation(self, requests)
 
-    def blocks_of(self, requests: Iterable[EngineRequest]) -> list[list[bytes]]:
+    def blocks_of(self, requests: Sequence[EngineRequest]) -> list[list[bytes]]:
         """The blocks of each request; the `n` completions of a prompt share theirs."""
         known: dict[int, list[bytes]] = {}
         for request in requests if self.prefix_caching else ():

@@ -11,6 +11,8 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
 from deployments import load_table, routing
+from deployments.app import build
+from deployments.config import AppArgs
 from deployments.load_table import LoadTable
 from deployments.placement import Booking
 from deployments.routing import EngineRouter
@@ -42,8 +44,8 @@ def make_router(**limits: int) -> EngineRouter:
     return router
 
 
-async def place(router: EngineRouter, request_id: str, **more: Any) -> str:
-    pending = SimpleNamespace(kwargs={}, args=[b"", Booking(request_id, 10)])
+async def place(router: EngineRouter, request_id: str, blocks=(), **more: Any) -> str:
+    pending = SimpleNamespace(kwargs={}, args=[b"", Booking(request_id, 600, blocks)])
     replica = await router._choose_replica_for_request(pending, **more)
     return replica.replica_id.unique_id
 
@@ -108,3 +110,15 @@ async def test_request_that_leaves_the_line_holds_up_nobody(table):
     left.cancel()
     table.release("r")
     assert await stays == "a"
+
+
+@pytest.mark.parametrize(("margin", "expected"), [(0.25, "a"), (0.0, "b")])
+async def test_deployment_sets_how_far_a_cache_attracts(table, margin, expected):
+    options = AppArgs(**{"deployment.cache_affinity_margin": margin})
+    (engine,) = build(options)._bound_deployment.init_args[1].values()
+    config = engine._bound_deployment._deployment_config.request_router_config
+    router = make_router(a=64, b=64)
+    router.initialize_state(**config.request_router_kwargs)
+    table.report("a", EngineLoad(num_running=1), heard=[[b"1"]] * 18)
+    table.report("b", EngineLoad())
+    assert await place(router, "r", [b"1"]) == expected
