@@ -1,17 +1,26 @@
 """A streaming HTTP client that costs little: it notes what bytes came when, and reads them later.
 
-General clients spend more on a token than the server that is to be measured; on a small machine
-they would take the CPU away from it.
+General clients, and asyncio's own transports, spend more on a token than a good server does; on a
+small machine they would take the CPU away from what is measured. So one thread does nothing but
+receive, and an event loop is only told of the ends of answers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import select
+import socket
+import threading
 import time
 from dataclasses import dataclass, field
 
 _LAST_CHUNK = b"0\r\n\r\n"
 """End of a chunked body without trailers (RFC 9112, 7.1)."""
+_LOST = "the connection was lost"
+_RECEIVE_BYTES = 65536
+_LOOK_AROUND_S = 0.1
+"""How often an idle receiver looks whether it should end."""
 
 
 @dataclass(slots=True)
@@ -27,11 +36,50 @@ class Exchange:
     """What kept the answer from being complete."""
 
 
-class Connection(asyncio.Protocol):
-    """A connection that is kept, with one exchange at a time."""
+class Receiver:
+    """Receives for all connections, in a thread of its own, as long as it is entered."""
 
     def __init__(self) -> None:
-        self._transport: asyncio.Transport | None = None
+        self._epoll = select.epoll()
+        self._connections: dict[int, Connection] = {}
+        self._thread = threading.Thread(target=self._run, name="receiver", daemon=True)
+        self._ended = False
+
+    def __enter__(self) -> Receiver:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        self._thread.join()
+        for connection in self._connections.values():
+            connection.socket.close()
+        self._epoll.close()
+
+    def add(self, connection: Connection) -> None:
+        """Receive what comes there from now on, until it is lost."""
+        self._connections[connection.socket.fileno()] = connection
+        self._epoll.register(connection.socket.fileno(), select.EPOLLIN)
+
+    def _run(self) -> None:
+        while not self._ended:
+            for number, _ in self._epoll.poll(_LOOK_AROUND_S):
+                connection = self._connections[number]
+                if not connection.receive():
+                    self._epoll.unregister(number)
+                    del self._connections[number]
+                    connection.socket.close()
+
+
+class Connection:
+    """A connection that is kept, with one exchange at a time. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self.socket = socket.socket()
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.lost = False
+        """Whether no exchange can begin any more."""
         self._exchange = Exchange(0.0)
         self._head = b""
         self._missing: int | None = None
@@ -39,60 +87,69 @@ class Connection(asyncio.Protocol):
         self._done: asyncio.Future[None] | None = None
 
     @classmethod
-    async def open(cls, host: str, port: int) -> Connection:
+    async def open(cls, receiver: Receiver, host: str, port: int) -> Connection:
         """Connect.
 
         Raises:
             OSError: nobody answers there.
         """
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(cls, host, port)
+        connection = cls()
+        try:
+            await asyncio.get_running_loop().sock_connect(connection.socket, (host, port))
+        except OSError:
+            connection.socket.close()
+            raise
+        receiver.add(connection)
         return connection
-
-    @property
-    def usable(self) -> bool:
-        """Whether another exchange can begin."""
-        return self._transport is not None and not self._transport.is_closing()
 
     async def exchange(self, request: bytes, timeout_s: float) -> Exchange:
         """Send a request and wait for the end of its answer; failures are told in the result."""
-        assert self._transport is not None
+        loop = asyncio.get_running_loop()
         exchange = self._exchange = Exchange(time.monotonic())
         self._head, self._missing = b"", -1
-        self._done = asyncio.get_running_loop().create_future()
-        self._transport.write(request)
+        done = self._done = loop.create_future()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._done
+                if not self.lost:
+                    await loop.sock_sendall(self.socket, request)
+                if self.lost:  # perhaps before there was anybody to tell
+                    raise ConnectionError(_LOST)
+                await done
         except TimeoutError:
             exchange.error = f"no end of the answer within {timeout_s:g} s"
-        except ConnectionError as error:
+        except OSError as error:
             exchange.error = str(error)
-        finally:
-            self._done = None
         if exchange.error:
             self.close()
         return exchange
 
     def close(self) -> None:
-        """End the connection."""
-        if self._transport is not None:
-            self._transport.abort()
+        """End the connection; the receiver lets go of it."""
+        if not self.lost:
+            self.lost = True
+            with contextlib.suppress(OSError):  # the other side was faster
+                self.socket.shutdown(socket.SHUT_RDWR)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the event loop."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+    def receive(self) -> bool:
+        """Take what has come; False when the connection is lost. Called by the receiver."""
+        try:
+            data = self.socket.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return True
+        except OSError:
+            data = b""
+        try:
+            if data:
+                self._take(time.monotonic(), data)
+                return True
+            error = _LOST
+        except (IndexError, ValueError):
+            error = f"not an answer in HTTP/1.1: {self._head[:80]!r}"
+        self.lost = True
+        self._end(error)
+        return False
 
-    def connection_lost(self, error: Exception | None) -> None:
-        """Called by the event loop."""
-        self._transport = None
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(ConnectionError(f"the connection was lost: {error}"))
-
-    def data_received(self, data: bytes) -> None:
-        """Called by the event loop with whatever has arrived."""
-        now = time.monotonic()
+    def _take(self, now: float, data: bytes) -> None:
         if self._missing == -1:
             self._head += data
             head, found, data = self._head.partition(b"\r\n\r\n")
@@ -109,15 +166,29 @@ class Connection(asyncio.Protocol):
         else:
             self._missing = max(self._missing - len(data), 0)
             ended = self._missing == 0
-        if ended and self._done is not None and not self._done.done():
-            self._done.set_result(None)
+        if ended:
+            self._end(None)
+
+    def _end(self, error: str | None) -> None:
+        """Wake whoever waits for the answer."""
+        done, self._done = self._done, None
+        if done is not None:
+            done.get_loop().call_soon_threadsafe(_resolve, done, error)
 
     def _read_head(self, head: bytes) -> int | None:
         """Note the status; returns the body's length, or None when it is chunked."""
-        status, *fields = head.decode("latin-1").split("\r\n")
+        status, *lines = head.decode("latin-1").split("\r\n")
         self._exchange.status = int(status.split(" ")[1])
-        values = {
-            name.lower(): value.strip() for name, _, value in (f.partition(":") for f in fields)
-        }
+        pairs = (line.partition(":") for line in lines)
+        values = {name.lower(): value.strip() for name, _, value in pairs}
         self._exchange.chunked = values.get("transfer-encoding", "").lower() == "chunked"
         return None if self._exchange.chunked else int(values.get("content-length", 0))
+
+
+def _resolve(done: asyncio.Future[None], error: str | None) -> None:
+    if done.done():  # it has timed out
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(ConnectionError(error))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from benchmarks.serving.answers import Answer, Run, read_answer
-from benchmarks.serving.client import Connection, Exchange
+from benchmarks.serving.client import Connection, Exchange, Receiver
 from benchmarks.serving.conversations import Conversation
 
 _LEAD_S = 0.2
@@ -84,18 +84,20 @@ async def closed_loop(
     target: Target, conversations: Iterator[Conversation], clients: int, count: int
 ) -> Load:
     """Run `count` conversations with `clients` at a time: whoever is done begins the next."""
-    queue = islice(conversations, count)
-    connections = [await Connection.open(target.host, target.port) for _ in range(clients)]
-    load, ends = Load(time.monotonic()), list[float]()
+    queue, ends = islice(conversations, count), list[float]()
 
-    async def work(connection: Connection) -> None:
+    async def work(client: _Client) -> None:
         for conversation in queue:
-            connection = await _converse(target, connection, conversation, load.sent)
+            await client.converse(conversation)
         ends.append(time.monotonic())
-        connection.close()
 
-    with _NoCollection():
-        await asyncio.gather(*map(work, connections))
+    with Receiver() as receiver, _NoCollection():
+        load = Load(time.monotonic())
+        working = [_Client(target, receiver, load.sent) for _ in range(clients)]
+        for client in working:
+            await client.connect()
+        load.begin = time.monotonic()
+        await asyncio.gather(*map(work, working))
     # The first requests of all clients were sent before any client's second.
     firsts = sorted((each.exchange for each in load.sent), key=lambda each: each.sent)[:clients]
     load.end = max(ends)
@@ -111,15 +113,15 @@ async def open_loop(
 
     A request counts as sent when it was due, even if this process was late.
     """
-    load, idle = Load(time.monotonic() + _LEAD_S), list[Connection]()
+    load, idle = Load(time.monotonic() + _LEAD_S), list[_Client]()
 
     async def work(due: float, conversation: Conversation) -> None:
         await asyncio.sleep(due - time.monotonic())
-        connection = idle.pop() if idle else Connection()
-        connection = await _converse(target, connection, conversation, load.sent, due)
-        idle.append(connection)
+        client = idle.pop() if idle else _Client(target, receiver, load.sent)
+        await client.converse(conversation, due)
+        idle.append(client)
 
-    with _NoCollection():
+    with Receiver() as receiver, _NoCollection():
         await asyncio.gather(
             *(
                 work(load.begin + after, conversation)
@@ -127,39 +129,52 @@ async def open_loop(
             )
         )
     load.end = time.monotonic()
-    for connection in idle:
-        connection.close()
     return load
 
 
-async def _converse(
-    target: Target,
-    connection: Connection,
-    conversation: Conversation,
-    sent: list[Sent],
-    due: float | None = None,
-) -> Connection:
-    """Hold a conversation until its end or an error; returns the connection for the next one."""
-    prompt = conversation.prefix
-    for number, turn in enumerate(conversation.turns, 1):
-        prompt += turn.text
-        request = target.request(prompt, turn.output_tokens)
+class _Client:
+    """Holds one conversation at a time, over one connection as long as it lasts."""
+
+    def __init__(self, target: Target, receiver: Receiver, sent: list[Sent]) -> None:
+        self._target = target
+        self._receiver = receiver
+        self._sent = sent
+        self._connection: Connection | None = None
+
+    async def connect(self) -> Connection:
+        """Open a connection.
+
+        Raises:
+            OSError: nobody answers there.
+        """
+        target = self._target
+        self._connection = await Connection.open(self._receiver, target.host, target.port)
+        return self._connection
+
+    async def converse(self, conversation: Conversation, due: float | None = None) -> None:
+        """Hold a conversation until its end or an error; `due` is when it should have begun."""
+        prompt = conversation.prefix
+        for turn in conversation.turns:
+            prompt += turn.text
+            exchange = await self._exchange(self._target.request(prompt, turn.output_tokens))
+            if due is not None and turn is conversation.turns[0]:
+                exchange.sent = due
+            latest = Sent(prompt, turn.output_tokens, exchange)
+            self._sent.append(latest)
+            if turn is not conversation.turns[-1]:
+                answer = latest.read()
+                if answer.error is not None:
+                    return
+                prompt += answer.text
+
+    async def _exchange(self, request: bytes) -> Exchange:
+        connection = self._connection
         try:
-            if not connection.usable:
-                connection = await Connection.open(target.host, target.port)
-            exchange = await connection.exchange(request, target.timeout_s)
+            if connection is None or connection.lost:
+                connection = await self.connect()
         except OSError as error:
-            exchange = Exchange(time.monotonic(), error=f"cannot connect: {error}")
-        if due is not None and number == 1:
-            exchange.sent = due
-        latest = Sent(prompt, turn.output_tokens, exchange)
-        sent.append(latest)
-        if number < len(conversation.turns):
-            answer = latest.read()
-            if answer.error is not None:
-                break
-            prompt += answer.text
-    return connection
+            return Exchange(time.monotonic(), error=f"cannot connect: {error}")
+        return await connection.exchange(request, self._target.timeout_s)
 
 
 class _NoCollection:

@@ -6,15 +6,15 @@ import pytest
 
 from benchmarks.serving.answers import events as split_events
 from benchmarks.serving.answers import read_answer
-from benchmarks.serving.client import Connection, Exchange
+from benchmarks.serving.client import Connection, Exchange, Receiver
 from tests.benchmarks.stub_server import HEAD, answer, chunk, echoing, events, serve
 
 
 async def ask(handler, timeout_s: float = 5.0):
     async with serve(handler) as target:
-        connection = await Connection.open(target.host, target.port)
-        exchange = await connection.exchange(target.request(" a b", 2), timeout_s)
-        connection.close()
+        with Receiver() as receiver:
+            connection = await Connection.open(receiver, target.host, target.port)
+            exchange = await connection.exchange(target.request(" a b", 2), timeout_s)
         return read_answer(" a b", 2, exchange)
 
 
@@ -57,11 +57,11 @@ async def test_a_connection_is_used_again():
         await echoing(body, writer)
 
     async with serve(note) as target:
-        connection = await Connection.open(target.host, target.port)
-        for _ in range(3):
-            exchange = await connection.exchange(target.request(" a", 1), 5.0)
-            assert read_answer(" a", 1, exchange).text == " a"
-        connection.close()
+        with Receiver() as receiver:
+            connection = await Connection.open(receiver, target.host, target.port)
+            for _ in range(3):
+                exchange = await connection.exchange(target.request(" a", 1), 5.0)
+                assert read_answer(" a", 1, exchange).text == " a"
     assert len(ports) == 3 and len(set(ports)) == 1
 
 
@@ -80,11 +80,34 @@ async def test_a_lost_connection_is_an_error():
     assert "connection was lost" in (await ask(leave)).error
 
 
+async def test_a_connection_that_was_lost_is_told_of():
+    async def leave(body, writer):
+        await echoing(body, writer)
+        writer.close()
+
+    async with serve(leave) as target:
+        with Receiver() as receiver:
+            connection = await Connection.open(receiver, target.host, target.port)
+            await connection.exchange(target.request(" a", 1), 5.0)
+            async with asyncio.timeout(5):
+                while not connection.lost:
+                    await asyncio.sleep(0.001)
+            exchange = await connection.exchange(target.request(" a", 1), 5.0)
+            assert "lost" in exchange.error
+
+
 async def test_a_stream_that_ends_early_is_an_error():
     async def stop(body, writer):
         writer.write(HEAD + chunk(events([" a"], 1)[0]) + b"0\r\n\r\n")
 
     assert "before [DONE]" in (await ask(stop)).error
+
+
+async def test_what_is_no_http_is_an_error():
+    async def babble(body, writer):
+        writer.write(b"SSH-2.0\r\n\r\n")
+
+    assert "not an answer in HTTP/1.1" in (await ask(babble)).error
 
 
 async def test_an_error_event_is_an_error():
