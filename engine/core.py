@@ -113,7 +113,8 @@ class EngineCore:
             return []
         arrived = time.perf_counter()
         deltas = self.scheduler.update(step.plan, result)
-        self._failed_in_a_row = 0
+        if result.token_ids:  # a step that samples nothing may not have run yet
+            self._failed_in_a_row = 0
         if self.runner.profiling:
             self._book(step, arrived - launched, time.perf_counter() - arrived)
         return deltas

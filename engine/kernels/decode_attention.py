@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.launch import num_processors, overlaps_launches
+from engine.kernels.launch import num_processors, overlaps_launches, shared_memory
 
 _MIN_SPAN = 128
 """Fewest keys worth a program of their own."""
@@ -181,11 +181,7 @@ def _num_spans(pairs: int, max_len: int, device: torch.device) -> int:
 @cache
 def _tile(row_bytes: int, device: torch.device) -> tuple[int, int]:
     """Keys in a step of the loop and steps in flight: 32 KiB of keys a step, and as many values."""
-    if device.type != "cuda":
-        return 128, 1
-    index = torch.cuda.current_device() if device.index is None else device.index
-    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return 2**15 // row_bytes, min(3, shared // 2**16)
+    return 2**15 // row_bytes, min(3, shared_memory(device) // 2**16)
 
 
 @cache

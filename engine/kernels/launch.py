@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import triton
 
 
 @cache
@@ -15,6 +16,16 @@ def overlaps_launches(device: torch.device) -> bool:
     Hopper on. A kernel launched so must call `gdc_wait` before it touches what others wrote.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; some in Triton's interpreter."""
+    if device.type != "cuda":
+        return 1 << 16
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return int(properties["max_shared_mem"])
 
 
 @cache

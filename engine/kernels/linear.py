@@ -1,9 +1,8 @@
-"""Products of few rows with a weight matrix: as fast as the weight can be read.
+"""Products of few rows with a weight matrix, bound by the time it takes to read the weight.
 
-cuBLAS reads a weight at 60 to 88 % of the memory's speed when there are up to 64 rows; this kernel
-at 90 % and more. Each program multiplies a band of the weight's rows, and where there are too few
-bands for the GPU, splits of the sum share one: whichever ends last adds them up, always in the same
-order ("stream-K" without atomics on the sums; Osama et al. 2023, arXiv:2301.03598).
+Each program multiplies a band of the weight's rows, and where there are too few bands for the GPU,
+splits of the sum share one: whichever ends last adds them up, always in the same order ("stream-K"
+without atomics on the sums; Osama et al. 2023, arXiv:2301.03598).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.launch import num_processors, overlaps_launches
+from engine.kernels.launch import num_processors, overlaps_launches, shared_memory
 
 MAX_ROWS = 64
 """Most rows of x."""
@@ -23,7 +22,7 @@ MAX_ROWS = 64
 _BAND = 64
 """Rows of the weight in a program."""
 _SPLIT_BELOW = 0.45
-"""Programs a multiprocessor below which bands are split: one of two can read at full speed."""
+"""Programs a multiprocessor below which bands are split."""
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -109,7 +108,7 @@ def skinny_linear(
 
 
 def gainful_rows(out_features: int) -> int:
-    """Rows up to which the kernel is faster than cuBLAS, as measured on an H200.
+    """Rows up to which the kernel is used; above, cuBLAS is as fast or faster on an H200.
 
     cuBLAS, too, splits the sums where outputs are few, and adds them up in a launch of its own.
     """
@@ -118,9 +117,9 @@ def gainful_rows(out_features: int) -> int:
 
 @cache
 def _plan(bands: int, k: int, rows: int, device: torch.device) -> tuple[int, int, int]:
-    """Columns of the weight in a step of the loop, steps in flight, and splits; as measured.
+    """Columns of the weight in a step of the loop, steps in flight, and splits.
 
-    Where bands are few, each must have much in flight.
+    Where bands are few, each must have much in flight, as far as shared memory goes.
     """
     processors, splits = num_processors(device), 1
     depth, stages = 128, 5 if rows == MAX_ROWS else 4
@@ -128,6 +127,7 @@ def _plan(bands: int, k: int, rows: int, device: torch.device) -> tuple[int, int
         depth, stages = 256, 3
     while bands * splits < _SPLIT_BELOW * processors and splits < 8 and k > 2 * splits * depth:
         splits *= 2
+    stages = min(stages, shared_memory(device) // (2 * depth * (_BAND + rows)))
     return depth, stages, splits
 
 

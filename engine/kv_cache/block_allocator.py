@@ -16,7 +16,7 @@ class BlockAllocator:
 
     A block is named as soon as the step that computes its last token is planned. Requests of the
     same step may hit it, which rests on a step writing all its keys before it attends
-    (`AttentionBackend.forward`) and on steps executing in order.
+    (`AttentionBackend`) and on steps executing in order.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_caching: bool) -> None:

@@ -42,12 +42,13 @@ class Linear(nn.Module):
         self.weight = torch.empty(total, in_features, dtype=dtype, device=device)
         self.bias = torch.empty(total, dtype=dtype, device=device) if bias else None
         self._packed = False
+        self._gainful_rows: Callable[[int], int] | None = None
         self._skinny_rows = 0
         """Most rows for which the kernel for few rows is used."""
         if device.type == "cuda" and dtype != torch.float32:
             from engine.kernels import linear
 
-            self._skinny, self._skinny_rows = linear.skinny_linear, linear.gainful_rows(total)
+            self._skinny, self._gainful_rows = linear.skinny_linear, linear.gainful_rows
 
     def slots(self, *names: str) -> dict[str, torch.Tensor]:
         """Views of the merged parameters by checkpoint name, one name for each output."""
@@ -77,7 +78,10 @@ class Linear(nn.Module):
                 yield partial(self.forward, x)
 
     def finalize(self) -> None:
-        """Pack the weight where the device gains by it; it can then no longer be read."""
+        """Choose kernels for the weight, and pack it where the device gains by it: it can then no
+        longer be read."""
+        if self._gainful_rows is not None:
+            self._skinny_rows = self._gainful_rows(len(self.weight))
         if (packed := _pack(self.weight)) is not None:
             self.weight, self._packed = packed, True
 

@@ -32,8 +32,11 @@ class RotaryEmbedding(nn.Module):
         angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
         cos, sin = angles.cos() * factor, angles.sin() * factor
         self._half = frequencies.numel()
-        self.table = torch.cat((cos, sin), dim=-1).to(device) if device.type == "cuda" else None
+        self.table: torch.Tensor | None = None
         """Cosines and sines for the fused kernel, float32 [positions, head_dim]; None on CPU."""
+        if device.type == "cuda":
+            self.table = torch.cat((cos, sin), dim=-1).to(device)
+            return
         self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype)
         self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
 

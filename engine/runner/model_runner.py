@@ -133,6 +133,9 @@ class ModelRunner:
         self.batch.store_sampled(inputs, output.token_ids)
         if not self._cuda:
             return PendingStep(output, scored, output.token_ids, None)
+        # Fetched later, they would queue behind the step that is launched in between.
+        if output.logprobs is not None:
+            output.logprobs = output.logprobs.to_pinned()
         tokens = torch.empty(len(output.token_ids), dtype=torch.int64, pin_memory=True)
         tokens.copy_(output.token_ids, non_blocking=True)
         return PendingStep(output, scored, tokens, self._event())
@@ -150,6 +153,8 @@ class ModelRunner:
                 ]
                 pieces = self._score(hidden[offset:], targets, asked.params.prompt_logprobs or 0)
                 scored[row] = [entry for piece in pieces for entry in piece]
+                if start + count >= asked.num_prompt_tokens:
+                    del self._scored_prompts[row]
             offset += count
         return scored
 

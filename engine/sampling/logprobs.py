@@ -23,6 +23,10 @@ class LogprobTensors:
     ranks: torch.Tensor
     """int64 [positions]."""
 
+    def to_pinned(self) -> LogprobTensors:
+        """Copies in pinned host memory, complete once the device has come so far."""
+        return LogprobTensors(*map(_to_pinned, (self.token_ids, self.logprobs, self.ranks)))
+
     def to_host(self, num_top: list[int]) -> list[TokenLogprobs]:
         """Fetch them, with `num_top[i]` alternatives at position i. Waits for the device."""
         columns = zip(
@@ -36,6 +40,11 @@ class LogprobTensors:
             TokenLogprobs(ids[: 1 + count], logprobs[: 1 + count], rank)
             for ids, logprobs, rank, count in columns
         ]
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> LogprobTensors:

@@ -50,4 +50,5 @@ def _sample_once(
     sampler = Sampler(1, vocab_size, device)
     sampler.add_row(NewRow(0, "warm-up", params, [0], 1))
     logits = torch.zeros((rows, vocab_size), dtype=logits_dtype, device=device)
+    # One row several times, unlike a real batch: what it holds does not matter.
     sampler.sample(logits, Batch([0] * rows, [1] * rows, device))

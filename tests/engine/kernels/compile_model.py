@@ -17,7 +17,7 @@ from engine.kernels.norm import rms_norm
 from engine.kernels.rotary_cache import rotate_and_store
 from engine.kernels.tokens import take_tokens
 from tests.engine.kernels.compile_only import AbsentGPU
-from tests.engine.kernels.test_compile_model import SHARED_MEMORY
+from tests.engine.kernels.test_compile_model import PROCESSORS, SHARED_MEMORY
 from tests.engine.paging import RandomStep
 
 HALF = torch.bfloat16
@@ -46,8 +46,9 @@ def choose_as_on(capability):
     """Kernels are called with tensors on the CPU; let them be launched as on the GPU."""
     for module in (activation, decode_attention, linear, norm, rotary_cache):
         module.overlaps_launches = lambda device: capability >= 90
-    tile, gpu = decode_attention._tile, torch.device("cuda", 0)
-    decode_attention._tile = lambda row_bytes, device: tile(row_bytes, gpu)
+    for module in (decode_attention, linear):
+        module.shared_memory = lambda device: SHARED_MEMORY[capability]
+        module.num_processors = lambda device: PROCESSORS[capability]
 
 
 def compile_layer_kernels():
@@ -55,7 +56,7 @@ def compile_layer_kernels():
     take_tokens(numbers, numbers, numbers)
     rms_norm(torch.zeros(2, HIDDEN, dtype=HALF), torch.zeros(HIDDEN, dtype=HALF), 1e-6)
     silu_mul(torch.zeros(2, 2 * INNER, dtype=HALF))
-    for rows in (1, 32):
+    for rows in (1, 32, 64):
         x, residual = torch.zeros(rows, HIDDEN, dtype=HALF), torch.zeros(rows, 512, dtype=HALF)
         for outputs in (64, 512):
             weight = torch.zeros(outputs, HIDDEN, dtype=HALF)
