@@ -30,7 +30,8 @@ class Exchange:
     sent: float
     status: int = 0
     chunked: bool = False
-    pieces: list[tuple[float, bytes]] = field(default_factory=list)
+    # Not shown: asyncio.run makes a text of its result, to compare signal handlers.
+    pieces: list[tuple[float, bytes]] = field(default_factory=list, repr=False)
     """Of the body, as it was transferred."""
     error: str | None = None
     """What kept the answer from being complete."""
