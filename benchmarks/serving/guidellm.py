@@ -1,4 +1,4 @@
-"""The same load by GuideLLM, a load generator of the vLLM project, written against release 0.8.
+"""A closed loop by GuideLLM, a load generator of the vLLM project, written against release 0.8.
 
 It lives in an environment of its own and runs as a program. It needs no network and no tokenizer:
 it gets the conversations as a file, and lengths from the server's `usage`.
@@ -25,11 +25,11 @@ def run_guidellm(
     program: str,
     target: Target,
     conversations: Iterator[Conversation],
-    profile: str,
+    clients: int,
     count: int,
     folder: Path,
 ) -> Run:
-    """Run `count` conversations and read GuideLLM's report.
+    """Run `count` conversations, `clients` at a time, and read GuideLLM's report.
 
     It reports the first and the last token of each request; `itl` are means over requests.
 
@@ -37,7 +37,7 @@ def run_guidellm(
         program: how to call it, such as `guidellm` or `/path/to/python -m guidellm`.
         target: the server.
         conversations: to take from.
-        profile: GuideLLM's name and settings of the kind of load.
+        clients: conversations at a time.
         count: conversations to run.
         folder: for its files.
 
@@ -45,8 +45,10 @@ def run_guidellm(
         RuntimeError: it failed.
     """
     data, report = folder / "conversations.json", folder / "report.json"
-    data.write_text(json.dumps([_row(each) for each in islice(conversations, count)]))
-    command = _command(program, target, profile, count, data, report)
+    drawn = list(islice(conversations, count))
+    data.write_text(json.dumps([_row(each) for each in drawn]))
+    requests = sum(len(each.turns) for each in drawn)
+    command = _command(program, target, clients, requests, data, report)
     # Its clock is the wall's.
     offset = time.monotonic() - time.time()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -68,15 +70,15 @@ def _row(conversation: Conversation) -> dict[str, Any]:
 
 
 def _command(
-    program: str, target: Target, profile: str, count: int, data: Path, report: Path
+    program: str, target: Target, clients: int, requests: int, data: Path, report: Path
 ) -> list[str]:
     url = f"http://{target.host}:{target.port}"
     return [
         *shlex.split(program),
         "run",
         f"--backend=kind=openai_http,target={url},model={target.model},request_format={target.path}",
-        f"--profile={profile}",
-        f"--constraint=kind=max_requests,count={count}",
+        f"--profile=kind=concurrent,streams={clients}",
+        f"--constraint=kind=max_requests,count={requests}",
         f"--data=kind=json_file,path={data}",
         f"--output=kind=json,path={report}",
         "--disable-progress",

@@ -103,14 +103,14 @@ def _drive(
 ) -> Run | Load:
     """Put a load on the server with the driver of choice."""
     if options.driver == "guidellm":
-        if options.burst != 1:
-            raise ValueError("GuideLLM has no bursts; leave --burst out, or take --driver own")
-        closed, opened = f"kind=concurrent,streams={level}", f"kind=poisson,rate={level}"
-        profile = opened if options.rate else closed
-        with tempfile.TemporaryDirectory() as folder:
-            return run_guidellm(
-                options.guidellm, target, conversations, profile, count, Path(folder)
+        if options.rate:
+            raise ValueError(
+                "GuideLLM 0.8 is late with the first arrivals of an open loop and then sends them "
+                "all at once; take --driver own, or --clients"
             )
+        program, clients = options.guidellm, int(level)
+        with tempfile.TemporaryDirectory() as folder:
+            return run_guidellm(program, target, conversations, clients, count, Path(folder))
     if options.rate:
         times = arrivals(level, options.burst, options.seed)
         return asyncio.run(open_loop(target, conversations, times, count))

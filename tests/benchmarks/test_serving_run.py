@@ -81,6 +81,11 @@ def test_requests_must_fit_the_loads(tmp_path):
         run(target, tmp_path, "--clients", "1", "2", "3", "--requests", "4", "6")
 
 
+def test_guidellm_has_no_open_loop(tmp_path):
+    with served() as target, pytest.raises(SystemExit, match="--driver own"):
+        run(target, tmp_path, "--rate", "5", "--driver", "guidellm")
+
+
 def test_a_target_must_be_a_url():
     with pytest.raises(SystemExit, match="--target"):
         main(["run", "--target", "localhost:8000", "--model", "m"])
@@ -123,7 +128,7 @@ def test_guidellm_gets_the_conversations_and_its_report_is_read(tmp_path):
         f"{sys.executable} {program}",
         Target("127.0.0.1", 1, "m"),
         Mix((2, 2), (2, 2), prefix_tokens=1).draw(0),
-        "kind=concurrent,streams=2",
+        2,
         2,
         tmp_path,
     )
@@ -140,7 +145,7 @@ def test_guidellm_gets_the_conversations_and_its_report_is_read(tmp_path):
 def test_guidellm_gets_a_column_for_each_turn(tmp_path):
     conversation = Conversation(" x", [Turn(" a", 3), Turn(" b", 4)])
     with pytest.raises(RuntimeError, match="GuideLLM failed"):
-        run_guidellm("false", Target("h", 1, "m"), iter([conversation]), "p", 1, tmp_path)
+        run_guidellm("false", Target("h", 1, "m"), iter([conversation]), 1, 1, tmp_path)
     assert json.loads((tmp_path / "conversations.json").read_text()) == [
         {
             "prompt_0": " x a",
