@@ -7,61 +7,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a peer's interpreter has no engine
+    from engine import StepRecord
 
 HOST_PHASES = ("schedule", "prepare", "launch", "wait", "update")
 """Parts of a step on the host, in order; `wait` is for the device."""
-
-
-class StepRecord(Protocol):
-    """One step of a profiled run; `LLM.stop_profile` returns such records.
-
-    Times are in seconds. Those of the device are None where it does not tell them.
-    """
-
-    @property
-    def rows(self) -> int:
-        """Requests in the step."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens computed."""
-
-    @property
-    def context_tokens(self) -> int:
-        """Keys attended to, over all rows."""
-
-    @property
-    def decode(self) -> bool:
-        """Whether every row computes one token."""
-
-    @property
-    def schedule_s(self) -> float:
-        """Choosing what to compute."""
-
-    @property
-    def prepare_s(self) -> float:
-        """Building the step's inputs."""
-
-    @property
-    def launch_s(self) -> float:
-        """Handing the work to the device."""
-
-    @property
-    def wait_s(self) -> float:
-        """Waiting for the device."""
-
-    @property
-    def update_s(self) -> float:
-        """Booking the new tokens."""
-
-    @property
-    def device_s(self) -> float | None:
-        """The device's own time for the step."""
-
-    @property
-    def idle_s(self) -> float | None:
-        """Time that the device had no work between the step before and this one."""
 
 
 def step_seconds(step: StepRecord) -> float:

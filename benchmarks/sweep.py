@@ -31,9 +31,9 @@ from benchmarks.machine import (
 )
 from benchmarks.models import find_model, find_shape, read_vocab_size
 from benchmarks.roofline import Ceilings, Shape
-from benchmarks.step_profile import StepRecord, host_seconds, period_seconds, step_seconds
+from benchmarks.step_profile import host_seconds, period_seconds, step_seconds
 from benchmarks.workloads import FIRST_TOKEN
-from engine import LLM, SamplingParams
+from engine import LLM, SamplingParams, StepRecord
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ROOM = 256

@@ -7,10 +7,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.step_profile import StepRecord
 from benchmarks.workloads import Requests
+
+if TYPE_CHECKING:  # a peer's interpreter has no engine
+    from engine import StepRecord
 
 ENGINES: dict[str, str] = {
     "trunkline": "benchmarks.engines.trunkline:Trunkline",

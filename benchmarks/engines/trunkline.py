@@ -8,9 +8,8 @@ from typing import Any
 
 from benchmarks.engines import Engine, RequestTimes
 from benchmarks.models import find_shape, read_vocab_size
-from benchmarks.step_profile import StepRecord
 from benchmarks.workloads import Requests
-from engine import LLM, SamplingParams
+from engine import LLM, SamplingParams, StepRecord
 
 
 class Trunkline(Engine):
@@ -65,11 +64,8 @@ class Trunkline(Engine):
         return results
 
 
-def _times(results: list[Any]) -> list[RequestTimes] | None:
-    metrics: list[Any] = [getattr(result, "metrics", None) for result in results]
-    if None in metrics:
-        return None
+def _times(results: list[Any]) -> list[RequestTimes]:
     return [
         RequestTimes(m.first_token_time - m.arrival_time, m.finished_time - m.arrival_time)
-        for m in metrics
+        for m in (result.metrics for result in results)
     ]

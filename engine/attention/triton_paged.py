@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from engine.attention.backend import AttentionBackend, AttentionBatch
+from engine.attention.cuda_paged import CudaPagedAttention, PagedRows
 from engine.kernels.decode_attention import decode_attention
 from engine.kernels.prefill_attention import prefill_attention
 
 
-class TritonAttention(AttentionBackend):
-    """Decode rows and prefill rows by one kernel each, over pages of any size.
+class TritonAttention(CudaPagedAttention):
+    """Decode rows and prefill rows by one kernel each, over pages of any size."""
 
-    Pages of 64 tokens, a tile of the prefill kernel, cost it a fifth less time than smaller ones.
-    """
-
-    block_size = 64
-
-    def kv_cache_shape(
-        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
-    ) -> tuple[int, ...]:
-        """[keys and values, blocks, block size, kv heads, head dim]."""
-        return (2, num_blocks, block_size, num_kv_heads, head_dim)
-
-    def slots(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AttentionBackend.slots`."""
-        return kv_cache[0].flatten(0, 1), kv_cache[1].flatten(0, 1)
-
-    def prepare(self, batch: AttentionBatch) -> AttentionBatch:
-        """The batch itself: the kernels read lengths and tables from its tensors."""
-        return batch
+    block_size = 64  # a tile of the prefill kernel, which then looks up one page for each
 
     def attend(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: AttentionBatch,
+        metadata: PagedRows,
         scale: float,
         sliding_window: int | None = None,
     ) -> torch.Tensor:
@@ -46,22 +29,22 @@ class TritonAttention(AttentionBackend):
             decode_attention(
                 query[:count],
                 caches,
-                metadata.block_table[:count],
-                metadata.device_seq_lens,
+                metadata.decode_table,
+                metadata.decode_lens,
                 metadata.decode_order,
                 metadata.block_size,
                 scale,
                 sliding_window,
                 out[:count],
             )
-        if count < len(metadata.query_lens):
+        if metadata.max_query_len:
             prefill_attention(
                 query[count:],
                 caches,
-                metadata.block_table[count:],
+                metadata.prefill_table,
                 metadata.query_starts,
-                metadata.device_seq_lens[count:],
-                max(metadata.query_lens[count:]),
+                metadata.prefill_lens,
+                metadata.max_query_len,
                 metadata.block_size,
                 scale,
                 sliding_window,

@@ -1,18 +1,18 @@
 """Step records for tests."""
 
-from dataclasses import dataclass
+from functools import partial
 
+from engine import StepRecord
 
-@dataclass
-class Step:
-    rows: int = 2
-    tokens: int = 2
-    context_tokens: int = 20
-    decode: bool = True
-    schedule_s: float = 0.001
-    prepare_s: float = 0.002
-    launch_s: float = 0.003
-    wait_s: float = 0.004
-    update_s: float = 0.005
-    device_s: float | None = None
-    idle_s: float | None = None
+Step = partial(
+    StepRecord,
+    rows=2,
+    tokens=2,
+    context_tokens=20,
+    decode=True,
+    schedule_s=0.001,
+    prepare_s=0.002,
+    launch_s=0.003,
+    wait_s=0.004,
+    update_s=0.005,
+)

@@ -44,9 +44,9 @@ class FakeLLM:
             if rows:
                 self.steps.append(
                     Step(
-                        rows,
-                        rows,
-                        rows * lengths[0],
+                        rows=rows,
+                        tokens=rows,
+                        context_tokens=rows * lengths[0],
                         decode=not fresh,
                         device_s=self.device_s,
                         idle_s=0.001,

@@ -69,14 +69,6 @@ async def test_mailbox_fails_after_what_is_pending():
             await mailbox.take()
 
 
-@pytest.fixture
-async def actor():
-    started = EngineActor(EngineConfig(max_num_seqs=8), partial(FakeCore, step_s=0.001))
-    await started.start()
-    yield started
-    await started.drain()
-
-
 async def submit(actor: EngineActor, subscriber: str, *requests: EngineRequest) -> None:
     await actor.submit(encode([Submission(subscriber, each) for each in requests]))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from functools import partial
 
-import pytest
-
 from deployments import engine_actor
 from deployments.engine_actor import EngineActor
 from deployments.wire import Submission, TrunkMessage, decode_trunk_message, encode
@@ -86,14 +84,6 @@ async def test_refused_and_aborted_requests_do_not_upset_the_count():
     assert reflected == ["long", "a", "b", "c"]
     assert message.load.num_running == 2
     await actor.drain()
-
-
-@pytest.fixture
-async def actor():
-    started = EngineActor(EngineConfig(max_num_seqs=8), partial(FakeCore, step_s=0.001))
-    await started.start()
-    yield started
-    await started.drain()
 
 
 async def test_others_hear_which_blocks_were_sent(actor):
