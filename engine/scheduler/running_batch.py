@@ -22,6 +22,8 @@ class RunningBatch:
     def __init__(self, policy: Policy, max_num_seqs: int, blocks: BlockAllocator) -> None:
         self.requests: list[Request] = []
         """In policy order."""
+        self.done_step = 0
+        """The last step that was done."""
         self._policy = policy
         self._max_num_seqs = max_num_seqs
         self._blocks = blocks
@@ -50,28 +52,29 @@ class RunningBatch:
         request.status = Status.RUNNING
         insort(self.requests, request, key=self._policy.running_key)
 
-    def preempt(self, request: Request, done_step: int) -> None:
-        """Send a request back to compute its tokens again later; `done_step` is the last one done.
+    def preempt(self, request: Request) -> None:
+        """Send a request back to compute its tokens again later.
 
         It keeps its tokens, and those in flight that are still to arrive.
         """
         self.requests.remove(request)
         self._blocks.release(request)
-        self._give_back_row(request, done_step, holder=None)
+        self._give_back_row(request, holder=None)
         request.status = Status.WAITING
         request.num_computed_tokens = 0
         request.num_preemptions += 1
 
-    def drop_finished(self, finished: list[Request], done_step: int) -> None:
+    def drop_finished(self, finished: list[Request]) -> None:
         """Let go of requests whose status became FINISHED."""
         self.requests = [r for r in self.requests if r.status is Status.RUNNING]
         for request in finished:
-            if request.last_step <= done_step:
+            if request.last_step <= self.done_step:
                 self._blocks.release(request)
-            self._give_back_row(request, done_step, holder=request)
+            self._give_back_row(request, holder=request)
 
     def step_done(self, done_step: int) -> None:
         """Take back what only waited for this step."""
+        self.done_step = done_step
         if not self._draining:
             return
         waiting = []
@@ -84,8 +87,8 @@ class RunningBatch:
                 self._blocks.release(holder)
         self._draining = waiting
 
-    def _give_back_row(self, request: Request, done_step: int, holder: Request | None) -> None:
-        if request.last_step <= done_step:
+    def _give_back_row(self, request: Request, holder: Request | None) -> None:
+        if request.last_step <= self.done_step:
             self._free_rows.append(request.row)
         else:
             self._draining.append((request.last_step, request.row, holder))

@@ -13,19 +13,13 @@ from engine.kv_cache.block_pool import InvariantViolation
 from engine.outputs import EngineLoad, TokenDelta
 from engine.request import Request, Status
 from engine.scheduler.delivery import Delivery
+from engine.scheduler.planner import StepPlanner
 from engine.scheduler.policies import build_policy
-from engine.scheduler.preemption import ForcedPreemption, choose_victim
+from engine.scheduler.preemption import ForcedPreemption
 from engine.scheduler.running_batch import RunningBatch
 from engine.scheduler.step_builder import ScheduledStep, StepBuilder
 from engine.scheduler.waiting_queue import WaitingQueue
 from engine.step import StepPlan, StepResult
-
-ADMISSION_HEADROOM = 0.02
-"""Share of the blocks that an admission leaves to the requests that run.
-
-In simulation (100 to 1024 tokens in and out, a pool of 64,000) this takes recomputed tokens from
-30 % to 7 % for 1 % more steps.
-"""
 
 
 class Scheduler:
@@ -69,17 +63,14 @@ class Scheduler:
         self._blocks = BlockAllocator(num_blocks, block_size, config.enable_prefix_caching)
         self._running = RunningBatch(policy, config.max_num_seqs, self._blocks)
         self._waiting = WaitingQueue(policy, clock)
+        self._planner = StepPlanner(config, self._blocks, self._running, self._waiting)
         self._delivery = Delivery(frozenset(eos_token_ids))
         self._forced = ForcedPreemption(config.force_preempt_every)
-        self._headroom = int(num_blocks * ADMISSION_HEADROOM)
-        self._two_phase = config.two_phase
         self._token_budget = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[ScheduledStep] = deque()
         self._last: ScheduledStep | None = None
-        self._done_step = 0
-        self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
 
     @property
     def has_work(self) -> bool:
@@ -116,12 +107,8 @@ class Scheduler:
         step = StepBuilder(self._last.plan.step + 1 if self._last else 1, self._token_budget)
         victim = self._forced.victim(step.plan.step, self._last)
         if victim is not None:
-            self._preempt(victim, step)
-        if self._two_phase:
-            self._schedule_one_phase(step)
-        else:
-            self._schedule_running(self._running.requests.copy(), step)
-            self._admit(step)
+            self._planner.preempt(victim, step)
+        self._planner.fill(step)
         if step.is_empty:
             return step.plan
         self._last = step.build()
@@ -137,7 +124,6 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].plan is not plan:
             raise InvariantViolation(f"step {plan.step} is not the oldest step in flight")
         step = self._in_flight.popleft()
-        self._done_step = plan.step
         self._running.step_done(plan.step)
         deltas, finished = self._delivery.deliver(step, result)
         self._finish(finished)
@@ -166,7 +152,7 @@ class Scheduler:
         self._in_flight.clear()
         self._finish(lost)
         for request in self._running.requests.copy():
-            self._send_back(request)
+            self._planner.send_back(request)
         self._running.clear()
         self._blocks.pool.reset()
         return [_failed(request.request_id, error) for request in lost]
@@ -187,10 +173,10 @@ class Scheduler:
             waiting_tokens=to_prefill,
             free_blocks=pool.num_free_blocks,
             total_blocks=pool.num_usable_blocks,
-            step=self._done_step,
-            num_preemptions=self._num_preemptions,
-            prefix_queries=self._prefix_queries,
-            prefix_hits=self._prefix_hits,
+            step=self._running.done_step,
+            num_preemptions=self._planner.num_preemptions,
+            prefix_queries=self._planner.prefix_queries,
+            prefix_hits=self._planner.prefix_hits,
             block_size=self._blocks.block_size,
         )
 
@@ -209,85 +195,6 @@ class Scheduler:
         if any(r.status is not Status.RUNNING for r in running):
             raise InvariantViolation("a running request has a wrong status")
 
-    def _schedule_one_phase(self, step: StepBuilder) -> None:
-        """Prefill if anything is left to prefill or can be admitted, else decode."""
-        running = self._running.requests
-        self._schedule_running([r for r in running if _is_prefilling(r)], step)
-        self._admit(step)
-        if step.is_empty:
-            self._schedule_running(running.copy(), step)
-
-    def _schedule_running(self, requests: list[Request], step: StepBuilder) -> None:
-        """Give each request, in order, the tokens it lacks, as far as budget and blocks go."""
-        block_size, running = self._blocks.block_size, Status.RUNNING
-        for request in requests:
-            if not step.budget:
-                return
-            num_tokens = len(request.token_ids) + request.num_in_flight
-            if num_tokens >= request.max_total_tokens or request.status is not running:
-                continue  # its last token is in flight, or it was preempted just now
-            start = request.num_computed_tokens
-            count = min(num_tokens - start, step.budget)
-            end = start + count
-            if end > len(request.block_ids) * block_size and not self._grow(request, end, step):
-                continue
-            step.add(request, count)
-            if count > 1:
-                self._blocks.register(request)
-
-    def _grow(self, request: Request, num_tokens: int, step: StepBuilder) -> bool:
-        """Get blocks up to `num_tokens`, by preemption if need be; False if it has to wait."""
-        while (added := self._blocks.grow(request, num_tokens)) is None:
-            if self._running.blocks_are_due:
-                return False
-            running = self._running.requests
-            victim = choose_victim(running[running.index(request) :], self._blocks)
-            self._preempt(victim, step)
-            if victim is request:
-                return False
-        step.add_blocks(request, added)
-        return True
-
-    def _preempt(self, request: Request, step: StepBuilder) -> None:
-        self._send_back(request)
-        step.plan.num_preempted += 1
-
-    def _send_back(self, request: Request) -> None:
-        """Let a running request wait until it is computed anew."""
-        self._running.preempt(request, self._done_step)
-        self._waiting.push(request)
-        self._num_preemptions += 1
-
-    def _admit(self, step: StepBuilder) -> None:
-        """Start waiting requests while budget, rows and blocks last.
-
-        One starts only if all its known tokens fit and those that run have room to grow, and none
-        in a step that preempted: otherwise requests would take turns in throwing each other out.
-        """
-        if step.plan.num_preempted:
-            return
-        while step.budget and self._running.has_free_row:
-            request = self._waiting.peek()
-            if request is None or request.num_in_flight:
-                return  # a preempted one still awaits its token
-            spare = self._headroom if self._running.requests else 0
-            if not self._blocks.admit(request, spare):
-                return
-            self._waiting.discard(request)
-            self._running.start(request)
-            self._count_prefix(request)
-            step.add_new_row(request)
-            missing = len(request.token_ids) - request.num_computed_tokens
-            step.add(request, min(missing, step.budget))
-            self._blocks.register(request)
-
-    def _count_prefix(self, request: Request) -> None:
-        if request.num_preemptions or not self._blocks.can_share(request):
-            return
-        request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
-        self._prefix_queries += request.num_prompt_tokens
-        self._prefix_hits += request.num_cached_tokens
-
     def _finish(self, requests: list[Request]) -> None:
         left = []
         for request in requests:
@@ -298,11 +205,7 @@ class Scheduler:
             request.status = Status.FINISHED
             del self._requests[request.request_id]
         if left:
-            self._running.drop_finished(left, self._done_step)
-
-
-def _is_prefilling(request: Request) -> bool:
-    return request.num_tokens - request.num_computed_tokens > 1
+            self._running.drop_finished(left)
 
 
 def _failed(request_id: str, error: str) -> TokenDelta:
