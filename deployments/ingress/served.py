@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from deployments.aside import run_aside
 from deployments.engine_client import EngineClient
 from deployments.ingress.errors import model_not_found, overloaded, unavailable
 from engine.errors import InvalidRequest
@@ -187,7 +187,7 @@ class ServedModels:
 
 async def aside(text_length: int, work: Callable[[], T]) -> T:
     """Do work on a text: here when it is short, else in a thread."""
-    return await asyncio.to_thread(work) if text_length > LONG_TEXT else work()
+    return await run_aside(work) if text_length > LONG_TEXT else work()
 
 
 async def build_jobs(

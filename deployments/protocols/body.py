@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from deployments.aside import run_aside
 from engine.errors import InvalidRequest
 
 
@@ -37,7 +38,7 @@ LONG_BODY = 256 * 1024
 async def read_body(kind: type[B], data: bytes) -> B:
     """`parse_body`, in a thread when the body is long."""
     if len(data) > LONG_BODY:
-        return await asyncio.to_thread(parse_body, kind, data)
+        return await run_aside(partial(parse_body, kind, data))
     return parse_body(kind, data)
 
 

@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,35 @@ def test_token_text():
     assert tokenizer.token_text(2) == "<|im_end|>"
     part = tokenizer.encode("😀")[0]
     assert tokenizer.token_text(part).endswith("\ufffd")
+
+
+def test_encoding_lets_other_threads_run():
+    """Python switches threads by itself only when asked to; here whoever waits is not that patient,
+    so that the other thread counts during `encode` only if this lets go of the interpreter."""
+    interval, count, ended = sys.getswitchinterval(), [0], threading.Event()
+
+    def work() -> int:
+        before = count[0]
+        smollm2().encode("some words " * 20_000)
+        return count[0] - before
+
+    def run(results: list[int]) -> None:
+        results.append(work())
+        ended.set()
+
+    results: list[int] = []
+    smollm2()
+    sys.setswitchinterval(100)
+    try:
+        thread = threading.Thread(target=run, args=(results,))
+        thread.start()
+        while not ended.is_set():
+            count[0] += 1
+            time.sleep(0)  # lets go
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert results[0] > 0
 
 
 def test_unpaired_surrogates_are_refused():
