@@ -23,10 +23,10 @@ from engine.step import StepPlan
 MAX_FAILED_STEPS = 3
 """So many failed steps, with no good one between them, and the engine gives up."""
 OUT_OF_MEMORY = (
-    "a step ran out of memory, and its requests are lost; lower max_num_batched_tokens, "
-    "max_num_seqs or gpu_memory_utilization."
+    "a step ran out of memory; {lost} of its requests are lost and the others computed anew, in "
+    "smaller steps; lower max_num_batched_tokens, max_num_seqs or gpu_memory_utilization."
 )
-OUT_OF_MEMORY_TOLD = "The engine ran out of memory in a step of the request; try again."
+OUT_OF_MEMORY_TOLD = "The engine ran out of memory for the request; try again."
 FAILED_TOLD = "The engine failed in a step of the request; try again."
 
 
@@ -93,7 +93,8 @@ class EngineCore:
         while the host updates.
 
         Raises:
-            StepFailed: the steps in flight are lost, and their requests with them.
+            StepFailed: the steps in flight are lost, and with them their requests, or for want of
+                memory only those that a second try would not help.
             Exception: anything else means that the engine cannot go on.
         """
         began = time.perf_counter()
@@ -165,7 +166,8 @@ class EngineCore:
         drop_locals(error)
         if kind is Failure.OUT_OF_MEMORY:
             torch.cuda.empty_cache()  # does nothing without a GPU
-            return StepFailed(OUT_OF_MEMORY, self.scheduler.fail_in_flight(OUT_OF_MEMORY_TOLD))
+            deltas = self.scheduler.retry_in_flight(OUT_OF_MEMORY_TOLD)
+            return StepFailed(OUT_OF_MEMORY.format(lost=len(deltas)), deltas)
         message = f"a step failed, and its requests with it: {type(error).__name__}: {error}"
         return StepFailed(message, self.scheduler.fail_in_flight(FAILED_TOLD))
 

@@ -31,12 +31,13 @@ class ConfigError(TrunklineError, ValueError):
 
 
 class StepFailed(TrunklineError, RuntimeError):
-    """A step failed and took its requests with it; the engine goes on without them.
+    """A step failed and took requests with it; the engine goes on without them.
 
     The message is for whoever runs the engine; it says what to change where that is known.
 
     Attributes:
-        deltas: the ends of these requests, each with a sentence for its client.
+        deltas: the ends of these requests, each with a sentence for its client. None, if all that
+            were in the step are computed anew.
     """
 
     def __init__(self, message: str, deltas: list[TokenDelta]) -> None:

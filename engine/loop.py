@@ -111,7 +111,7 @@ class EngineLoop:
             try:
                 deltas = self._core.step()
             except StepFailed as failure:
-                logger.exception("the engine goes on without the requests of a step")
+                logger.exception("a step failed; requests lost with it: %d", len(failure.deltas))
                 return failure.deltas
         self.last_progress = time.monotonic()
         return deltas

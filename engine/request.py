@@ -68,6 +68,8 @@ class Request:
     cached_tokens_told: bool = False
     """Whether a delta has carried `num_cached_tokens`."""
     num_preemptions: int = 0
+    ran_out_of_memory: bool = False
+    """Whether it was in a step that did, and is computed anew."""
     num_prompt_logprobs: int = 0
     """Prompt positions whose log-probabilities were handed out."""
     max_total_tokens: int = 0

@@ -21,6 +21,9 @@ from engine.scheduler.step_builder import ScheduledStep, StepBuilder
 from engine.scheduler.waiting_queue import WaitingQueue
 from engine.step import StepPlan, StepResult
 
+BUDGET_GROWTH = 1 / 16
+"""Share by which every good step widens a token budget that was lowered for want of memory."""
+
 
 class Scheduler:
     """Plans steps and takes in their results.
@@ -66,7 +69,7 @@ class Scheduler:
         self._planner = StepPlanner(config, self._blocks, self._running, self._waiting)
         self._delivery = Delivery(frozenset(eos_token_ids))
         self._forced = ForcedPreemption(config.force_preempt_every)
-        self._token_budget = max_num_batched_tokens
+        self._token_budget = self._full_budget = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[ScheduledStep] = deque()
@@ -124,6 +127,9 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].plan is not plan:
             raise InvariantViolation(f"step {plan.step} is not the oldest step in flight")
         step = self._in_flight.popleft()
+        if self._token_budget < self._full_budget:
+            wider = self._token_budget + int(self._token_budget * BUDGET_GROWTH) + 1
+            self._token_budget = min(wider, self._full_budget)
         self._running.step_done(plan.step)
         deltas, finished = self._delivery.deliver(step, result)
         self._finish(finished)
@@ -147,8 +153,30 @@ class Scheduler:
         All cached blocks are forgotten as well, as a step that failed may not have written what it
         registered: requests that run but were in none of these steps are computed anew.
         """
+        return self._abandon_in_flight(self._requests_in_flight(), error)
+
+    def retry_in_flight(self, error: str) -> list[TokenDelta]:
+        """Compute the requests of all steps in flight anew, at first with half the tokens a step.
+
+        For steps that ran out of memory. A request that this happens to for the second time ends
+        with `error`, and so does one that was alone: smaller steps do not help it.
+        """
+        largest = max((step.plan.total_tokens for step in self._in_flight), default=0)
+        if largest:
+            self._token_budget = max(1, largest // 2)
+        concerned = self._requests_in_flight()
+        lost = [r for r in concerned if r.ran_out_of_memory or len(concerned) == 1]
+        for request in concerned:
+            request.ran_out_of_memory = True
+            request.num_in_flight = 0
+        return self._abandon_in_flight(lost, error)
+
+    def _requests_in_flight(self) -> list[Request]:
         concerned = dict.fromkeys(r for step in self._in_flight for r in step.requests)
-        lost = [request for request in concerned if not request.finished]
+        return [request for request in concerned if not request.finished]
+
+    def _abandon_in_flight(self, lost: list[Request], error: str) -> list[TokenDelta]:
+        """Forget the steps in flight and all blocks; all but the lost requests start anew."""
         self._in_flight.clear()
         self._finish(lost)
         for request in self._running.requests.copy():

@@ -167,6 +167,7 @@ class Driver:
         self.live: dict[str, Truth] = {}
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.plans: list[StepPlan] = []
+        self.retried: set[str] = set()
         self._idle_plans = 0
 
     def add(self, request_id: str, prompt: list[int], outputs=(), **options) -> Truth:
@@ -200,9 +201,20 @@ class Driver:
         self.runner.slots = [None] * len(self.runner.slots)
 
     def fail_in_flight(self) -> None:
+        self._lose(self._concerned(), self.scheduler.fail_in_flight("it broke"))
+
+    def retry_in_flight(self) -> None:
+        concerned = self._concerned()
+        lost = concerned & self.retried if len(concerned) > 1 else concerned
+        self.retried |= concerned
+        self._lose(lost, self.scheduler.retry_in_flight("it broke"))
+
+    def _concerned(self) -> set[str]:
+        """Requests of the steps in flight."""
         owners = [self.runner.owner[row] for plan, _ in self.in_flight for row in plan.rows]
-        lost = {truth.wire.request_id for truth in owners if truth in self.live.values()}
-        deltas = self.scheduler.fail_in_flight("it broke")
+        return {truth.wire.request_id for truth in owners if truth in self.live.values()}
+
+    def _lose(self, lost: set[str], deltas: list[TokenDelta]) -> None:
         assert sorted(d.request_id for d in deltas) == sorted(lost)
         assert all(d.finish_reason == "error" and d.error == "it broke" for d in deltas)
         for request_id in lost:

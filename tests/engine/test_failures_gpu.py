@@ -75,12 +75,14 @@ def out_of_memory():
 
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_step_without_memory_fails_alone(tiny_model, place, eager):
+def test_a_step_without_memory_is_tried_again_once(tiny_model, place, eager):
     options = {"device": "cuda", "max_num_seqs": 4, "dtype": "float32", "enforce_eager": eager}
     core = EngineCore(tiny_config(tiny_model, **options))
     undisturbed = run(core, wires())
     for step in (0, 3, 9):
         with Failing(core, {step: (place, out_of_memory)}):
+            assert run(core, wires()) == undisturbed
+        with Failing(core, dict.fromkeys((step, step + 2), (place, out_of_memory))):
             found = run(core, wires())
         check(found, undisturbed)
         assert "error" in found[1].values()

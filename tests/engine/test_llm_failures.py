@@ -36,15 +36,25 @@ def check_idle(llm):
     assert load.num_running == load.num_waiting == 0
 
 
-@pytest.mark.parametrize(("error", "words"), [(oom, "max_num_batched_tokens"), (bug, "division")])
-def test_a_failed_step_is_raised_and_the_next_call_works(llm, error, words):
+@pytest.mark.parametrize(
+    ("error", "prompts", "words"),
+    [(oom, PROMPTS[:1], "max_num_batched_tokens"), (bug, PROMPTS, "division")],
+)
+def test_a_failed_step_is_raised_and_the_next_call_works(llm, error, prompts, words):
     wanted = generate(llm)
     with Failing(llm.core, {3: ("result", error)}):
         with pytest.raises(StepFailed, match=words):
-            generate(llm)
+            generate(llm, prompts)
         if llm.core.has_work:  # one step ahead, an empty one is left
             llm.core.step()
         check_idle(llm)
+        assert generate(llm) == wanted
+    check_idle(llm)
+
+
+def test_a_step_without_memory_is_not_noticed(llm):
+    wanted = generate(llm)
+    with Failing(llm.core, {3: ("result", oom)}):
         assert generate(llm) == wanted
     check_idle(llm)
 

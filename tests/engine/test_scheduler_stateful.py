@@ -111,6 +111,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fail_in_flight(self):
         self.driver.fail_in_flight()
 
+    @precondition(lambda self: self.count % 4 == 2)
+    @rule()
+    def retry_in_flight(self):
+        self.driver.retry_in_flight()
+
     @invariant()
     def bookkeeping_agrees(self):
         if hasattr(self, "driver"):
