@@ -71,7 +71,9 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
     with _memory_for(f"the weights of {config.model}", "take a smaller model or dtype"):
         model = load_model(config, source, shape, dtype, device, max_model_len)
     stopwatch.lap("weights")
-    backend = select_backend(config.attention_backend, device, dtype)
+    backend = select_backend(
+        config.attention_backend, device, dtype, shape.head_dim, config.kvcache_block_size
+    )
     layout = CacheLayout.of(config, shape, backend, dtype)
     row_blocks = math.ceil(max_model_len / layout.block_size)
     with _memory_for("the requests' rows", "lower max_num_seqs or max_model_len"):

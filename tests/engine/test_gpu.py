@@ -49,7 +49,7 @@ def test_attention_against_float64(
         pytest.importorskip("flash_attn")
         if head_dim == 256 and dtype == torch.float16:
             pytest.skip("not in the build of flash-attn on the test host")
-    backend = select_backend(name, torch.device("cuda"), dtype)
+    backend = select_backend(name, torch.device("cuda"), dtype, head_dim, block_size)
     step = RandomStep(backend, BATCHES[batch], block_size, heads, kv_heads, head_dim, dtype, "cuda")
     assert step.error(step.attend(window), window) < TOLERANCE[dtype]
 
