@@ -78,7 +78,10 @@ def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.
         health_check_timeout_s=options.health_check_timeout_s,
         request_router_config=RequestRouterConfig(
             request_router_class=EngineRouter,
-            request_router_kwargs={"margin": options.cache_affinity_margin},
+            request_router_kwargs={
+                "policy": options.routing_policy,
+                "margin": options.cache_affinity_margin,
+            },
         ),
         **_size(options.num_replicas, options.autoscaling),
     )

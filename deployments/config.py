@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -55,6 +55,10 @@ class DeploymentOptions(Options):
     max_queued_requests: int = Field(default=1024, ge=-1)
     """Requests that an ingress replica holds back when all engines are full, before it answers
     503. It must exceed a burst: Serve counts requests here while it routes them."""
+    routing_policy: Literal["prefix_load", "round_robin", "power_of_two"] = "prefix_load"
+    """How an engine is chosen for a request: by what it has to compute before the first token, in
+    turn, or the less loaded of two drawn at random. The latter two are for comparison: they do not
+    look at caches."""
     cache_affinity_margin: float = Field(default=AFFINITY_MARGIN, ge=0)
     """How many more requests than the mean an engine may have, as a share of the mean, and still be
     given requests because the beginning of their prompts is in its cache."""

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.engine_state import EngineState
-from deployments.placement import AFFINITY_MARGIN, Booking, choose
+from deployments.placement import Booking, Policy, PrefixLoad
 from engine.outputs import EngineLoad
 
+DEFAULT_POLICY = PrefixLoad()
 RELEASED_KEPT = 10_000
 """So many requests that have ended are remembered: the router's thread may still be about to book
 one, and nobody would ever release that booking."""
@@ -82,7 +83,7 @@ class LoadTable:
             self._room_listeners.append(listener)
 
     def book(
-        self, limits: Mapping[str, int], booking: Booking, margin: float = AFFINITY_MARGIN
+        self, limits: Mapping[str, int], booking: Booking, policy: Policy = DEFAULT_POLICY
     ) -> str | None:
         """Choose an engine with room and book the request there, in one step.
 
@@ -90,7 +91,7 @@ class LoadTable:
             limits: engine id → most requests that it holds, running and waiting.
             booking: a request that is booked already moves; one that was released leaves no
                 booking.
-            margin: see `placement.choose`.
+            policy: chooses among those with room.
 
         Returns:
             The engine, or None when none has room; `on_room` tells when to try again.
@@ -104,7 +105,7 @@ class LoadTable:
             if not roomy:
                 self._full = True
                 return None
-            chosen, num_tokens = choose(states, roomy, booking, margin, now)
+            chosen, num_tokens = policy.choose(states, roomy, booking, now)
             self._bookings_made += 1
             state = states[chosen]
             state.last_booking = self._bookings_made

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from deployments.engine_state import EngineState
 
@@ -45,42 +47,116 @@ class Place(NamedTuple):
     """Tokens that it has to compute there."""
 
 
-def choose(
-    engines: Mapping[str, EngineState],
-    candidates: Collection[str],
-    booking: Booking,
-    margin: float,
-    now: float,
-) -> Place:
-    """Choose the engine that has the least to compute before the first token of a request.
+class Policy(Protocol):
+    """A way to choose an engine."""
+
+    def choose(
+        self,
+        engines: Mapping[str, EngineState],
+        candidates: Collection[str],
+        booking: Booking,
+        now: float,
+    ) -> Place:
+        """Choose an engine for a request.
+
+        Engines that are lost come last.
+
+        Args:
+            engines: engine id → state, of all that share the load.
+            candidates: ids of those that may be chosen; at least one.
+            booking: the request.
+            now: time, in seconds.
+        """
+
+
+@dataclass(frozen=True)
+class PrefixLoad:
+    """The engine that has the least to compute before the first token of the request.
 
     That is the prefill ahead of it beyond `PATIENCE`, those tokens of its own that the engine's
     cache lacks, and a price for each request there. A cache counts for nothing on an engine that is
-    at work and busier than the mean by `margin`. Engines that are lost, or short of blocks, come
-    last. Of equals, the one that has been without a booking for longest is taken.
-
-    Args:
-        engines: engine id → state, of all that share the load.
-        candidates: ids of those that may be chosen; at least one.
-        booking: the request.
-        margin: see `AFFINITY_MARGIN`.
-        now: time, in seconds.
+    at work and busier than the mean by `margin`. Engines short of blocks come after the others. Of
+    equals, the one that has been without a booking for longest is taken.
     """
-    traffic = {engine_id: state.traffic(now) for engine_id, state in engines.items()}
-    counted = [traffic[i] for i, state in engines.items() if not state.down] or [0.0]
-    bound = (1 + margin) * max(sum(counted) / len(counted), LITTLE_TRAFFIC)
 
-    def missing(engine_id: str) -> int:
-        state = engines[engine_id]
-        too_busy = traffic[engine_id] > bound and state.num_requests > 0
-        return booking.num_tokens - (0 if too_busy else state.index.overlap(booking.blocks))
+    margin: float = AFFINITY_MARGIN
+    """See `AFFINITY_MARGIN`."""
 
-    def rank(engine_id: str) -> tuple[bool, bool, int, float]:
-        state = engines[engine_id]
-        own = missing(engine_id)
-        ahead = max(0, state.pending_tokens - PATIENCE)
-        cost = ahead + own + REQUEST_PRICE * state.num_requests
-        return state.down, state.is_crowded(own), cost, state.last_booking
+    def choose(
+        self,
+        engines: Mapping[str, EngineState],
+        candidates: Collection[str],
+        booking: Booking,
+        now: float,
+    ) -> Place:
+        """See `Policy.choose`."""
+        traffic = {engine_id: state.traffic(now) for engine_id, state in engines.items()}
+        counted = [traffic[i] for i, state in engines.items() if not state.down] or [0.0]
+        bound = (1 + self.margin) * max(sum(counted) / len(counted), LITTLE_TRAFFIC)
 
-    chosen = min(candidates, key=rank)
-    return Place(chosen, missing(chosen))
+        def missing(engine_id: str) -> int:
+            state = engines[engine_id]
+            too_busy = traffic[engine_id] > bound and state.num_requests > 0
+            return booking.num_tokens if too_busy else _missing(state, booking)
+
+        def rank(engine_id: str) -> tuple[bool, bool, int, float]:
+            state = engines[engine_id]
+            own = missing(engine_id)
+            ahead = max(0, state.pending_tokens - PATIENCE)
+            cost = ahead + own + REQUEST_PRICE * state.num_requests
+            return state.down, state.is_crowded(own), cost, state.last_booking
+
+        chosen = min(candidates, key=rank)
+        return Place(chosen, missing(chosen))
+
+
+class RoundRobin:
+    """The engine that has been without a booking for longest."""
+
+    def choose(
+        self,
+        engines: Mapping[str, EngineState],
+        candidates: Collection[str],
+        booking: Booking,
+        now: float,
+    ) -> Place:
+        """See `Policy.choose`."""
+        chosen = min(candidates, key=lambda i: (engines[i].down, engines[i].last_booking))
+        return Place(chosen, _missing(engines[chosen], booking))
+
+
+class PowerOfTwo:
+    """Of two engines drawn at random, the one with fewer tokens queued, then with fewer requests.
+
+    "The Power of Two Choices in Randomized Load Balancing" (Mitzenmacher, 2001).
+    """
+
+    def choose(
+        self,
+        engines: Mapping[str, EngineState],
+        candidates: Collection[str],
+        booking: Booking,
+        now: float,
+    ) -> Place:
+        """See `Policy.choose`."""
+
+        def rank(engine_id: str) -> tuple[bool, int, int]:
+            state = engines[engine_id]
+            return state.down, state.pending_tokens, state.num_requests
+
+        drawn = random.sample(list(candidates), min(2, len(candidates)))
+        chosen = min(drawn, key=rank)
+        return Place(chosen, _missing(engines[chosen], booking))
+
+
+POLICIES: dict[str, Callable[[float], Policy]] = {
+    "prefix_load": PrefixLoad,
+    "round_robin": lambda _: RoundRobin(),
+    "power_of_two": lambda _: PowerOfTwo(),
+}
+"""Name → policy for an affinity margin, which only the first heeds."""
+
+
+def _missing(state: EngineState, booking: Booking) -> int:
+    """Tokens of the request that the engine's cache is likely to lack."""
+    return booking.num_tokens - state.index.overlap(booking.blocks)

@@ -17,7 +17,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from deployments.placement import AFFINITY_MARGIN, Booking
+from deployments.placement import AFFINITY_MARGIN, POLICIES, Booking
 
 RECHECK_S = 0.1
 """The request at the head of the line looks for room this often even if nothing told of any: what
@@ -39,12 +39,14 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         self._line = asyncio.Lock()
         self._room = asyncio.Event()
         self._room_loop: asyncio.AbstractEventLoop | None = None
-        self._margin = AFFINITY_MARGIN
+        self.initialize_state()
         load_table().on_room(self._tell_of_room)
 
-    def initialize_state(self, margin: float = AFFINITY_MARGIN) -> None:
+    def initialize_state(
+        self, policy: str = "prefix_load", margin: float = AFFINITY_MARGIN
+    ) -> None:
         """Called by Serve with the `request_router_kwargs` of the deployment."""
-        self._margin = margin
+        self._policy = POLICIES[policy](margin)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Tell the load table which engines Serve has in service."""
@@ -76,7 +78,7 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
             self._room.clear()
             replicas = {replica.replica_id.unique_id: replica for replica in self._replicas_list}
             limits = {i: replica.max_ongoing_requests for i, replica in replicas.items()}
-            chosen = load_table().book(limits, booking, self._margin)
+            chosen = load_table().book(limits, booking, self._policy)
             if chosen is not None:
                 return replicas[chosen]
             with contextlib.suppress(TimeoutError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -14,11 +15,10 @@ from engine.failures import Failure, classify, drop_locals
 from engine.outputs import EngineLoad, TokenDelta
 from engine.profile import StepRecord, add_device_times
 from engine.request import EngineRequest, Request
-from engine.runner.build import build_runner
-from engine.runner.model_runner import PendingStep
+from engine.runner.build import EngineInfo, build_runner
 from engine.scheduler.scheduler import Scheduler
 from engine.startup import Stopwatch
-from engine.step import StepPlan
+from engine.step import StepPlan, StepResult
 
 MAX_FAILED_STEPS = 3
 """So many failed steps, with no good one between them, and the engine gives up."""
@@ -28,6 +28,29 @@ OUT_OF_MEMORY = (
 )
 OUT_OF_MEMORY_TOLD = "The engine ran out of memory for the request; try again."
 FAILED_TOLD = "The engine failed in a step of the request; try again."
+
+
+class PendingStep(Protocol):
+    """A launched step, as a runner hands it out."""
+
+    prepare_s: float
+    launch_s: float
+    timers: tuple[torch.cuda.Event, torch.cuda.Event] | None
+
+    def result(self) -> StepResult:
+        """Wait for the step and bring its tokens to the host."""
+
+
+class Runner(Protocol):
+    """What computes steps, in the order in which they are launched."""
+
+    profiling: bool
+
+    def execute(self, plan: StepPlan) -> PendingStep:
+        """Launch a step."""
+
+
+BuildRunner = Callable[[EngineConfig, Stopwatch], tuple[Runner, EngineInfo]]
 
 
 @dataclass(slots=True)
@@ -42,13 +65,23 @@ class LaunchedStep:
 class EngineCore:
     """One model on one device. Not thread-safe: `EngineLoop` gives it a thread of its own.
 
+    Args:
+        config: of the engine.
+        stopwatch: gets the times of the start's stages.
+        build: makes the runner; another than the usual one stands in for a model.
+
     Raises:
         ConfigError: the model or an option cannot be used.
     """
 
-    def __init__(self, config: EngineConfig, stopwatch: Stopwatch | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        stopwatch: Stopwatch | None = None,
+        build: BuildRunner = build_runner,
+    ) -> None:
         self.config = config
-        self.runner, self.info = build_runner(config, stopwatch or Stopwatch())
+        self.runner, self.info = build(config, stopwatch or Stopwatch())
         self.scheduler = Scheduler(
             config,
             num_blocks=self.info.num_blocks,

@@ -8,7 +8,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from benchmarks.serving.conversations import Conversation, Mix, arrivals
 from benchmarks.serving.guidellm import run_guidellm
 from benchmarks.serving.journal import Journal
 from benchmarks.serving.load import Load, Target, closed_loop, open_loop
-from benchmarks.serving.processes import read_cpu
+from benchmarks.serving.processes import CORE, read_cpu
 from benchmarks.serving.summary import Record, summarise, summarise_fake
 
 _WARM_UP = 64
@@ -47,12 +48,15 @@ def measure(
     _warm_up(target, mix, options.seed - 1, int(min(max(levels), _WARM_UP)))
     for level, count in zip(levels, _counts(options.requests, levels), strict=True):
         name = f"{level:g} {'arrival/s' if options.rate else 'client'}"
-        run, usage = _watch(options, target, mix.draw(options.seed), level, count, pid)
+        drive = partial(_drive, options, target, mix.draw(options.seed), level, count)
+        run, usage = watch(pid, drive)
         kind = "rate" if options.rate else "clients"
         record = {"load": name, kind: level, **summarise(run), **usage}
+        journal = Journal(Path(fake["journal"])) if fake is not None else None
+        if journal is not None:
+            record["cpu_s"][CORE] = round(journal.cpu(run.begin, run.end), 2)
         _price(record)
-        if fake is not None:
-            journal = Journal(Path(fake["journal"]))
+        if fake is not None and journal is not None:
             record |= summarise_fake(run, journal, by_token=options.driver == "own")
             _add_offered(record, fake)
         print(f"{name}: {record['output_tok_s']:,.0f} tok/s", file=sys.stderr)
@@ -70,19 +74,17 @@ def _warm_up(target: Target, mix: Mix, seed: int, count: int) -> None:
         raise RuntimeError(f"no request of the warm-up succeeded: {errors[0]}")
 
 
-def _watch(
-    options: argparse.Namespace,
-    target: Target,
-    conversations: Iterator[Conversation],
-    level: float,
-    count: int,
-    pid: int | None,
-) -> tuple[Run, Record]:
-    """Run one load; with it the CPU seconds spent meanwhile, by role, and the disturbance."""
+def watch(pid: int | None, drive: Callable[[], Run | Load]) -> tuple[Run, Record]:
+    """Run one load; with it the CPU seconds spent meanwhile, by role, and the disturbance.
+
+    Args:
+        pid: the server's process, if it is on this machine and to be watched.
+        drive: puts the load on the server.
+    """
     machine, own = read_cpu_seconds()[0], _own_cpu()
     server = read_cpu(pid) if pid else {}
     begin = time.monotonic()
-    result = _drive(options, target, conversations, level, count)
+    result = drive()
     seconds = time.monotonic() - begin
     after = read_cpu(pid) if pid else {}
     cpu = {role: after[role] - server[role] for role in server} | {"client": _own_cpu() - own}

@@ -1,4 +1,4 @@
-"""CPU time of a server's processes, by what they do. Linux's `/proc` only."""
+"""CPU time and memory of a server's processes, by what they do. Linux's `/proc` only."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ _ROLES = (
 )
 OTHERS = "others"
 """Role of every other process of the server: Ray's daemons, Serve's controller, idle workers."""
+CORE = "engine_core"
+"""The part of `engine_actor`'s time that a fake engine's scheduler and cache took."""
 PLANE = ("ingress", "engine_actor", "engine_replica")
-"""Roles whose time counts against the goal for the serve plane."""
+"""Roles whose time, without that of `CORE`, counts against the goal for the serve plane."""
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -32,6 +34,21 @@ def read_cpu(root: int) -> dict[str, float]:
         with contextlib.suppress(OSError):
             seconds[_role(pid)] += _read_stat(pid)[1]
     return seconds
+
+
+def read_memory(root: int) -> dict[str, float]:
+    """Role → MiB of anonymous memory in RAM, of `root` and its living descendants.
+
+    Without the pages of files, which come and go with what else the machine does. A process that
+    shares pages with others counts for all of them.
+    """
+    mebibytes = dict.fromkeys([role for role, _ in _ROLES] + [OTHERS], 0.0)
+    for pid in _tree(root):
+        with contextlib.suppress(OSError):  # it has ended, or is no process of this user
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            (kibibytes,) = re.findall(r"^Anonymous: +(\d+) kB$", rollup, re.MULTILINE)
+            mebibytes[_role(pid)] += int(kibibytes) / 1024
+    return mebibytes
 
 
 def _role(pid: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.serving.answers import Answer, Run
 from benchmarks.serving.conversations import count_words, echo
 from benchmarks.serving.journal import Journal
-from benchmarks.serving.processes import PLANE
+from benchmarks.serving.processes import CORE, PLANE
 
 Record = dict[str, Any]
 Spread = dict[str, float]
@@ -141,26 +141,27 @@ def table(records: Iterable[Record]) -> str:
 
 def _cells(record: Record) -> list[str]:
     cpu = record.get("cpu_us_per_token") or {}
-    plane = sum(cpu[role] for role in PLANE) if cpu.get("ingress") else None
+    plane = sum(cpu[role] for role in PLANE) - cpu.get(CORE, 0.0) if cpu.get("ingress") else None
     return [
         record["load"],
         str(record["requests"]),
         str(sum(record["errors"].values()) + record.get("wrong", 0)),
         _number(record["output_tok_s"]),
         _number(record["steady_tok_s"]),
-        _share(record.get("of_offered")),
-        *_ranks(record["ttft_ms"], "p50", "p90", "p99"),
-        *_ranks(record["itl_ms"], "p50", "p90", "p99"),
-        *_ranks(record["e2e_ms"], "p50", "p99"),
-        *_ranks(record.get("delay_ms"), "p50", "p99"),
+        share(record.get("of_offered")),
+        *ranks(record["ttft_ms"], "p50", "p90", "p99"),
+        *ranks(record["itl_ms"], "p50", "p90", "p99"),
+        *ranks(record["e2e_ms"], "p50", "p99"),
+        *ranks(record.get("delay_ms"), "p50", "p99"),
         _number(plane),
         _number(cpu.get("haproxy")),
         _number(cpu.get("client")),
-        _share(record["disturbance"]),
+        share(record["disturbance"]),
     ]
 
 
-def _ranks(values: Spread | None, *names: str) -> list[str]:
+def ranks(values: Spread | None, *names: str) -> list[str]:
+    """Cells with figures of a spread."""
     return [_number(values[name] if values else None) for name in names]
 
 
@@ -168,5 +169,6 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.1f}"
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
+    """A cell with a share, in per cent."""
     return "-" if value is None else f"{value:.1%}"

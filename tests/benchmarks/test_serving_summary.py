@@ -59,7 +59,7 @@ def test_steady_speed_counts_while_all_have_work():
 
 
 def test_delay_runs_from_the_engines_step_for_each_token(tmp_path):
-    (tmp_path / "engine-1.journal").write_text("0.9 r:0\n1.4\n1.5\n")
+    (tmp_path / "engine-1.journal").write_text("0.9 0.1 r:0\n1.4 0.1\n1.5 0.1\n")
     whole = Answer(" a b", 3, 0.0, "r", [(1.0, " a"), (1.7, " b a")], 2, 3)
     record = summarise_fake(Run([whole], 0.0, 2.0), Journal(tmp_path), by_token=True)
     delays = record["delay_ms"]
@@ -79,7 +79,12 @@ def test_table_has_a_cell_for_each_head():
     record = summarise(Run([answer()], 0.0, 3.0)) | {
         "load": "1 client",
         "disturbance": None,
-        "cpu_us_per_token": {"ingress": 1.0, "engine_actor": 2.0, "engine_replica": 0.5},
+        "cpu_us_per_token": {
+            "ingress": 1.0,
+            "engine_actor": 6.0,
+            "engine_core": 4.0,
+            "engine_replica": 0.5,
+        },
     }
     head, line, row = table([record]).split("\n")
     assert head.count("|") == line.count("|") == row.count("|")

@@ -5,7 +5,7 @@ from collections import Counter
 
 from deployments import load_table
 from deployments.load_table import LoadTable
-from deployments.placement import Booking
+from deployments.placement import Booking, PrefixLoad
 from engine.outputs import EngineLoad
 
 ENGINES = dict.fromkeys("abcd", 100)
@@ -173,5 +173,5 @@ def test_margin_bounds_what_a_cache_attracts():
     table = LoadTable(clock=lambda: now)
     table.report("a", EngineLoad(num_running=1), heard=[CHAT] * 18)
     table.report("b", EngineLoad(num_running=1))
-    assert table.book(PAIR, Booking("r", 600, CHAT), margin=0.25) == "a"
-    assert table.book(PAIR, Booking("s", 600, CHAT), margin=0.0) == "b"
+    assert table.book(PAIR, Booking("r", 600, CHAT), PrefixLoad(0.25)) == "a"
+    assert table.book(PAIR, Booking("s", 600, CHAT), PrefixLoad(0.0)) == "b"

@@ -1,10 +1,21 @@
 from __future__ import annotations
 
 import pickle
+import random
+from collections import Counter
 from typing import Any
 
 from deployments.engine_state import LATELY_S, EngineState
-from deployments.placement import AFFINITY_MARGIN, LITTLE_TRAFFIC, PATIENCE, Booking, Place, choose
+from deployments.placement import (
+    AFFINITY_MARGIN,
+    LITTLE_TRAFFIC,
+    PATIENCE,
+    Booking,
+    Place,
+    PowerOfTwo,
+    PrefixLoad,
+    RoundRobin,
+)
 from deployments.prefix_index import ROUTING_BLOCK
 from engine.outputs import EngineLoad
 
@@ -21,7 +32,7 @@ def engine(cached: int = 0, sent: float = 0.0, **load: Any) -> EngineState:
 
 
 def place(**engines: EngineState) -> Place:
-    return choose(engines, list(engines), Booking("r", NUM_TOKENS, CHAT), AFFINITY_MARGIN, NOW)
+    return PrefixLoad().choose(engines, list(engines), Booking("r", NUM_TOKENS, CHAT), NOW)
 
 
 def test_chat_returns_to_its_cache_even_if_others_have_less_to_do():
@@ -81,3 +92,33 @@ def test_lost_engine_comes_last_and_counts_for_nothing():
 def test_blocks_stay_in_the_process():
     copy = pickle.loads(pickle.dumps(Booking("r", 5, CHAT)))
     assert copy == Booking("r", 5)
+
+
+def choose_often(policy: Any, engines: dict[str, EngineState], count: int) -> list[str]:
+    """Choices of the policy, each booked as the load table does."""
+    chosen = []
+    for number in range(count):
+        place = policy.choose(engines, list(engines), Booking(f"r{number}", NUM_TOKENS, CHAT), NOW)
+        engines[place.engine_id].book(f"r{number}", place.num_tokens, CHAT, NOW)
+        engines[place.engine_id].last_booking = number + 1
+        chosen.append(place.engine_id)
+    return chosen
+
+
+def test_round_robin_takes_turns_and_avoids_the_lost():
+    engines = {"a": engine(cached=4, num_running=50), "b": engine(), "c": engine(), "d": engine()}
+    engines["d"].down = True
+    chosen = choose_often(RoundRobin(), engines, 9)
+    assert sorted(chosen[:3]) == ["a", "b", "c"]
+    assert chosen == chosen[:3] * 3
+
+
+def test_power_of_two_takes_the_lesser_of_two_and_avoids_the_lost():
+    random.seed(0)
+    engines = {name: engine() for name in "abcd"}
+    engines["d"].down = True
+    chosen = Counter(choose_often(PowerOfTwo(), engines, 300))
+    assert chosen["d"] == 0 and max(chosen.values()) - min(chosen.values()) < 90
+    idle, busy = engine(num_running=3), engine(num_running=3, waiting_tokens=1)
+    assert set(choose_often(PowerOfTwo(), {"a": idle, "b": busy}, 1)) == {"a"}
+    assert choose_often(PowerOfTwo(), {"a": engine()}, 1) == ["a"]

@@ -112,13 +112,26 @@ async def test_request_that_leaves_the_line_holds_up_nobody(table):
     assert await stays == "a"
 
 
+def router_options(**deployment: Any) -> dict[str, Any]:
+    """What Serve gives the router of a deployment with these options."""
+    args = AppArgs(**{f"deployment.{name}": value for name, value in deployment.items()})
+    (engine,) = build(args)._bound_deployment.init_args[1].values()
+    config = engine._bound_deployment._deployment_config.request_router_config
+    return config.request_router_kwargs
+
+
 @pytest.mark.parametrize(("margin", "expected"), [(0.25, "a"), (0.0, "b")])
 async def test_deployment_sets_how_far_a_cache_attracts(table, margin, expected):
-    options = AppArgs(**{"deployment.cache_affinity_margin": margin})
-    (engine,) = build(options)._bound_deployment.init_args[1].values()
-    config = engine._bound_deployment._deployment_config.request_router_config
     router = make_router(a=64, b=64)
-    router.initialize_state(**config.request_router_kwargs)
+    router.initialize_state(**router_options(cache_affinity_margin=margin))
     table.report("a", EngineLoad(num_running=1), heard=[[b"1"]] * 18)
     table.report("b", EngineLoad())
     assert await place(router, "r", [b"1"]) == expected
+
+
+async def test_deployment_sets_the_policy(table):
+    router = make_router(a=64, b=64)
+    router.initialize_state(**router_options(routing_policy="round_robin"))
+    table.report("a", EngineLoad(num_running=50))
+    chosen = [await place(router, f"r{i}") for i in range(4)]
+    assert sorted(chosen[:2]) == ["a", "b"] and chosen == chosen[:2] * 2

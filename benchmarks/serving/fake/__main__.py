@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving.fake --step-ms 25
 
-Ingress, routing, trunk, engine actor, HAProxy and flags are those that are shipped; only the core
-inside the engine actor is another. Prints a line of JSON once it is ready.
+Ingress, routing, trunk, engine actor, scheduler, prefix cache, HAProxy and flags are those that are
+shipped; only the model and its device are not there. Prints a line of JSON once it is ready.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ import socket
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.models import BUNDLED_MODEL, find_model
+from benchmarks.serving.fake.core import (
+    BATCHED_TOKENS,
+    BLOCK_SIZE,
+    TOTAL_BLOCKS,
+    StartFakeEngine,
+)
 from deployments.config import AppArgs
 from deployments.flags import FAST_PATH
 from deployments.launch import Plan, environment, is_ready
 from deployments.leftovers import adopt_orphans, end_descendants
+from deployments.placement import POLICIES
 
 _ROOT = Path(__file__).parents[3]
 _NAME = "fake"
@@ -62,7 +68,6 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
     import ray  # reads the flags when it is imported
     from ray import serve
 
-    from benchmarks.serving.fake.core import FakeCore
     from deployments.app import compose
 
     ray.init(
@@ -76,9 +81,9 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
     serve.start(http_options={"host": plan.host, "port": plan.port, "keep_alive_timeout_s": 90})
     journal = options.journal or folder / "journal"
     journal.mkdir(parents=True, exist_ok=True)
-    core = partial(FakeCore, step_s=options.step_ms / 1e3, journal=journal)
+    start_core = StartFakeEngine(options.step_ms / 1e3, options.token_us / 1e6, journal)
     serve.run(
-        compose(_app_args(options), core),
+        compose(_app_args(options), start_core),
         logging_config={"enable_access_log": False},
     )
     _wait_until_ready(plan)
@@ -86,6 +91,7 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
         **vars(options),
         "tokenizer": options.model,
         "model": _NAME,
+        "block_size": BLOCK_SIZE,
         "url": plan.url,
         "pid": os.getpid(),
         "journal": str(journal),
@@ -102,10 +108,15 @@ def _app_args(options: argparse.Namespace) -> AppArgs:
         "load_format": "auto" if options.model == BUNDLED_MODEL else "dummy",
         "device": "cpu",
         "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "kvcache_block_size": BLOCK_SIZE,
+        "num_kvcache_blocks": options.cache_tokens // BLOCK_SIZE + 1,  # one is the null block
+        "async_scheduling": True,
     }
     deployment = {
         "num_replicas": options.engines,
         "num_cpus": 0.1,
+        "routing_policy": options.routing_policy,
         "graceful_shutdown_timeout_s": 1,
     }
     ingress = {"num_replicas": options.ingresses, "graceful_shutdown_timeout_s": 1}
@@ -131,9 +142,13 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.serving.fake", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--step-ms", type=float, default=25.0, help="time of an engine's step")
+    parser.add_argument("--token-us", type=float, default=0.0, help="added for a token of prefill")
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--ingresses", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=1024, help="rows of an engine's step")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=BATCHED_TOKENS)
+    parser.add_argument("--cache-tokens", type=int, default=(TOTAL_BLOCKS - 1) * BLOCK_SIZE)
+    parser.add_argument("--routing-policy", choices=tuple(POLICIES), default="prefix_load")
     parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer is used")
     parser.add_argument(
         "--flags",
