@@ -140,7 +140,8 @@ def environment(plan: Plan, folder: Path) -> dict[str, str]:
 
 def _serve(plan: Plan, folder: Path) -> int:
     begin = time.monotonic()
-    command = [str(Path(sys.executable).parent / "serve"), "run", str(plan.config)]
+    # As a module: Ray may have come in a folder on PYTHONPATH, without its command.
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(plan.config)]
     if "RAY_ADDRESS" not in os.environ:
         command += ["--address", "local"]  # not some other cluster that this machine runs
     print(f"trunkline: starting {plan.model} with {plan.config} …", flush=True)
