@@ -14,6 +14,11 @@ from engine.step import StepPlan
 
 _BYTES_PER_TOKEN = 4 * 8
 _BYTES_PER_ROW = 8 * 8
+WHOLE_TABLE_BYTES = 1 << 18
+"""Up to so many bytes, a graph's block table is uploaded whole: that takes no longer than a launch.
+
+1,024 rows of 4,096 tokens have as many, in blocks of 64.
+"""
 
 
 @dataclass(slots=True)
@@ -52,6 +57,7 @@ class InputBatch:
         self.device = device
         self.block_table = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._graph_table = torch.zeros(self.block_table.shape, dtype=torch.int32, device=device)
         tokens = max(max_tokens, max_num_seqs)
         row_bytes = _BYTES_PER_ROW + 4 * max_blocks_per_seq
         self._staging = Staging(tokens * _BYTES_PER_TOKEN + max_num_seqs * row_bytes + 1024, device)
@@ -68,24 +74,28 @@ class InputBatch:
         table = self.block_table[rows, :width]
         owners = np.repeat(np.arange(len(rows)), counts)
         blocks = table[owners, positions // self.block_size]
-        return self._upload(plan, rows, counts, seq_lens, ends, positions, table, blocks)
+        samples = np.flatnonzero(plan.samples)
+        return self._upload(plan, rows, counts, seq_lens, positions, table, blocks, samples)
 
     def build_decode(self, plan: StepPlan, size: int) -> StepInputs:
         """The same for rows that compute and sample one token each, padded to `size` rows.
 
         Padding computes token 0 at position 0 of the null block. Tensors depend on `size` alone in
-        shape and address.
+        shape and address; what the block table holds beyond the longest sequence is undefined.
         """
         self._take_blocks(plan)
         padding = [0] * (size - len(plan.rows))
         rows, positions = np.array(plan.rows + padding), np.array(plan.starts + padding)
-        ones = np.ones(size, dtype=np.int64)
-        table = self.block_table[rows]
+        whole = size * self.block_table[0].nbytes <= WHOLE_TABLE_BYTES
+        width = None if whole else int(positions.max()) // self.block_size + 1
+        table = self.block_table[rows, :width]
         table[len(plan.rows) :] = 0
-        blocks = table[np.arange(size), positions // self.block_size]
-        return self._upload(
-            plan, rows, ones, positions + 1, np.arange(1, size + 1), positions, table, blocks
-        )
+        every, ones = np.arange(size), np.ones(size, dtype=np.int64)
+        blocks = table[every, positions // self.block_size]
+        inputs = self._upload(plan, rows, ones, positions + 1, positions, table, blocks, every)
+        if not whole:
+            inputs.attention.block_table = self._spread(inputs.attention.block_table)
+        return inputs
 
     def input_tokens(self, inputs: StepInputs) -> torch.Tensor:
         """Tokens that the step computes, int64 [T]."""
@@ -100,6 +110,15 @@ class InputBatch:
         """Keep what the step sampled (int64 [S], on the device) as input of the next steps."""
         self.last_tokens[inputs.samples.row_index] = token_ids
 
+    def _spread(self, table: torch.Tensor) -> torch.Tensor:
+        """Copy the columns in use to where graphs look for them, rows far apart.
+
+        It is done on the device, as torch may wait for it when it copies such rows from the host.
+        """
+        rows, columns = table.shape
+        self._graph_table[:rows, :columns] = table
+        return self._graph_table[:rows]
+
     def _take_blocks(self, plan: StepPlan) -> None:
         for row, (first, blocks) in plan.new_blocks.items():
             self.block_table[row, first : first + len(blocks)] = blocks
@@ -110,15 +129,20 @@ class InputBatch:
         rows: np.ndarray,
         counts: np.ndarray,
         seq_lens: np.ndarray,
-        ends: np.ndarray,
         positions: np.ndarray,
         table: np.ndarray,
         blocks: np.ndarray,
+        samples: np.ndarray,
     ) -> StepInputs:
-        """Bring it all to the device; `blocks` holds the block of each token."""
+        """Bring it all to the device.
+
+        `blocks` holds the block of each token and `samples` the places of the rows that sample,
+        which may be more than do: graphs need the same number at every step.
+        """
+        ends = np.cumsum(counts)
         known, sources = _tokens(plan, len(positions), ends - counts)
         slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
-        samples = np.flatnonzero(plan.samples)
+        count = sum(plan.samples)
         multiple = np.flatnonzero(counts != 1)
         decodes = int(multiple[0]) if len(multiple) else len(rows)
         tensors = self._staging.upload(
@@ -127,28 +151,28 @@ class InputBatch:
                 sources,
                 positions,
                 slots,
-                table,
                 seq_lens.astype(np.int32),
                 _starts(counts[decodes:]),
                 _starts(seq_lens[decodes:]),
                 np.argsort(-seq_lens[:decodes], kind="stable").astype(np.int32),
-                # Last, as graphs need the others at places that the samples do not move.
                 rows[samples],
                 seq_lens[samples],
                 ends[samples] - 1,
+                # Last, as graphs need the others at places that its width does not move.
+                table,
             ]
         )
         attention = AttentionBatch(
             num_decodes=decodes,
             query_lens=counts.tolist(),
             seq_lens=seq_lens.tolist(),
-            block_table=tensors[4],
+            block_table=tensors[11],
             slot_mapping=tensors[3],
             block_size=self.block_size,
-            device_seq_lens=tensors[5],
-            query_starts=tensors[6],
-            key_starts=tensors[7],
-            decode_order=tensors[8],
+            device_seq_lens=tensors[4],
+            query_starts=tensors[5],
+            key_starts=tensors[6],
+            decode_order=tensors[7],
         )
         return StepInputs(
             known_tokens=tensors[0],
@@ -156,13 +180,13 @@ class InputBatch:
             positions=tensors[2],
             attention=attention,
             samples=Batch(
-                rows[samples].tolist(),
-                seq_lens[samples].tolist(),
+                rows[samples[:count]].tolist(),
+                seq_lens[samples[:count]].tolist(),
                 self.device,
-                row_index=tensors[9],
-                position_index=tensors[10],
+                row_index=tensors[8][:count],
+                position_index=tensors[9][:count],
             ),
-            sample_indices=tensors[11],
+            sample_indices=tensors[10][:count],
         )
 
 

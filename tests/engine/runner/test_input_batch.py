@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from engine.runner import input_batch
 from engine.runner.input_batch import InputBatch
 from engine.step import StepPlan
+from tests.engine.gpu import needs_gpu
 
 BLOCK_SIZE, MAX_SEQS, MAX_BLOCKS = 4, 6, 5
 CPU = torch.device("cpu")
@@ -10,8 +12,10 @@ BLOCKS = {2: [9, 3], 0: [7, 1, 8], 5: [2, 4, 6, 5]}
 """Row → its blocks."""
 
 
-@pytest.fixture
-def batch():
+@pytest.fixture(params=["whole tables", "columns in use"])
+def batch(request, monkeypatch):
+    if request.param == "columns in use":
+        monkeypatch.setattr(input_batch, "WHOLE_TABLE_BYTES", 0)
     return InputBatch(MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, 64, CPU)
 
 
@@ -127,7 +131,7 @@ def test_padding_reads_and_writes_the_null_block_alone(batch, known):
     assert padded.attention.slot_mapping[3:].tolist() == [0, 0, 0]
     assert padded.attention.seq_lens[3:] == [1, 1, 1]
     assert padded.attention.device_seq_lens[3:].tolist() == [1, 1, 1]
-    assert not padded.attention.block_table[3:].any()
+    assert not padded.attention.block_table[3:, :1].any()
     assert padded.positions[3:].tolist() == [0, 0, 0]
     assert sorted(padded.attention.decode_order.tolist()) == [*range(6)]
     assert padded.attention.num_decodes == 6
@@ -136,9 +140,56 @@ def test_padding_reads_and_writes_the_null_block_alone(batch, known):
 
 
 def test_tensors_of_a_graph_depend_on_its_size_alone(batch):
-    """Up to the samples, which come last, so that all before them keep their place."""
+    """The samples and a table of which only columns in use are uploaded aside."""
     full, empty = batch.build_decode(decode_plan(), 4), batch.build_decode(StepPlan(2), 4)
     for name in ("known_tokens", "token_sources", "positions"):
         assert getattr(full, name).shape == getattr(empty, name).shape
     for name in ("slot_mapping", "block_table", "device_seq_lens", "query_starts", "decode_order"):
         assert getattr(full.attention, name).shape == getattr(empty.attention, name).shape
+
+
+def uploaded_columns(batch, monkeypatch, plan, size):
+    """Columns of the block table that a graph's step brings to the device."""
+    found, upload = [], batch._staging.upload
+    monkeypatch.setattr(
+        batch._staging, "upload", lambda arrays: found.append(arrays[-1].shape) or upload(arrays)
+    )
+    batch.build_decode(plan, size)
+    assert [rows for rows, _ in found] == [size]
+    return found[0][1]
+
+
+@pytest.mark.parametrize(("most", "columns"), [(4 * MAX_BLOCKS * 4, MAX_BLOCKS), (0, 4)])
+def test_of_large_tables_only_the_columns_in_use_are_uploaded(most, columns, monkeypatch):
+    monkeypatch.setattr(input_batch, "WHOLE_TABLE_BYTES", most)
+    batch = InputBatch(MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, 64, CPU)
+    assert uploaded_columns(batch, monkeypatch, decode_plan(), 4) == columns
+
+
+def test_columns_that_were_in_use_do_not_disturb_shorter_rows(batch):
+    batch.build_decode(decode_plan(), 4)
+    short = StepPlan(2, [2, 0], [7, 11], [1, 1], [True, True])
+    inputs = batch.build_decode(short, 4)
+    table = inputs.attention.block_table.tolist()
+    assert [table[0][:2], table[1][:3], table[2][:1], table[3][:1]] == [[9, 3], [7, 1, 8], [0], [0]]
+    assert inputs.sample_indices.tolist() == [0, 1]
+
+
+class TestOnGPU:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("most", [0, 1 << 18])
+    def test_what_a_graph_reads_keeps_its_address(self, most, monkeypatch):
+        monkeypatch.setattr(input_batch, "WHOLE_TABLE_BYTES", most)
+        batch = InputBatch(MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, 64, torch.device("cuda"))
+        short = StepPlan(2, [2, 0], [7, 11], [1, 1], [True, True])
+        places = []
+        for plan in (StepPlan(0), decode_plan(), short):
+            inputs = batch.build_decode(plan, 4)
+            attention = inputs.attention
+            tensors = [inputs.known_tokens, inputs.token_sources, inputs.positions]
+            tensors += [attention.slot_mapping, attention.block_table, attention.device_seq_lens]
+            tensors += [attention.decode_order]
+            places.append([(t.data_ptr(), t.shape, t.stride()) for t in tensors])
+        assert places[0] == places[1] == places[2]
+        assert attention.block_table[:2, :2].tolist() == [[9, 3], [7, 1]]
