@@ -78,10 +78,11 @@ class SelfAttention(nn.Module):
         residual: torch.Tensor,
         kv_cache: torch.Tensor,
         context: StepContext,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[rows, hidden] → residual plus the block's output, [rows, hidden].
 
-        `residual` may be overwritten.
+        `residual` may be overwritten. Of the output only the rows `wanted`, if given, are computed.
 
         Rows below those of the step's tokens are padding: they are not attended.
         """
@@ -96,8 +97,10 @@ class SelfAttention(nn.Module):
             self.head_dim**-0.5,
             self.sliding_window,
         )
-        attended = self.out.padded(attended.reshape(num_tokens, -1))
-        return self.out.forward_add(attended, residual)
+        attended = attended.reshape(num_tokens, -1)
+        if wanted is not None:
+            attended, residual = attended[wanted], self.out.padded(residual[wanted])
+        return self.out.forward_add(self.out.padded(attended), residual)
 
     def slots(self) -> dict[str, torch.Tensor]:
         """Parameters by checkpoint name."""

@@ -41,10 +41,14 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config, dtype, device)
 
     def forward(
-        self, x: torch.Tensor, kv_cache: torch.Tensor, context: StepContext
+        self,
+        x: torch.Tensor,
+        kv_cache: torch.Tensor,
+        context: StepContext,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[tokens, hidden] → the same."""
-        x = self.attention(self.attention_norm(x), x, kv_cache, context)
+        """[tokens, hidden] → the same, or only the rows `wanted`."""
+        x = self.attention(self.attention_norm(x), x, kv_cache, context, wanted)
         x = self.mlp(self.mlp_norm(x), x)
         return x
 
@@ -111,6 +115,7 @@ class CausalLM(nn.Module):
         kv_caches: Sequence[torch.Tensor],
         backend: AttentionBackend,
         metadata: Any,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the layers over one step's tokens.
 
@@ -121,17 +126,20 @@ class CausalLM(nn.Module):
             kv_caches: one a layer.
             backend: attends.
             metadata: what the backend prepared for this step.
+            wanted: tokens whose hidden states are wanted, int64 [at least 1]; None for all. Of the
+                others the last layer computes keys and values, and nothing after attention.
 
         Returns:
-            Normalised hidden states, [tokens, hidden].
+            Normalised hidden states of the tokens wanted, [tokens, hidden].
         """
         cos_sin = self.rotary.at(positions) if self.rotary.table is None else None
         context = StepContext(positions, slots, cos_sin, backend, metadata)
         x = self.head.padded(functional.embedding(token_ids, self.embedding))
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x = layer(x, kv_cache, context)
+        last = len(self.layers) - 1
+        for index, (layer, kv_cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
+            x = layer(x, kv_cache, context, wanted if index == last else None)
         normalised: torch.Tensor = self.norm(x)
-        return normalised[: len(token_ids)]
+        return normalised[: len(token_ids if wanted is None else wanted)]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] → logits [rows, vocab]."""

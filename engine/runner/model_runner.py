@@ -86,7 +86,7 @@ class ModelRunner:
         prepared = time.perf_counter()
         first = self._event(timed=True) if self.profiling and self._cuda else None
         if size is None or self._graphs is None:
-            hidden = self._forward(inputs)
+            hidden = self._forward(inputs, self._wanted(inputs))
         else:
             hidden = self._graphs.replay(size)
         scored = self._score_prompts(plan, hidden) if self._scored_prompts else {}
@@ -107,7 +107,13 @@ class ModelRunner:
         event.record()
         return event
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+    def _wanted(self, inputs: StepInputs) -> torch.Tensor | None:
+        """The tokens whose hidden states the step needs, for `CausalLM.forward`."""
+        if self._scored_prompts or len(inputs.samples.rows) == len(inputs.positions):
+            return None
+        return inputs.sample_indices if inputs.samples.rows else inputs.positions.new_zeros(1)
+
+    def _forward(self, inputs: StepInputs, wanted: torch.Tensor | None = None) -> torch.Tensor:
         hidden: torch.Tensor = self.model(
             self.batch.input_tokens(inputs),
             inputs.positions,
@@ -115,6 +121,7 @@ class ModelRunner:
             self.kv_caches,
             self.backend,
             self.backend.prepare(inputs.attention),
+            wanted,
         )
         return hidden
 

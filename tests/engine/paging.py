@@ -130,8 +130,11 @@ class PagedModel:
         shuffled = torch.randperm(8 * MAX_BLOCKS, generator=torch.Generator().manual_seed(seed)) + 1
         self.tables = shuffled.view(8, MAX_BLOCKS).int()
 
-    def step(self, rows) -> torch.Tensor:
-        """Logits of all tokens of `rows`: (sequence, token ids, first position)."""
+    def step(self, rows, wanted=None) -> torch.Tensor:
+        """Logits of the tokens of `rows`: (sequence, token ids, first position).
+
+        All tokens', or of those whose places among them `wanted` lists.
+        """
         rows = sorted(rows, key=lambda row: len(row[1]) > 1)
         batch = attention_batch(
             [(row, len(ids), start) for row, ids, start in rows], self.tables, self.block_size
@@ -140,6 +143,12 @@ class PagedModel:
         positions = torch.tensor([s + i for _, ids, s in rows for i in range(len(ids))])
         metadata = self.backend.prepare(batch)
         hidden = self.model(
-            token_ids, positions, batch.slot_mapping, self.kv_caches, self.backend, metadata
+            token_ids,
+            positions,
+            batch.slot_mapping,
+            self.kv_caches,
+            self.backend,
+            metadata,
+            None if wanted is None else torch.tensor(wanted),
         )
         return self.model.compute_logits(hidden)

@@ -117,6 +117,11 @@ def test_mixed_batch_matches(family):
     logits = paged.step([*step, (3, prompts[3], 0)])
     ends = torch.stack([reference(torch.tensor([ids])).logits[0, -1] for ids in prompts])
     torch.testing.assert_close(logits[[0, 1, 2, -1]], ends, rtol=1e-4, atol=5e-4)
+    last = len(logits) - 1
+    again = paged.step([*step, (3, prompts[3], 0)], wanted=[0, 1, 2, last])
+    torch.testing.assert_close(again, ends, rtol=1e-4, atol=5e-4)
+    one = paged.step([(3, prompts[3], 0)], wanted=[59])
+    torch.testing.assert_close(one, ends[3:], rtol=1e-4, atol=5e-4)
 
 
 def test_unknown_architecture_is_named():
