@@ -226,22 +226,16 @@ class EngineActor:
     def _publish(self, deltas: list[TokenDelta], load: EngineLoad) -> None:
         """Sort a step's deltas into the mailboxes."""
         self._load = load
-        for subscriber_id, mine in self._by_owner(deltas).items():
-            self._subscribers[subscriber_id].mailbox.add(mine)
+        for delta in deltas:
+            owner = self._owners.get(delta.request_id)
+            if owner is not None:  # else it was aborted while the step ran
+                self._subscribers[owner].mailbox.add(delta)
         self._count(deltas)
         now = time.monotonic()
         for subscriber in self._subscribers.values():
             subscriber.settle(load.num_received)
             if now - subscriber.last_sent > LOAD_INTERVAL_S:
                 subscriber.mailbox.wake()
-
-    def _by_owner(self, deltas: list[TokenDelta]) -> dict[str, list[TokenDelta]]:
-        grouped: dict[str, list[TokenDelta]] = {}
-        for delta in deltas:
-            owner = self._owners.get(delta.request_id)
-            if owner is not None:  # else it was aborted while the step ran
-                grouped.setdefault(owner, []).append(delta)
-        return grouped
 
     def _count(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 
 from deployments.wire import merge_delta
 from engine.outputs import TokenDelta
@@ -18,27 +17,30 @@ class Mailbox:
     def __init__(self) -> None:
         self._pending: dict[str, TokenDelta] = {}
         self._error: BaseException | None = None
-        self._ready = asyncio.Event()
+        self._woken = False
+        self._reader: asyncio.Future[None] | None = None
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def add(self, deltas: Iterable[TokenDelta]) -> None:
-        """Deliver deltas; those of a request that is already pending are merged into one."""
-        for delta in deltas:
-            known = self._pending.setdefault(delta.request_id, delta)
-            if known is not delta:
-                merge_delta(known, delta)
-        self._ready.set()
+    def add(self, delta: TokenDelta) -> None:
+        """Deliver a delta; it is merged with what is already pending of its request."""
+        known = self._pending.setdefault(delta.request_id, delta)
+        if known is not delta:
+            merge_delta(known, delta)
+        self.wake()
 
     def fail(self, error: BaseException) -> None:
         """Let the reader have what is pending, and then raise `error`."""
         self._error = self._error or error
-        self._ready.set()
+        self.wake()
 
     def wake(self) -> None:
         """Let the reader return even though nothing is pending."""
-        self._ready.set()
+        self._woken = True
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():  # it may have been cancelled
+            reader.set_result(None)
 
     def discard(self, request_id: str) -> None:
         """Forget what is pending of a request."""
@@ -50,11 +52,11 @@ class Mailbox:
         Raises:
             BaseException: the one given to `fail`, once nothing is pending.
         """
-        await self._ready.wait()
-        self._ready.clear()
+        if not self._woken:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         pending, self._pending = list(self._pending.values()), {}
-        if self._error is not None:
-            self._ready.set()
-            if not pending:
-                raise self._error
+        self._woken = self._error is not None
+        if self._error is not None and not pending:
+            raise self._error
         return pending

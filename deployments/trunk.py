@@ -152,7 +152,7 @@ class TrunkHub:
         for delta in message.deltas:
             mailbox = self._mailboxes.get(delta.request_id)
             if mailbox is not None:
-                mailbox.add((delta,))
+                mailbox.add(delta)
 
     def _lose(self, engine_id: str, reason: str) -> None:
         """Fail what the lost engine left unfinished."""

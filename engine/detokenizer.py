@@ -47,6 +47,8 @@ class IncrementalDetokenizer:
         if self._at_start and data:
             data = data.removeprefix(b" ")
             self._at_start = False
+        if data.isascii() and not self._decoder.buffer:
+            return data.decode()  # the same, and faster than what can wait for a character's end
         return self._decoder.decode(data)
 
     def flush(self) -> str:

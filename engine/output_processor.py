@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
+
+import msgspec
 
 from engine.detokenizer import IncrementalDetokenizer, StopStringMatcher
 from engine.outputs import CompletionOutput, FinishReason, Logprob, TokenDelta, TokenLogprobs
@@ -12,8 +13,7 @@ from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 
 
-@dataclass(slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct):
     """What one push added to a completion."""
 
     text: str = ""

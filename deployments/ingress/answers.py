@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
+from starlette.types import Receive, Scope, Send
 
 from deployments.ingress.errors import to_api_error
-from deployments.ingress.exchange import EventStream
 from deployments.ingress.served import Piece, ServedModel
 from deployments.protocols.openai import GenerationBody
 from engine.job import Job
@@ -19,6 +20,14 @@ from engine.job import Job
 logger = logging.getLogger("ray.serve")
 
 DONE = b"data: [DONE]\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+to_json = msgspec.json.Encoder().encode
+"""Any plain value to JSON."""
 
 
 def new_id(prefix: str) -> str:
@@ -47,14 +56,56 @@ def usage(jobs: Sequence[Job]) -> dict[str, Any]:
 
 def event(value: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+class EventStream:
+    """A `text/event-stream` answer: a response, as ASGI has it.
+
+    Args:
+        first: what had come before the status was sent.
+        batches: gives what comes after it.
+        write: the events that tell of a piece.
+        last: the events that come after all pieces.
+    """
+
+    def __init__(
+        self,
+        first: list[Piece],
+        batches: AsyncGenerator[list[Piece], None],
+        write: Callable[[Piece], bytes],
+        last: Callable[[], bytes],
+    ) -> None:
+        self._first = first
+        self._batches = batches
+        self._write = write
+        self._last = last
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send to the end; what has piled up since the last write leaves in one write."""
+        async with aclosing(self._batches):
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            try:
+                await self._send_pieces(send)
+                end = self._last()
+            except Exception as error:
+                end = event(to_api_error(error).body())
+        await send({"type": "http.response.body", "body": end + DONE})
+
+    async def _send_pieces(self, send: Send) -> None:
+        write = self._write
+        if data := b"".join(map(write, self._first)):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        async for pieces in self._batches:
+            if data := b"".join(map(write, pieces)):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 async def open_stream(
     model: ServedModel,
     jobs: Sequence[Job],
-    to_events: Callable[[Piece], Iterable[bytes]],
-    last_events: Callable[[], Iterable[bytes]],
+    write: Callable[[Piece], bytes],
+    last: Callable[[], bytes],
 ) -> EventStream:
     """Start jobs and stream them.
 
@@ -63,32 +114,11 @@ async def open_stream(
     Args:
         model: to run on.
         jobs: what to run.
-        to_events: writes the new text of a completion.
-        last_events: writes what comes after all completions.
+        write: the events that tell of a piece.
+        last: the events that come after all pieces.
     """
     batches = model.run(jobs)
-    first = await anext(batches)
-    return EventStream(_events(batches, first, to_events, last_events), batches)
-
-
-async def _events(
-    batches: AsyncGenerator[list[Piece], None],
-    first: list[Piece],
-    to_events: Callable[[Piece], Iterable[bytes]],
-    last_events: Callable[[], Iterable[bytes]],
-) -> AsyncGenerator[bytes, None]:
-    """What has piled up since the last write leaves in one write."""
-    try:
-        if data := b"".join(e for piece in first for e in to_events(piece)):
-            yield data
-        async for pieces in batches:
-            if data := b"".join(e for piece in pieces for e in to_events(piece)):
-                yield data
-    except Exception as error:
-        yield event(to_api_error(error).body())
-    else:
-        yield b"".join(last_events())
-    yield DONE
+    return EventStream(await anext(batches), batches, write, last)
 
 
 class Chunks:
@@ -106,17 +136,18 @@ class Chunks:
         self._begin = begin
         self._usage = bool(options and options.include_usage)
         self._continuous = bool(options and options.continuous_usage_stats)
+        # All chunks but their choices are alike, so that they are encoded once.
+        self._head = b"data: " + to_json(begin)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if self._usage else b"]}\n\n"
 
     def chunk(self, choice: dict[str, Any]) -> bytes:
         """One chunk with one choice."""
-        value = {**self._begin, "choices": [choice]}
         if self._continuous:
-            value["usage"] = usage(self._jobs)
-        elif self._usage:
-            value["usage"] = None
-        return event(value)
+            return event({**self._begin, "choices": [choice], "usage": usage(self._jobs)})
+        return self._head + to_json(choice) + self._tail
 
-    def last(self) -> Iterable[bytes]:
+    def last(self) -> bytes:
         """The chunk with the usage, if it was asked for."""
-        if self._usage:
-            yield event({**self._begin, "choices": [], "usage": usage(self._jobs)})
+        if not self._usage:
+            return b""
+        return event({**self._begin, "choices": [], "usage": usage(self._jobs)})

@@ -8,13 +8,13 @@ from functools import partial
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from deployments.ingress.chat import handle_chat
 from deployments.ingress.completions import handle_completion
 from deployments.ingress.errors import handle_http_exception
-from deployments.ingress.exchange import Endpoint, EventStream
+from deployments.ingress.exchange import Endpoint
 from deployments.ingress.info import handle_health, handle_model, handle_models
 from deployments.ingress.served import ServedModels
 from deployments.ingress.simple import (
@@ -23,7 +23,7 @@ from deployments.ingress.simple import (
     handle_generate_stream,
 )
 
-ModelsHandler = Callable[[ServedModels, Request, bytes], Awaitable[Response | EventStream]]
+ModelsHandler = Callable[[ServedModels, Request, bytes], Awaitable[ASGIApp]]
 
 ROUTES: tuple[tuple[str, str, ModelsHandler], ...] = (
     ("POST", "/v1/completions", handle_completion),

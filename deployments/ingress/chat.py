@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deployments.ingress.answers import Chunks, header, new_id, open_stream, usage
+from deployments.ingress.answers import (
+    Chunks,
+    EventStream,
+    header,
+    new_id,
+    open_stream,
+    usage,
+)
 from deployments.ingress.errors import json_response
-from deployments.ingress.exchange import EventStream
 from deployments.ingress.served import Piece, ServedModel, ServedModels, aside, build_jobs
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import chat_logprobs, prompt_logprobs
@@ -43,7 +49,7 @@ async def handle_chat(
     if body.stream:
         begin = header(answer_id, "chat.completion.chunk", body.model)
         writer = _Writer(model, body, jobs, begin)
-        return await open_stream(model, jobs, writer.events, writer.chunks.last)
+        return await open_stream(model, jobs, writer.write, writer.chunks.last)
     await model.finish(jobs)
     begin = header(answer_id, "chat.completion", body.model)
     answer = {**begin, "choices": _choices(model, body, jobs[0]), "usage": usage(jobs)}
@@ -106,17 +112,19 @@ class _Writer:
         self._body = body
         self._begun: set[int] = set()
 
-    def events(self, piece: Piece) -> Iterable[bytes]:
+    def write(self, piece: Piece) -> bytes:
         """The chunk of a piece, after one with the role if it is the first of its choice."""
         delta, index = piece.delta, piece.choice
+        role = b""
         if index not in self._begun:
             self._begun.add(index)
-            yield self._chunk(index, {"role": "assistant", "content": ""})
+            role = self._chunk(index, {"role": "assistant", "content": ""})
         if not delta.text and delta.finish_reason is None and not delta.logprobs:
-            return
+            return role
         logprobs = _logprobs(self._model, self._body, delta.logprobs or None)
         message = {"content": delta.text} if delta.text else {}
-        yield self._chunk(index, message, logprobs, delta.finish_reason, delta.stop_reason)
+        chunk = self._chunk(index, message, logprobs, delta.finish_reason, delta.stop_reason)
+        return role + chunk
 
     def _chunk(
         self,

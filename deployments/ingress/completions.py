@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deployments.ingress.answers import Chunks, header, new_id, open_stream, usage
+from deployments.ingress.answers import (
+    Chunks,
+    EventStream,
+    header,
+    new_id,
+    open_stream,
+    usage,
+)
 from deployments.ingress.errors import json_response
-from deployments.ingress.exchange import EventStream
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import completion_logprobs, prompt_logprobs
@@ -43,7 +49,7 @@ async def handle_completion(
     begin = header(answer_id, "text_completion", body.model)
     if body.stream:
         writer = _Writer(body, jobs, begin)
-        return await open_stream(model, jobs, writer.events, writer.chunks.last)
+        return await open_stream(model, jobs, writer.write, writer.chunks.last)
     await model.finish(jobs)
     return json_response({**begin, "choices": _choices(body, jobs), "usage": usage(jobs)})
 
@@ -89,7 +95,7 @@ class _Writer:
         self._written: dict[int, int] = {}
         """Characters written so far, by choice."""
 
-    def events(self, piece: Piece) -> Iterable[bytes]:
+    def write(self, piece: Piece) -> bytes:
         """The chunk of a piece, unless there is nothing in it."""
         delta, index = piece.delta, piece.choice
         text = delta.text
@@ -98,11 +104,11 @@ class _Writer:
         so_far = self._written.get(index, 0)
         self._written[index] = so_far + len(text)
         if not text and delta.finish_reason is None and not delta.logprobs:
-            return
+            return b""
         logprobs = delta.logprobs and completion_logprobs(
             delta.logprobs, self._body.logprobs or 0, so_far
         )
-        yield self.chunks.chunk(
+        return self.chunks.chunk(
             {
                 "index": index,
                 "text": text,

@@ -3,47 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.ingress.errors import ApiError, to_api_error
 
-
-class EventStream:
-    """A `text/event-stream` answer.
-
-    Args:
-        events: gives the bytes to send.
-        source: what `events` reads from, which has begun already. It is closed as well, because
-            closing `events` does nothing as long as that has not begun.
-    """
-
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]
-    ) -> None:
-        self._events = events
-        self._source = source
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send event after event; what the generator yields leaves at once."""
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        async with aclosing(self._source), aclosing(self._events) as events:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-Handler = Callable[[Request, bytes], Awaitable[Response | EventStream]]
+Handler = Callable[[Request, bytes], Awaitable[ASGIApp]]
+"""From a request and its body to the response, which is an ASGI application."""
 
 
 class Endpoint:

@@ -7,6 +7,8 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import msgspec
+
 from deployments.aside import run_aside
 from deployments.engine_client import EngineClient
 from deployments.ingress.errors import model_not_found, overloaded, unavailable
@@ -28,8 +30,7 @@ Prose has 3 to 5, indented code up to about 10."""
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class Piece:
+class Piece(msgspec.Struct):
     """New text of one completion; `choice` numbers completions over all prompts."""
 
     choice: int
@@ -146,8 +147,9 @@ class ServedModel:
                     choice, job = choices[delta.request_id]
                     if delta.finish_reason == "error":
                         raise self._failure(delta)
-                    pieces.append(Piece(choice, job, job.push(delta)))
-                    if job.processors[delta.request_id].must_abort:
+                    text = job.push(delta)
+                    pieces.append(Piece(choice, job, text))
+                    if text.finish_reason and job.processors[delta.request_id].must_abort:
                         generation.abort([delta.request_id])
                 yield pieces
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deployments.ingress.answers import event, new_id, open_stream, usage
+from deployments.ingress.answers import EventStream, event, new_id, open_stream, usage
 from deployments.ingress.errors import json_response
-from deployments.ingress.exchange import EventStream
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
 from deployments.protocols.body import read_body
 from deployments.protocols.simple import BatchGenerateBody, GenerateBody, SimpleFields
@@ -32,10 +31,10 @@ async def handle_generate_stream(
     body = await read_body(GenerateBody, data)
     model, jobs = await _jobs(models, body, [body.prompt], "prompt")
 
-    def last() -> Iterable[bytes]:
-        yield event({"text": "", "finished": True, "usage": usage(jobs)})
+    def last() -> bytes:
+        return event({"text": "", "finished": True, "usage": usage(jobs)})
 
-    return await open_stream(model, jobs, _events, last)
+    return await open_stream(model, jobs, _write, last)
 
 
 async def handle_batch_generate(models: ServedModels, request: Request, data: bytes) -> Response:
@@ -73,9 +72,8 @@ def _result(job: Job) -> dict[str, Any]:
     return result
 
 
-def _events(piece: Piece) -> Iterable[bytes]:
+def _write(piece: Piece) -> bytes:
     delta = piece.delta
-    if delta.text or delta.finish_reason is not None:
-        yield event(
-            {"text": delta.text, "index": piece.choice, "finish_reason": delta.finish_reason}
-        )
+    if not delta.text and delta.finish_reason is None:
+        return b""
+    return event({"text": delta.text, "index": piece.choice, "finish_reason": delta.finish_reason})

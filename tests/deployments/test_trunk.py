@@ -53,7 +53,8 @@ def test_wire_round_trip():
 async def test_mailbox_merges_while_nobody_reads():
     mailbox = Mailbox()
     for token in range(1000):
-        mailbox.add([TokenDelta("a", [token]), TokenDelta("b", [token])])
+        mailbox.add(TokenDelta("a", [token]))
+        mailbox.add(TokenDelta("b", [token]))
     assert len(mailbox) == 2
     deltas = await mailbox.take()
     assert [d.token_ids for d in deltas] == [list(range(1000))] * 2
@@ -61,7 +62,7 @@ async def test_mailbox_merges_while_nobody_reads():
 
 async def test_mailbox_fails_after_what_is_pending():
     mailbox = Mailbox()
-    mailbox.add([TokenDelta("a", [1])])
+    mailbox.add(TokenDelta("a", [1]))
     mailbox.fail(EngineDead("lost"))
     assert len(await mailbox.take()) == 1
     for _ in range(2):
