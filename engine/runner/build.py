@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from engine.runner.kv_memory import CacheLayout, count_blocks
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.sampler import Sampler
 from engine.sampling.warm_up import sampling_warm_ups
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.startup import Stopwatch
 from engine.step import NewRow, StepPlan
 from engine.weights.loader import load_model
@@ -174,15 +175,17 @@ def _run_largest_step(
     """Compute as many tokens and sample as many rows as any step will, in the null block.
 
     What this takes stays in torch's allocator for the steps to come: the KV cache gets the rest.
-    The last row is penalised, so that the table of seen tokens has all its rows from the start.
+    All rows want log-probabilities, and the last one is penalised, so that logits are copied and
+    the table of seen tokens has all its rows from the start.
     """
     rows = min(max_num_seqs, step_tokens)
     longest = min(max_model_len, step_tokens)
     counts = [min(longest, step_tokens // rows)] * rows
     counts[-1] = min(longest, counts[-1] + step_tokens - sum(counts))
-    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, seed=0)
+    options: dict[str, Any] = {"logprobs": MAX_LOGPROBS, "seed": 0}
+    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, **options)
     new_rows = [NewRow(row, "", params, [0] * count, count) for row, count in enumerate(counts)]
-    new_rows[-1].params = SamplingParams(presence_penalty=1.0, seed=0)
+    new_rows[-1].params = SamplingParams(presence_penalty=1.0, **options)
     plan = StepPlan(
         0,
         list(range(rows)),

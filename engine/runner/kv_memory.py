@@ -16,7 +16,8 @@ from engine.model_config import ModelConfig
 DEFAULT_CPU_CACHE_BYTES = 2 * 2**30
 RESERVE_BYTES = 512 * 2**20
 """Left free for what comes after the cache is allocated: CUDA graphs (their nodes, and what the
-largest of them computes), and the logits of prompt tokens when somebody asks for them."""
+largest of them computes), and log-probabilities of prompt tokens when somebody asks for them
+(`engine.sampling.logprobs` bounds what they take)."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -13,12 +13,9 @@ from engine.models.causal_lm import CausalLM
 from engine.outputs import TokenLogprobs
 from engine.runner.cuda_graphs import DecodeGraphs
 from engine.runner.input_batch import InputBatch, StepInputs
-from engine.sampling.logprobs import prompt_logprobs
+from engine.sampling.logprobs import prompt_logprobs, rows_at_a_time
 from engine.sampling.sampler import Sampler, SamplerOutput
 from engine.step import NewRow, StepPlan, StepResult
-
-PROMPT_LOGPROBS_CHUNK = 128
-"""Prompt positions whose logits exist at a time, which bounds the memory of `prompt_logprobs`."""
 
 
 @dataclass(slots=True)
@@ -168,7 +165,8 @@ class ModelRunner:
     def _score(
         self, hidden: torch.Tensor, targets: list[int], k: int
     ) -> Iterator[list[TokenLogprobs]]:
-        for first in range(0, len(targets), PROMPT_LOGPROBS_CHUNK):
-            chunk = targets[first : first + PROMPT_LOGPROBS_CHUNK]
+        size = rows_at_a_time(self.model.config.vocab_size)
+        for first in range(0, len(targets), size):
+            chunk = targets[first : first + size]
             logits = self.model.compute_logits(hidden[first : first + len(chunk)])
             yield prompt_logprobs(logits, torch.tensor(chunk, device=logits.device), k)

@@ -8,8 +8,9 @@ import torch
 
 from engine.outputs import TokenLogprobs
 
-_CHUNK_LOGITS = 1 << 24
-"""Most logits handled at once: bounds the temporaries that long prompts need."""
+LOGITS_AT_A_TIME = 1 << 24
+"""Most logits worked on together. Their float32 copies and what is computed of them take 9 bytes
+each, and the model's own logits of prompt tokens up to 4 more: less than 256 MiB in all."""
 
 
 @dataclass(slots=True)
@@ -47,14 +48,42 @@ def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> LogprobTensors:
+def gather_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    num_top: int,
+    places: torch.Tensor | None = None,
+) -> LogprobTensors:
     """Log-probabilities of a token at each position and of the likeliest ones.
 
     Args:
-        logits: raw logits, float32 [positions, vocab]; left as they are.
+        logits: raw logits, of any float type, [lines, vocab]; left as they are.
         token_ids: the tokens to look up, int64 [positions].
         num_top: alternatives at each position.
+        places: line of each position, int64 [positions]; None if there is one line for each.
     """
+    size = rows_at_a_time(logits.shape[-1])
+    parts = []
+    for start in range(0, max(len(token_ids), 1), size):
+        part = slice(start, start + size)
+        lines = logits[part] if places is None else logits[places[part]]
+        parts.append(_gather(lines.float(), token_ids[part], num_top))
+    if len(parts) == 1:
+        return parts[0]
+    return LogprobTensors(
+        torch.cat([part.token_ids for part in parts]),
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([part.ranks for part in parts]),
+    )
+
+
+def rows_at_a_time(vocab_size: int) -> int:
+    """Rows of logits that are worked on together, so that temporaries stay in their bound."""
+    return max(1, LOGITS_AT_A_TIME // vocab_size)
+
+
+def _gather(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> LogprobTensors:
+    """The same of float32 logits, all at once."""
     chosen = logits.gather(-1, token_ids[:, None])
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
     ranks = (logits > chosen).sum(dim=-1) + 1
@@ -76,10 +105,5 @@ def prompt_logprobs(
         target_ids: the token that follows each position, int64 [positions].
         num_top: alternatives at each position.
     """
-    size = max(1, _CHUNK_LOGITS // logits.shape[-1])
-    entries: list[TokenLogprobs] = []
-    for start in range(0, len(logits), size):
-        chunk = slice(start, start + size)
-        tensors = gather_logprobs(logits[chunk].float(), target_ids[chunk], num_top)
-        entries += tensors.to_host([num_top] * len(tensors.ranks))
-    return entries
+    tensors = gather_logprobs(logits, target_ids, num_top)
+    return tensors.to_host([num_top] * len(target_ids))

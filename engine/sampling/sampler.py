@@ -109,39 +109,31 @@ class Sampler:
         """
         self._table.upload()
         edits = [feature for feature in self._edits if feature.active(batch)]
+        asked, raw = batch.members(self._num_top.keys()), logits
         if edits or not batch.fused:
             logits = logits.float().contiguous()
-        asked = batch.members(self._num_top.keys())
-        raw = self._raw_logits(logits, asked, bool(edits))
+        if asked and edits and logits is raw:  # they are about to be changed
+            raw = logits.clone()
         for feature in edits:
             feature.apply(logits, batch)
         token_ids = self._draw_fused(logits, batch) if batch.fused else self._draw(logits, batch)
         if self._penalties in edits:
             self._penalties.update(token_ids, batch)
         output = SamplerOutput(token_ids)
-        if raw is not None:
+        if asked:
             self._add_logprobs(output, raw, batch, asked)
         return output
-
-    def _raw_logits(
-        self, logits: torch.Tensor, asked: list[int], edited: bool
-    ) -> torch.Tensor | None:
-        """The asked rows' logits as the model gave them, copied only if they would be changed."""
-        if not asked:
-            return None
-        if len(asked) == len(logits):
-            return logits.clone() if edited else logits.float()
-        return logits[to_device(asked, self._device)].float()
 
     def _add_logprobs(
         self, output: SamplerOutput, raw: torch.Tensor, batch: Batch, asked: list[int]
     ) -> None:
         rows = [batch.rows[place] for place in asked]
         num_top = [self._num_top[row] for row in rows]
-        token_ids = output.token_ids
+        token_ids, places = output.token_ids, None
         if len(asked) < len(batch.rows):
-            token_ids = token_ids[to_device(asked, self._device)]
-        output.logprobs = gather_logprobs(raw, token_ids, max(num_top))
+            places = to_device(asked, self._device)
+            token_ids = token_ids[places]
+        output.logprobs = gather_logprobs(raw, token_ids, max(num_top), places)
         output.logprob_rows, output.num_top = rows, num_top
 
     def _draw_fused(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine.core import EngineCore
+from engine.runner import build
 from engine.sampling import Sampler, logprobs, prompt_logprobs
+from tests.engine.conftest import request, tiny_config
 from tests.engine.sampling_reference import new_row, params, sample
 
 torch.set_num_threads(1)
@@ -23,7 +26,7 @@ def check(entry, logits, token, num_top):
 
 @pytest.mark.parametrize("chunk", [1 << 24, 100])
 def test_prompt_logprobs(chunk, monkeypatch):
-    monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(logprobs, "LOGITS_AT_A_TIME", chunk)
     logits = torch.randn(7, 50, generator=torch.manual_seed(0)) * 3
     targets = torch.tensor([0, 49, 3, 3, 20, 11, 8])
     for num_top in (0, 1, 5, 20):
@@ -81,3 +84,73 @@ def test_nobody_asked():
     output = sample(sampler, torch.zeros(1, 10), [0], [0])
     assert output.logprobs is None
     assert output.host_logprobs() == {}
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """Shapes of the float32 logits that log-probabilities were computed of together."""
+    shapes, gather = [], logprobs._gather
+
+    def spy(logits, *others):
+        assert logits.dtype == torch.float32
+        shapes.append(tuple(logits.shape))
+        return gather(logits, *others)
+
+    monkeypatch.setattr(logprobs, "_gather", spy)
+    return shapes
+
+
+@pytest.mark.parametrize("edits", [{}, {"logit_bias": {4: 9.0}}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_batches_are_worked_on_in_parts(monkeypatch, gathered, dtype, edits):
+    logits = (torch.randn(9, 60, generator=torch.manual_seed(2)) * 2).to(dtype)
+    sampler = Sampler(9, 60, CPU)
+    for row in range(9):
+        asked = None if row == 5 else row % 4
+        sampler.add_row(new_row(row, params(logprobs=asked, seed=row, **edits)))
+    rows = [*range(9)]
+    whole = sample(sampler, logits.clone(), rows, rows).host_logprobs()
+    monkeypatch.setattr(logprobs, "LOGITS_AT_A_TIME", 3 * 60 + 59)
+    assert sample(sampler, logits.clone(), rows, rows).host_logprobs() == whole
+    assert gathered == [(8, 60), (3, 60), (3, 60), (2, 60)]
+    for row, entry in whole.items():
+        check(entry, logits[row].float(), entry.token_ids[0], row % 4)
+
+
+def test_one_row_is_the_least(monkeypatch, gathered):
+    monkeypatch.setattr(logprobs, "LOGITS_AT_A_TIME", 7)
+    prompt_logprobs(torch.randn(3, 50), torch.tensor([1, 2, 3]), 2)
+    assert gathered == [(1, 50)] * 3
+
+
+def test_logits_of_a_prompt_exist_in_parts(tiny_model, monkeypatch, gathered):
+    core = EngineCore(tiny_config(tiny_model, max_num_batched_tokens=32))
+    wire = request("r", [*range(3, 103)], max_tokens=2, prompt_logprobs=2, logprobs=1)
+    rows, compute = [], core.runner.model.compute_logits
+
+    def spy(hidden):
+        rows.append(len(hidden))
+        return compute(hidden)
+
+    monkeypatch.setattr(core.runner.model, "compute_logits", spy)
+    found = []
+    for most in (logprobs.LOGITS_AT_A_TIME, 10 * 300):
+        rows.clear()
+        gathered.clear()
+        monkeypatch.setattr(logprobs, "LOGITS_AT_A_TIME", most)
+        core.add(wire)
+        deltas = []
+        while core.has_work:
+            deltas += core.step()
+        found.append([e for delta in deltas for e in delta.prompt_logprobs or ()])
+    assert [entry.token_ids for entry in found[0]] == [entry.token_ids for entry in found[1]]
+    assert [entry.token_ids[0] for entry in found[1]] == wire.prompt_token_ids[1:]
+    assert rows[:4] == [10, 10, 10, 2]
+    assert max(count for count, _ in gathered) == max(rows) == 10
+
+
+def test_the_largest_step_of_the_start_wants_log_probabilities_of_all_rows(tiny_model, gathered):
+    core = EngineCore(tiny_config(tiny_model, max_num_seqs=6))
+    gathered.clear()
+    build._run_largest_step(core.runner, 6, 64, 64)
+    assert gathered == [(6, 300)]
