@@ -1,4 +1,9 @@
-"""How kernels are launched."""
+"""How kernels are launched.
+
+All engines of a process launch them on the device's default stream: some keep scratch memory by
+device, which a launch leaves as the next one wants it. Memory by stream would not do, as the graphs
+of all engines are captured on one stream and replayed on another.
+"""
 
 from __future__ import annotations
 

@@ -63,6 +63,7 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
     source = resolve_model(config.model)
     shape = read_model_config(source)
     device = _device(config)
+    _check_stream(device)
     if device.type == "cpu":
         # Not torch's default: launchers such as Ray set OMP_NUM_THREADS to what they account for.
         torch.set_num_threads(config.cpu_threads or len(os.sched_getaffinity(0)))
@@ -125,6 +126,17 @@ def _device(config: EngineConfig) -> torch.device:
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_stream(device: torch.device) -> None:
+    """Engines share scratch memory, see `engine.kernels.launch`: one stream keeps them in order."""
+    if device.type != "cuda":
+        return
+    if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        raise ConfigError(
+            "an engine runs on the default CUDA stream, and another one is current; build and use "
+            "it outside of torch.cuda.stream(...)."
+        )
 
 
 def _dtype(config: EngineConfig, shape: ModelConfig, device: torch.device) -> torch.dtype:
