@@ -3,11 +3,14 @@
     python -m benchmarks.serving run --fake --clients 128 --input 16 32 --output 400 400
     python -m benchmarks.serving run --target http://127.0.0.1:8000 --clients 1 16 64 256
     python -m benchmarks.serving run --target http://127.0.0.1:8000 --rate 4 8 --requests 200
+    python -m benchmarks.serving multi-turn
+    python -m benchmarks.serving overload
     python -m benchmarks.serving compare
     python -m benchmarks.serving plot benchmarks/results/FILE
 
-`run` puts one load after the other on the server and writes one JSON file; `compare` prints the
-table of result files, and `plot` draws them.
+`run` puts one load after the other on the server and writes one JSON file; `multi-turn` has the
+same chats with fake engines under each routing policy; `overload` asks more of fake engines than
+they can do; `compare` prints the table of result files, and `plot` draws them.
 """
 
 from __future__ import annotations
@@ -31,10 +34,14 @@ from benchmarks.machine import (
     describe_machine,
     describe_versions,
 )
-from benchmarks.serving.fake_server import serve_fake
+from benchmarks.serving import multi_turn, overload
+from benchmarks.serving.fake_server import fake_settings, serve_fake
 from benchmarks.serving.load import Target
 from benchmarks.serving.measure import measure
 from benchmarks.serving.summary import table
+
+_TABLES = {"policy": multi_turn.table, "refused": overload.table}
+"""Key that only records of one kind have → their table."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -48,15 +55,7 @@ def main(words: list[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Put every load on the server and write the file."""
-    started = datetime.now(UTC)
-    out = options.out or results.FOLDER / f"serving-{started:%Y%m%d-%H%M%S}.json"
-    document: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.serving", *options.words]),
-        "started": started.isoformat(timespec="seconds"),
-        "commit": describe_commit(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-    }
+    document, out = _begin(options, "serving")
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="tl-") as folder:
         fake = None
         if options.fake is not None:
@@ -67,6 +66,37 @@ def run(options: argparse.Namespace) -> None:
         document["records"] = list(measure(options, target, fake, pid))
     results.write(document, out)
     print(f"{out}\n{table(document['records'])}")
+
+
+def compare_policies(options: argparse.Namespace) -> None:
+    """Have chats with fake engines under each policy and write the file."""
+    document, out = _begin(options, "serving-multi-turn")
+    document["server"] = {"fake": fake_settings(multi_turn.SETTINGS, options.fake)}
+    document["records"] = list(multi_turn.measure(options))
+    results.write(document, out)
+    print(f"{out}\n{multi_turn.table(document['records'])}")
+
+
+def overload_engines(options: argparse.Namespace) -> None:
+    """Ask more of fake engines than they can do and write the file."""
+    document, out = _begin(options, "serving-overload")
+    document["server"] = {"fake": fake_settings(overload.SETTINGS, options.fake)}
+    document["records"] = list(overload.measure(options))
+    results.write(document, out)
+    print(f"{out}\n{overload.table(document['records'])}")
+
+
+def _begin(options: argparse.Namespace, name: str) -> tuple[dict[str, Any], Path]:
+    """The head of a result file, and where it goes."""
+    started = datetime.now(UTC)
+    out = options.out or results.FOLDER / f"{name}-{started:%Y%m%d-%H%M%S}.json"
+    return {
+        "command": shlex.join(["python", "-m", "benchmarks.serving", *options.words]),
+        "started": started.isoformat(timespec="seconds"),
+        "commit": describe_commit(),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }, out
 
 
 def _target(options: argparse.Namespace, fake: dict[str, Any] | None) -> Target:
@@ -104,7 +134,9 @@ def compare(options: argparse.Namespace) -> None:
         raise FileNotFoundError("there is no result file yet; `run` writes one")
     for file in files:
         document = results.read(file)
-        print(f"{file.name}: {document['command']}\n\n{table(document['records'])}\n")
+        records = document["records"]
+        draw = next((draw for key, draw in _TABLES.items() if key in records[0]), table)
+        print(f"{file.name}: {document['command']}\n\n{draw(records)}\n")
 
 
 def plot(options: argparse.Namespace) -> None:
@@ -124,6 +156,12 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     measuring.set_defaults(action=run, words=sys.argv[1:] if words is None else words)
     _add_server_options(measuring)
     _add_load_options(measuring)
+    chatting = commands.add_parser("multi-turn", help="compare routing policies")
+    chatting.set_defaults(action=compare_policies, words=measuring.get_default("words"))
+    multi_turn.add_options(chatting)
+    overloading = commands.add_parser("overload", help="ask more of engines than they can do")
+    overloading.set_defaults(action=overload_engines, words=measuring.get_default("words"))
+    overload.add_options(overloading)
     comparing = commands.add_parser("compare", help="print the table of result files")
     comparing.set_defaults(action=compare)
     comparing.add_argument("files", nargs="*", type=Path, help="the newest if none is named")

@@ -29,6 +29,8 @@ class Exchange:
 
     sent: float
     status: int = 0
+    retry_after: str | None = None
+    """The header of that name."""
     chunked: bool = False
     # Not shown: asyncio.run makes a text of its result, to compare signal handlers.
     pieces: list[tuple[float, bytes]] = field(default_factory=list, repr=False)
@@ -182,6 +184,7 @@ class Connection:
         self._exchange.status = int(status.split(" ")[1])
         pairs = (line.partition(":") for line in lines)
         values = {name.lower(): value.strip() for name, _, value in pairs}
+        self._exchange.retry_after = values.get("retry-after")
         self._exchange.chunked = values.get("transfer-encoding", "").lower() == "chunked"
         return None if self._exchange.chunked else int(values.get("content-length", 0))
 

@@ -30,6 +30,8 @@ class Turn:
 
     text: str
     output_tokens: int
+    pause_s: float = 0.0
+    """Seconds that the user thinks before."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,22 @@ class Mix:
     """Of the text that conversations begin with."""
     prefixes: int = 1
     """How many such texts there are; each conversation begins with one of them."""
+    think_s: float = 0.0
+    """Mean of the pauses before turns, the first included; they are exponential."""
 
     def draw(self, seed: int) -> Iterator[Conversation]:
         """Conversations without end; the same for the same seed."""
         rng = random.Random(seed)
         prefixes = [_words(rng, self.prefix_tokens) for _ in range(self.prefixes)]
         while True:
-            turns = [
-                Turn(_words(rng, rng.randint(*self.input_tokens)), rng.randint(*self.output_tokens))
-                for _ in range(self.turns)
-            ]
+            turns = [self._draw_turn(rng) for _ in range(self.turns)]
             yield Conversation(rng.choice(prefixes), turns)
+
+    def _draw_turn(self, rng: random.Random) -> Turn:
+        text = _words(rng, rng.randint(*self.input_tokens))
+        output_tokens = rng.randint(*self.output_tokens)
+        pause_s = rng.expovariate(1 / self.think_s) if self.think_s else 0.0
+        return Turn(text, output_tokens, pause_s)
 
 
 def arrivals(rate: float, burst: int, seed: int) -> Iterator[float]:

@@ -156,6 +156,8 @@ class _Client:
         prompt = conversation.prefix
         for turn in conversation.turns:
             prompt += turn.text
+            if turn.pause_s:
+                await asyncio.sleep(turn.pause_s)
             exchange = await self._exchange(self._target.request(prompt, turn.output_tokens))
             if due is not None and turn is conversation.turns[0]:
                 exchange.sent = due

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.machine import read_cpu_seconds
 from benchmarks.serving.answers import Run
@@ -21,6 +21,8 @@ from benchmarks.serving.journal import Journal
 from benchmarks.serving.load import Load, Target, closed_loop, open_loop
 from benchmarks.serving.processes import CORE, read_cpu
 from benchmarks.serving.summary import Record, summarise, summarise_fake
+
+T = TypeVar("T")
 
 _WARM_UP = 64
 """Most conversations that run, unmeasured, before the first load."""
@@ -49,7 +51,8 @@ def measure(
     for level, count in zip(levels, _counts(options.requests, levels), strict=True):
         name = f"{level:g} {'arrival/s' if options.rate else 'client'}"
         drive = partial(_drive, options, target, mix.draw(options.seed), level, count)
-        run, usage = watch(pid, drive)
+        result, usage = watch(pid, drive)
+        run = result if isinstance(result, Run) else result.read()
         kind = "rate" if options.rate else "clients"
         record = {"load": name, kind: level, **summarise(run), **usage}
         journal = Journal(Path(fake["journal"])) if fake is not None else None
@@ -74,7 +77,7 @@ def _warm_up(target: Target, mix: Mix, seed: int, count: int) -> None:
         raise RuntimeError(f"no request of the warm-up succeeded: {errors[0]}")
 
 
-def watch(pid: int | None, drive: Callable[[], Run | Load]) -> tuple[Run, Record]:
+def watch(pid: int | None, drive: Callable[[], T]) -> tuple[T, Record]:
     """Run one load; with it the CPU seconds spent meanwhile, by role, and the disturbance.
 
     Args:
@@ -90,7 +93,7 @@ def watch(pid: int | None, drive: Callable[[], Run | Load]) -> tuple[Run, Record
     cpu = {role: after[role] - server[role] for role in server} | {"client": _own_cpu() - own}
     others = read_cpu_seconds()[0] - machine - sum(cpu.values())
     disturbance = max(0.0, others / (seconds * (os.cpu_count() or 1)))
-    return result if isinstance(result, Run) else result.read(), {
+    return result, {
         "cpu_s": {role: round(value, 2) for role, value in cpu.items()},
         "disturbance": round(disturbance, 3) if pid else None,
     }

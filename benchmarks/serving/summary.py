@@ -146,26 +146,27 @@ def _cells(record: Record) -> list[str]:
         record["load"],
         str(record["requests"]),
         str(sum(record["errors"].values()) + record.get("wrong", 0)),
-        _number(record["output_tok_s"]),
-        _number(record["steady_tok_s"]),
+        number(record["output_tok_s"]),
+        number(record["steady_tok_s"]),
         share(record.get("of_offered")),
         *ranks(record["ttft_ms"], "p50", "p90", "p99"),
         *ranks(record["itl_ms"], "p50", "p90", "p99"),
         *ranks(record["e2e_ms"], "p50", "p99"),
         *ranks(record.get("delay_ms"), "p50", "p99"),
-        _number(plane),
-        _number(cpu.get("haproxy")),
-        _number(cpu.get("client")),
+        number(plane),
+        number(cpu.get("haproxy")),
+        number(cpu.get("client")),
         share(record["disturbance"]),
     ]
 
 
 def ranks(values: Spread | None, *names: str) -> list[str]:
     """Cells with figures of a spread."""
-    return [_number(values[name] if values else None) for name in names]
+    return [number(values[name] if values else None) for name in names]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A cell with a number."""
     return "-" if value is None else f"{value:,.1f}"
 
 

@@ -68,6 +68,7 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
     import ray  # reads the flags when it is imported
     from ray import serve
 
+    from benchmarks.serving.fake.collect import collect_often
     from deployments.app import compose
 
     ray.init(
@@ -96,6 +97,8 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
         "pid": os.getpid(),
         "journal": str(journal),
     }
+    if options.collect_s:
+        collect_often(options.collect_s)
     print(json.dumps(ready), file=answers, flush=True)
     sys.stdin.read()
     serve.shutdown()
@@ -117,9 +120,15 @@ def _app_args(options: argparse.Namespace) -> AppArgs:
         "num_replicas": options.engines,
         "num_cpus": 0.1,
         "routing_policy": options.routing_policy,
+        "max_ongoing_requests": options.max_ongoing_requests,
+        "max_queued_requests": options.max_queued_requests,
         "graceful_shutdown_timeout_s": 1,
     }
-    ingress = {"num_replicas": options.ingresses, "graceful_shutdown_timeout_s": 1}
+    ingress = {
+        "num_replicas": options.ingresses,
+        "max_concurrent_requests": options.max_concurrent_requests,
+        "graceful_shutdown_timeout_s": 1,
+    }
     models = {_NAME: {"engine": engine, "deployment": deployment}}
     return AppArgs.model_validate({"models": models, "ingress": ingress})
 
@@ -148,6 +157,9 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=1024, help="rows of an engine's step")
     parser.add_argument("--max-num-batched-tokens", type=int, default=BATCHED_TOKENS)
     parser.add_argument("--cache-tokens", type=int, default=(TOTAL_BLOCKS - 1) * BLOCK_SIZE)
+    parser.add_argument("--max-ongoing-requests", type=int, help="of an engine")
+    parser.add_argument("--max-queued-requests", type=int, default=1024, help="of an ingress")
+    parser.add_argument("--max-concurrent-requests", type=int, default=1024, help="of an ingress")
     parser.add_argument("--routing-policy", choices=tuple(POLICIES), default="prefix_load")
     parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer is used")
     parser.add_argument(
@@ -155,6 +167,9 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
         choices=("fast", "default"),
         default="fast",
         help="those of docs/serving.md, or Ray Serve's defaults",
+    )
+    parser.add_argument(
+        "--collect-s", type=float, help="seconds between collections of garbage in all processes"
     )
     parser.add_argument("--port", type=int, default=0, help="any free one if unset")
     parser.add_argument("--journal", type=Path, help="folder for accounts of the steps")
