@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from deployments.mailbox import Mailbox
+from deployments.subscriber import Subscriber
 from deployments.wire import (
     EndNotice,
     EngineReport,
@@ -31,10 +31,9 @@ HEARTBEAT_S = 1.0
 """An idle trunk carries the load this often."""
 LOAD_INTERVAL_S = 0.1
 """A trunk without new tokens carries the load of a busy engine no more often than this."""
-HEARD_KEPT = 256
-"""A trunk carries the blocks of so many requests of others at most; older ones are dropped."""
-UNREAD_LIMIT_S = 30.0
-"""Requests of a subscriber whose trunk nobody has read for this long are aborted."""
+UNREAD_LIMIT_S = 10.0
+"""Requests of a subscriber that has neither subscribed nor acknowledged for this long are aborted.
+That is how the end of a killed ingress is noticed."""
 EARLY_ABORTS_S = 60.0
 """An abort that came before its request is remembered this long; Ray keeps no order between calls
 of an async actor, and brings large ones later."""
@@ -57,35 +56,6 @@ def post(events: asyncio.AbstractEventLoop, function: Callable[..., None], *args
     """Call `function` in the event loop, from any thread; a loop that is closing is no error."""
     with contextlib.suppress(RuntimeError):
         events.call_soon_threadsafe(function, *args)
-
-
-class Subscriber:
-    """One trunk: the mailbox, the requests whose tokens ride it, and what the load counts."""
-
-    def __init__(self) -> None:
-        self.mailbox = Mailbox()
-        self.request_ids: set[str] = set()
-        self.reader = 0
-        """Number of the reader now attached, or 0."""
-        self.unread_since = time.monotonic()
-        self.last_sent = 0.0
-        self.submitted: deque[tuple[int, str]] = deque()
-        """Requests that the load does not count yet, each with its number among all submitted."""
-        self.reflected: list[str] = []
-        self.heard: deque[list[bytes]] = deque(maxlen=HEARD_KEPT)
-        """Blocks of the requests of others."""
-
-    def settle(self, num_received: int) -> None:
-        """Take over that the load counts the first `num_received` requests of all submitted."""
-        while self.submitted and self.submitted[0][0] <= num_received:
-            self.reflected.append(self.submitted.popleft()[1])
-
-    def take_news(self) -> tuple[list[str], list[list[bytes]]]:
-        """What is new of `reflected` and of `heard`."""
-        news = self.reflected, list(self.heard)
-        self.reflected = []
-        self.heard.clear()
-        return news
 
 
 class EngineActor:
@@ -159,20 +129,28 @@ class EngineActor:
         """The trunk: one encoded `TrunkMessage` a step, more steps in one while the reader is slow.
 
         Ends when the engine drains or dies, or when the same subscriber reads anew. Whoever stops
-        reading has its requests aborted.
+        reading, or does not acknowledge, has its requests aborted.
         """
         subscriber = self._subscriber(subscriber_id)
         self._readers += 1
-        me = subscriber.reader = self._readers
-        subscriber.mailbox.wake()  # the first message tells the load, and that the trunk is open
+        me = self._readers
+        subscriber.attach(me)
         try:
             while subscriber.reader == me and not self._finished(subscriber):
+                await subscriber.room.acquire()
+                if subscriber.reader != me:
+                    break
                 deltas = await subscriber.mailbox.take()
                 subscriber.last_sent = time.monotonic()
                 yield encode(TrunkMessage(deltas, self._load, *subscriber.take_news()))
         finally:
             if subscriber.reader == me:
                 self._drop(subscriber_id)
+
+    async def acknowledge(self, subscriber_id: str, count: int) -> None:
+        """Tell that so many more messages of a trunk have been read."""
+        if subscriber_id in self._subscribers:
+            self._subscribers[subscriber_id].acknowledge(count)
 
     async def watch(self) -> AsyncIterator[bytes]:
         """The replica's own stream: encoded `EngineReport`s, at least one a heartbeat."""
@@ -270,15 +248,15 @@ class EngineActor:
             for request_id in orphans:
                 self._forget(request_id, "abort")
             self._report_ready.set()
-        del self._subscribers[subscriber_id]
+        self._subscribers.pop(subscriber_id).attach(0)
 
     async def _tick(self) -> None:
-        """Heartbeats, and the end of subscribers that never came."""
+        """Heartbeats, and the end of subscribers that never came or are gone."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             now = time.monotonic()
             for subscriber_id, subscriber in list(self._subscribers.items()):
-                if subscriber.reader == 0 and now - subscriber.unread_since > UNREAD_LIMIT_S:
+                if now - subscriber.heard_from > UNREAD_LIMIT_S:
                     self._drop(subscriber_id)
             self._wake_all()
             self._report_ready.set()

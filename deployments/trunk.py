@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Protocol
 
 import ray
+from ray.exceptions import ObjectRefStreamEndOfStreamError
 
 from deployments.load_table import LoadTable
 from deployments.mailbox import Mailbox
@@ -17,12 +19,11 @@ from engine.errors import EngineDead
 
 logger = logging.getLogger("ray.serve")
 
-UNREAD_OBJECTS = 8
-"""Messages that an engine may send ahead of this process; then it merges steps.
-
-Ray's backpressure also is what tells an engine that its reader is gone: without it, the engine of a
-killed ingress would never notice.
-"""
+ACKNOWLEDGED_MESSAGES = 8
+"""So many messages are acknowledged at once; the engine sends `UNREAD_MESSAGES` ahead, then it
+merges steps."""
+ACKNOWLEDGED_S = 1.0
+"""Fewer are after this long, so that the engine knows that this process lives."""
 RECONNECT_DELAY_S = 0.5
 """Pause before a trunk that broke is read anew."""
 
@@ -32,6 +33,9 @@ class EngineLink(Protocol):
 
     def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
         """Read this subscriber's trunk."""
+
+    def acknowledge(self, subscriber_id: str, count: int) -> None:
+        """Tell that so many more messages have been read; returns at once."""
 
     def abort(self, request_ids: list[str]) -> None:
         """Ask for the end of requests; returns at once."""
@@ -45,14 +49,23 @@ class RayEngineLink:
 
     async def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
         """Read this subscriber's trunk until it ends or, with a RayError, breaks."""
-        messages = self._actor.subscribe.options(
-            num_returns="streaming", _generator_backpressure_num_objects=UNREAD_OBJECTS
-        ).remote(subscriber_id)
+        messages = self._actor.subscribe.options(num_returns="streaming").remote(subscriber_id)
         try:
-            async for ref in messages:
-                yield await ref
+            while True:
+                # As `async for` does, but that waits for each object twice.
+                (ref,) = messages._get_next_ref_n(1)
+                try:
+                    message = await ref
+                except ObjectRefStreamEndOfStreamError:
+                    return
+                messages._consume_next_ref_n(1)
+                yield message
         finally:
             ray.cancel(messages)
+
+    def acknowledge(self, subscriber_id: str, count: int) -> None:
+        """Tell that so many more messages have been read; returns at once."""
+        self._actor.acknowledge.remote(subscriber_id, count)
 
     def abort(self, request_ids: list[str]) -> None:
         """Ask for the end of requests; returns at once."""
@@ -140,9 +153,15 @@ class TrunkHub:
         """Read a trunk to its end and say why it ended."""
         try:
             link = await asyncio.to_thread(self._connect, engine_id)
+            unacknowledged, since = 0, time.monotonic()
             async for message in link.subscribe(self.subscriber_id):
                 self._links[engine_id] = link
                 self._deliver(engine_id, decode_trunk_message(message))
+                unacknowledged += 1
+                waited = time.monotonic() - since
+                if unacknowledged >= ACKNOWLEDGED_MESSAGES or waited > ACKNOWLEDGED_S:
+                    link.acknowledge(self.subscriber_id, unacknowledged)
+                    unacknowledged, since = 0, time.monotonic()
             return "it shut down"
         except Exception as error:  # a reader that ended unseen would leave clients hanging
             return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -38,14 +38,17 @@ class LocalLink:
 
     def __init__(self, actor: EngineActor) -> None:
         self._actor = actor
-        self._aborts: set[asyncio.Future[None]] = set()
+        self._calls: set[asyncio.Future[None]] = set()
 
     async def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
         async for message in self._actor.subscribe(subscriber_id):
             yield message
 
+    def acknowledge(self, subscriber_id: str, count: int) -> None:
+        self._calls.add(asyncio.ensure_future(self._actor.acknowledge(subscriber_id, count)))
+
     def abort(self, request_ids: list[str]) -> None:
-        self._aborts.add(asyncio.ensure_future(self._actor.abort(request_ids)))
+        self._calls.add(asyncio.ensure_future(self._actor.abort(request_ids)))
 
 
 class LocalCall:

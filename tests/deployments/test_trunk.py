@@ -10,6 +10,7 @@ import pytest
 from deployments import engine_actor
 from deployments.engine_actor import EngineActor
 from deployments.mailbox import Mailbox
+from deployments.subscriber import UNREAD_MESSAGES
 from deployments.wire import (
     Submission,
     TrunkMessage,
@@ -104,6 +105,43 @@ async def test_trunk_that_nobody_reads_holds_one_delta_a_request(actor):
         await asyncio.sleep(0.01)
     messages = decode_trunk_message(await anext(trunk))
     assert [len(d.token_ids) for d in messages.deltas] == [200]
+
+
+async def test_trunk_merges_steps_until_its_reader_acknowledges(actor):
+    trunk = actor.subscribe("x")
+    await submit(actor, "x", request("r", 100_000))
+    for _ in range(UNREAD_MESSAGES):
+        await anext(trunk)
+    late = asyncio.ensure_future(anext(trunk))
+    await asyncio.sleep(0.1)
+    assert not late.done()
+    await actor.acknowledge("x", UNREAD_MESSAGES)
+    (delta,) = decode_trunk_message(await late).deltas
+    assert len(delta.token_ids) > 3
+    assert len(decode_trunk_message(await anext(trunk)).deltas[0].token_ids) < len(delta.token_ids)
+
+
+async def test_reader_that_does_not_acknowledge_has_its_requests_aborted(actor, monkeypatch):
+    trunk = actor.subscribe("x")
+    await submit(actor, "x", request("r", 100_000))
+    monkeypatch.setattr(engine_actor, "UNREAD_LIMIT_S", 0.0)
+    async with asyncio.timeout(5):
+        async for _ in trunk:
+            pass
+    assert not actor._owners and not actor._subscribers
+
+
+async def test_reader_gives_way_to_a_newer_one_of_the_same_subscriber(actor):
+    first = actor.subscribe("x")
+    await submit(actor, "x", request("r", 100_000))
+    for _ in range(UNREAD_MESSAGES):
+        await anext(first)
+    stuck = asyncio.ensure_future(anext(first, None))
+    await asyncio.sleep(0)
+    second = actor.subscribe("x")
+    await anext(second)
+    assert await asyncio.wait_for(stuck, 5) is None
+    assert decode_trunk_message(await anext(second)).deltas
 
 
 async def test_load_and_reflected_requests_ride_the_trunk(actor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from functools import partial
 
-from deployments import engine_actor
+from deployments import subscriber
 from deployments.engine_actor import EngineActor
 from deployments.wire import Submission, TrunkMessage, decode_trunk_message, encode
 from engine.config import EngineConfig
@@ -98,7 +98,7 @@ async def test_others_hear_which_blocks_were_sent(actor):
 
 
 async def test_what_a_slow_reader_hears_is_bounded(actor, monkeypatch):
-    monkeypatch.setattr(engine_actor, "HEARD_KEPT", 3)
+    monkeypatch.setattr(subscriber, "HEARD_KEPT", 3)
     others = actor.subscribe("y")
     await anext(others)
     for number in range(10):
