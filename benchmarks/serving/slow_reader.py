@@ -10,12 +10,10 @@ full speed, which shows that they have held the server up: what it could not wri
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import shlex
 import socket
-import statistics
 import sys
 import tempfile
 import threading
@@ -26,20 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.machine import (
-    describe_commit,
-    describe_machine,
-    describe_versions,
-    read_cpu_seconds,
-)
+from benchmarks.machine import describe_commit, describe_machine, describe_versions
 from benchmarks.serving.answers import bodies, events
+from benchmarks.serving.beside import Record, median_itl, run_streams
 from benchmarks.serving.client import Exchange
 from benchmarks.serving.conversations import Mix, count_words, echo
 from benchmarks.serving.fake_server import fake_target, serve_fake
 from benchmarks.serving.leaving import seconds_until_free
-from benchmarks.serving.load import Target, closed_loop
-from benchmarks.serving.processes import read_memory
-from benchmarks.serving.summary import summarise
+from benchmarks.serving.load import Target
 
 _PAUSE_S = 1.0
 """Between two bytes."""
@@ -48,8 +40,6 @@ _RECEIVE_BUFFER = 4096
 _HURRY_S = 5.0
 """How long slow readers read at full speed in the end."""
 _FREE_LIMIT_S = 60.0
-
-Record = dict[str, Any]
 
 
 class SlowReader:
@@ -145,18 +135,10 @@ def main(words: list[str] | None = None) -> None:
     for flags in options.flags:
         runs = list(_compare(options, flags))
         records += runs
-        document[f"{flags}_flags"] = p99s(runs)
-        print(f"{flags} flags: ITL p99 by slow readers {document[f'{flags}_flags']}")
+        document[f"{flags}_flags_itl_ms"] = median_itl(runs, "slow_readers")
+        print(f"{flags} flags, ITL by slow readers: {document[f'{flags}_flags_itl_ms']}")
     results.write({**document, "records": records}, out)
     print(out)
-
-
-def p99s(runs: list[Record]) -> Record:
-    """Median over the runs of the ITL's p99 in ms, by the number of slow readers."""
-    by_number: dict[int, list[float]] = {}
-    for run in runs:
-        by_number.setdefault(run["slow_readers"], []).append(run["itl_ms"]["p99"])
-    return {str(number): round(statistics.median(each), 2) for number, each in by_number.items()}
 
 
 def _compare(options: argparse.Namespace, flags: str) -> Iterator[Record]:
@@ -180,7 +162,8 @@ def _measure(options: argparse.Namespace, target: Target, pid: int, number: int)
     slow = [SlowReader(target, prompt, options.choices, tokens) for _ in range(number)]
     try:
         time.sleep(options.fill if slow else 1.0)
-        run = _run_streams(options, target, pid)
+        count = round(options.seconds * 1e3 / options.step_ms)
+        run = run_streams(target, pid, options.streams, count, options.seed)
         for reader in slow:
             reader.hurry(_HURRY_S)
     finally:
@@ -192,24 +175,6 @@ def _measure(options: argparse.Namespace, target: Target, pid: int, number: int)
         **run,
         "free_after_s": round(free_after_s, 3),
         "slow": [reader.judge() for reader in slow],
-    }
-
-
-def _run_streams(options: argparse.Namespace, target: Target, pid: int) -> Record:
-    tokens = round(options.seconds * 1e3 / options.step_ms)
-    mix = Mix((80, 120), (tokens, tokens))
-    before, busy, begin = read_memory(pid), read_cpu_seconds()[0], time.monotonic()
-    load = asyncio.run(
-        closed_loop(target, mix.draw(options.seed), options.streams, options.streams)
-    )
-    seconds, after = time.monotonic() - begin, read_memory(pid)
-    result = summarise(load.read())
-    kept = ("completed", "errors", "short", "output_tok_s", "ttft_ms", "itl_ms")
-    return {
-        **{name: result[name] for name in kept},
-        "machine_busy": round((read_cpu_seconds()[0] - busy) / seconds, 2),
-        "ingress_mib": [round(each["ingress"], 2) for each in (before, after)],
-        "haproxy_mib": [round(each["haproxy"], 2) for each in (before, after)],
     }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from itertools import islice
 
 import pytest
 
 from benchmarks.serving import slow_reader
+from benchmarks.serving.beside import median_itl
 from benchmarks.serving.conversations import echo
 from benchmarks.serving.leaving import (
     Cut,
@@ -17,7 +19,8 @@ from benchmarks.serving.leaving import (
     is_free,
     run_leavers,
 )
-from benchmarks.serving.slow_reader import SlowReader, p99s
+from benchmarks.serving.long_prompts import LongPrompts
+from benchmarks.serving.slow_reader import SlowReader
 from benchmarks.serving.storm import count, summarise
 from tests.benchmarks.stub_server import HEAD, chunk, echoing, serve
 
@@ -168,6 +171,25 @@ async def test_a_slow_reader_judges_what_it_got(wrong, monkeypatch):
     assert found["bytes_before_merging"] > 0
 
 
-def test_p99s_are_medians_by_the_number_of_slow_readers():
-    runs = [{"slow_readers": n, "itl_ms": {"p99": p}} for n, p in ((0, 1), (0, 9), (0, 2), (1, 4))]
-    assert p99s(runs) == {"0": 2, "1": 4}
+def test_medians_are_taken_over_equal_runs():
+    runs = [{"slow": n, "itl_ms": {"p99": p}} for n, p in ((0, 1), (0, 9), (0, 2), (1, 4))]
+    assert median_itl(runs, "slow") == {"0": {"p99": 2}, "1": {"p99": 4}}
+
+
+async def test_long_prompts_are_sent_one_after_the_other():
+    bodies = []
+
+    async def refuse(body, writer):
+        bodies.append(body)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\n{}")
+        await asyncio.sleep(0.01)
+
+    def send(target):
+        with LongPrompts(target, 2, 50, chat=True) as long:
+            time.sleep(0.2)
+        return long
+
+    async with serve(refuse) as target:
+        long = await asyncio.to_thread(send, target)
+    assert long.statuses == {400} and len(long.seconds) == len(bodies) > 2
+    assert all(body["messages"][0]["content"].count(" ") == 50 for body in bodies)
