@@ -31,6 +31,9 @@ HEARTBEAT_S = 1.0
 """An idle trunk carries the load this often."""
 LOAD_INTERVAL_S = 0.1
 """A trunk without new tokens carries the load of a busy engine no more often than this."""
+REPORT_INTERVAL_S = 0.05
+"""The replica is told of ends no more often than this: a report costs both sides far more than an end
+does, and clients learn of ends from the trunk."""
 UNREAD_LIMIT_S = 10.0
 """Requests of a subscriber that has neither subscribed nor acknowledged for this long are aborted.
 That is how the end of a killed ingress is noticed."""
@@ -162,6 +165,7 @@ class EngineActor:
             report.load = self._load
             report.progress_age_s = time.monotonic() - self._loop.last_progress
             yield encode(report)
+            await asyncio.sleep(REPORT_INTERVAL_S)
 
     async def drain(self) -> None:
         """End every trunk that has nothing left to carry, and stop the loop."""
