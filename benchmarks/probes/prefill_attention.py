@@ -15,6 +15,8 @@ from benchmarks.probes.records import Record, record, skipped
 from benchmarks.roofline import Shape
 from engine.kernels.prefill_attention import prefill_attention
 
+_TILE = 64
+"""Queries in a tile."""
 CASES = ((16, 1024, 0), (51, 320, 0), (4, 4096, 0), (8, 512, 1536))
 """Sequences, new tokens of each, and tokens of each that are cached already."""
 
@@ -68,16 +70,25 @@ def _flash_calls(
 def _kernel_calls(bench: Bench, shape: Shape, cached: PagedSequences, new: int) -> list[Call]:
     count, scale = len(cached.seq_lens), shape.head_dim**-0.5
     query = bench.randn(count * new, shape.heads, shape.head_dim)
-    starts = _starts(count, new, bench.device)
+    tiles = _tiles(count, new, int(cached.seq_lens[0]) - new).to(bench.device)
     out = torch.empty_like(query)
     return [
         partial(
             prefill_attention,
-            query, cached.caches, table, starts, cached.seq_lens, new, cached.page, scale, None,
-            out,
+            query, cached.caches, table, tiles, _TILE, cached.page, scale, None, out,
         )
         for table in cached.tables
     ]  # fmt: skip
+
+
+def _tiles(count: int, new: int, prefix: int) -> torch.Tensor:
+    """The queries in tiles, as the kernel takes them, int32 [tiles, 4]."""
+    entries = [
+        (row, row * new + first, min(_TILE, new - first), prefix + first)
+        for first in reversed(range(0, new, _TILE))
+        for row in range(count)
+    ]
+    return torch.tensor(entries, dtype=torch.int32)
 
 
 def _starts(count: int, step: int, device: torch.device) -> torch.Tensor:

@@ -8,13 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 
+QUERY_TILE = 64
+"""Most queries of an entry of `AttentionBatch.tiles`."""
+
 
 @dataclass(slots=True)
 class AttentionBatch:
     """Layout of the tokens of one step; rows that compute one token come first."""
 
     num_decodes: int
-    """Leading rows that compute exactly one token."""
+    """Leading rows that compute exactly one token; if `padded`, all rows."""
     query_lens: list[int]
     """Tokens computed by each row."""
     seq_lens: list[int]
@@ -25,8 +28,9 @@ class AttentionBatch:
     """Cache slot (block × block size + offset) of each token, int64 [tokens]."""
     block_size: int
     """Tokens in a block."""
-    device_seq_lens: torch.Tensor
-    """`seq_lens` where the model runs, int32 [rows]."""
+    decode_lens: torch.Tensor
+    """`seq_lens` of the decode rows where the model runs, int32 [decodes]; if `padded`, 0 for rows
+    that compute no token or several."""
     query_starts: torch.Tensor
     """First token of each row after the decodes, counted from the first of them, and the end of the
     last; int32 [rows - decodes + 1]."""
@@ -34,6 +38,12 @@ class AttentionBatch:
     """The same sum over the keys of these rows; int32 [rows - decodes + 1]."""
     decode_order: torch.Tensor
     """Decode rows from the longest sequence to the shortest, int32 [decodes]."""
+    tiles: torch.Tensor
+    """Up to `QUERY_TILE` tokens of a row that computes several, int32 [tiles, 4]: the row, the
+    first of the tokens, how many (0: an entry to skip), and the first one's position. Those that
+    see the most keys come first."""
+    padded: bool = False
+    """Shapes are those of a graph; `query_starts` and `key_starts` are not to be used."""
 
 
 class AttentionBackend(ABC):
@@ -48,6 +58,8 @@ class AttentionBackend(ABC):
     """Tokens in a block that suit the backend best."""
     capturable: ClassVar[bool] = True
     """Decode batches may be captured in a CUDA graph."""
+    captures_prefill: ClassVar[bool] = False
+    """And so may `padded` ones."""
 
     @abstractmethod
     def kv_cache_shape(

@@ -21,10 +21,12 @@ class PagedRows:
     """Their keys, int32 [decodes]."""
     decode_order: torch.Tensor
     """See `AttentionBatch.decode_order`."""
-    prefill_table: torch.Tensor
-    """The same of the other rows, int32 [rows - decodes, blocks]."""
-    prefill_lens: torch.Tensor
-    """int32 [rows - decodes]."""
+    table: torch.Tensor
+    """Of all rows, int32 [rows, blocks]."""
+    tiles: torch.Tensor
+    """See `AttentionBatch.tiles`."""
+    padded: bool
+    """See `AttentionBatch.padded`."""
     query_starts: torch.Tensor
     """See `AttentionBatch.query_starts`."""
     key_starts: torch.Tensor
@@ -55,10 +57,11 @@ class CudaPagedAttention(AttentionBackend):
             num_decodes=count,
             block_size=batch.block_size,
             decode_table=batch.block_table[:count],
-            decode_lens=batch.device_seq_lens[:count],
+            decode_lens=batch.decode_lens,
             decode_order=batch.decode_order,
-            prefill_table=batch.block_table[count:],
-            prefill_lens=batch.device_seq_lens[count:],
+            table=batch.block_table,
+            tiles=batch.tiles,
+            padded=batch.padded,
             query_starts=batch.query_starts,
             key_starts=batch.key_starts,
             max_query_len=max(batch.query_lens[count:], default=0),

@@ -41,7 +41,7 @@ class FlashAttention(CudaPagedAttention):
             softmax_scale=scale,
             causal=True,
             window_size=window,
-            block_table=metadata.prefill_table,
+            block_table=metadata.table[decodes:],
         )
         if not decodes:
             return prefilled

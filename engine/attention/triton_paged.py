@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from engine.attention.backend import QUERY_TILE
 from engine.attention.cuda_paged import CudaPagedAttention, PagedRows
 from engine.kernels.decode_attention import decode_attention
 from engine.kernels.prefill_attention import prefill_attention
+
+_FEW_ROWS = 16
+"""Decode rows of a padded batch that should fill the GPU; more of them fill it anyway."""
 
 
 class TritonAttention(CudaPagedAttention):
     """Decode rows and prefill rows by one kernel each, over pages of any size."""
 
     block_size = 64  # a tile of the prefill kernel, which then looks up one page for each
+    captures_prefill = True
 
     def attend(
         self,
@@ -36,18 +41,18 @@ class TritonAttention(CudaPagedAttention):
                 scale,
                 sliding_window,
                 out[:count],
+                min(count, _FEW_ROWS) if metadata.padded else count,
             )
-        if metadata.max_query_len:
+        if len(metadata.tiles):
             prefill_attention(
-                query[count:],
+                query,
                 caches,
-                metadata.prefill_table,
-                metadata.query_starts,
-                metadata.prefill_lens,
-                metadata.max_query_len,
+                metadata.table,
+                metadata.tiles,
+                QUERY_TILE,
                 metadata.block_size,
                 scale,
                 sliding_window,
-                out[count:],
+                out,
             )
         return out

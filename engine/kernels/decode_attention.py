@@ -19,6 +19,8 @@ from engine.kernels.launch import num_processors, overlaps_launches, shared_memo
 _MIN_SPAN = 128
 """Fewest keys worth a program of their own."""
 _MAX_SPANS = 32
+_MAX_PAIRS = 1 << 12
+"""Most pairs of a sequence and a kv head whose spans are joined."""
 _PROGRAMS_PER_PROCESSOR = 2
 _LOG2_E = 1.4426950408889634
 
@@ -91,6 +93,8 @@ def _decode_kernel(
         gdc_wait()
     sequence = tl.load(order + tl.program_id(1))
     length = tl.load(seq_lens + sequence)
+    if length == 0:
+        return
     first = tl.maximum(length - window, 0) if WINDOW else 0
     size = tl.maximum(tl.cdiv(tl.cdiv(length - first, max_spans), KEYS) * KEYS, MIN_SPAN)
     num_spans = tl.maximum(tl.cdiv(length - first, size), 1)
@@ -134,6 +138,7 @@ def decode_attention(
     scale: float,
     window: int | None,
     out: torch.Tensor,
+    num_busy: int | None = None,
 ) -> None:
     """Attend with one query a sequence over its cached keys.
 
@@ -143,7 +148,7 @@ def decode_attention(
         query: [sequences, heads, head_dim], the heads of a token side by side.
         caches: keys and values, each [slots, kv heads, head_dim].
         block_table: int32 [sequences, blocks].
-        seq_lens: keys of each sequence, int32 [sequences].
+        seq_lens: keys of each sequence, int32 [sequences]; one without is left out.
         order: sequences in the order in which they start, int32 [sequences]. The longest should
             come first: then the GPU is busy to the end (Graham 1969, "Bounds on Multiprocessing
             Timing Anomalies").
@@ -151,13 +156,17 @@ def decode_attention(
         scale: factor on the dot products.
         window: keys that a query sees, itself included; None sees all.
         out: contiguous, of the queries' shape.
+        num_busy: sequences that should keep the GPU busy, if not all.
     """
     keys, values = caches
     (count, heads, dim), num_kv = query.shape, keys.shape[1]
     overlap = overlaps_launches(query.device)
     group_block = max(16, triton.next_power_of_2(heads // num_kv))
     dim_block = max(16, triton.next_power_of_2(dim))
-    spans = _num_spans(count * num_kv, block_table.shape[1] * block_size, query.device)
+    max_len = block_table.shape[1] * block_size
+    spans = _num_spans((num_busy or count) * num_kv, max_len, query.device)
+    if count * num_kv > _MAX_PAIRS:
+        spans = 1
     partials, stats = _scratch(
         count * num_kv * spans if spans > 1 else 1, group_block, dim_block, query.device
     )
@@ -187,7 +196,7 @@ def _tile(row_bytes: int, device: torch.device) -> tuple[int, int]:
 @cache
 def _arrivals(device: torch.device) -> torch.Tensor:
     """How many spans of a pair have ended; each call leaves zeros behind."""
-    return torch.zeros(1 << 12, dtype=torch.int32, device=device)
+    return torch.zeros(_MAX_PAIRS, dtype=torch.int32, device=device)
 
 
 def _scratch(

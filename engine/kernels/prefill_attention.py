@@ -54,31 +54,27 @@ def _attend_keys(
     return highest, weight, attended
 
 
-@triton.jit(do_not_specialize=["block_table", "query_starts", "seq_lens", "window", "table_stride"])
+@triton.jit(do_not_specialize=["block_table", "tiles", "window", "table_stride"])
 def _prefill_kernel(
-    query, key_cache, value_cache, block_table, query_starts, seq_lens, out,
+    query, key_cache, value_cache, block_table, tiles, out,
     scale, window, query_stride, slot_stride, head_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    # Late tiles see the most keys: they go first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, sequence = tl.program_id(1), tl.program_id(2)
-    first_token = tl.load(query_starts + sequence)
-    count = tl.load(query_starts + sequence + 1) - first_token
-    if tile * QUERIES >= count:
+    entry, head = tiles + tl.program_id(0) * 4, tl.program_id(1)
+    row, first_token = tl.load(entry), tl.load(entry + 1)
+    count, lowest = tl.load(entry + 2), tl.load(entry + 3)
+    if count == 0:
         return
-    length = tl.load(seq_lens + sequence)
-    index = tile * QUERIES + tl.arange(0, QUERIES)
+    index = tl.arange(0, QUERIES)
     dim = tl.arange(0, DIM_BLOCK)
     mine = (index[:, None] < count) & (dim[None, :] < DIM)
     token = (first_token + index).to(tl.int64)
     place = token[:, None] * query_stride + head * DIM + dim[None, :]
     q = tl.load(query + place, mask=mine, other=0.0)
-    position = length - count + index
-    lowest = length - count + tile * QUERIES
-    end = tl.minimum(lowest + QUERIES, length)
-    table = block_table + sequence.to(tl.int64) * table_stride
+    position = lowest + index
+    end = lowest + count
+    table = block_table + row.to(tl.int64) * table_stride
     head_offset = (head // GROUP) * head_stride
     state = (
         tl.full((QUERIES,), -1e30, tl.float32),
@@ -106,9 +102,8 @@ def prefill_attention(
     query: torch.Tensor,
     caches: tuple[torch.Tensor, torch.Tensor],
     block_table: torch.Tensor,
-    query_starts: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_query_len: int,
+    tiles: torch.Tensor,
+    tile_size: int,
     block_size: int,
     scale: float,
     window: int | None,
@@ -119,31 +114,29 @@ def prefill_attention(
     Args:
         query: [tokens, heads, head_dim], the heads of a token side by side.
         caches: keys and values, each [slots, kv heads, head_dim].
-        block_table: int32 [sequences, blocks].
-        query_starts: first token of each sequence and the end of the last, int32 [sequences + 1].
-        seq_lens: keys of each sequence, new ones included, int32 [sequences].
-        max_query_len: most new tokens of a sequence.
+        block_table: int32 [rows, blocks].
+        tiles: which queries go together, int32 [tiles, 4]; see `AttentionBatch.tiles`.
+        tile_size: most queries in one of them, a power of two.
         block_size: slots in a block.
         scale: factor on the dot products.
         window: keys that a query sees, itself included; None sees all.
-        out: contiguous, of the queries' shape; rows of other sequences stay as they are.
+        out: contiguous, of the queries' shape; rows of tokens in no tile stay as they are.
     """
     keys, values = caches
     heads, dim = query.shape[1:]
     dim_block = max(16, triton.next_power_of_2(dim))
-    queries, tile, warps, stages = _tiles(query.element_size() == 4, dim_block)
-    grid = (triton.cdiv(max_query_len, queries), heads, len(seq_lens))
-    _prefill_kernel[grid](
-        query, keys, values, block_table, query_starts, seq_lens, out,
+    keys_tile, stages = _keys_tile(query.element_size() == 4, dim_block)
+    _prefill_kernel[(len(tiles), heads)](
+        query, keys, values, block_table, tiles, out,
         scale * _LOG2_E, window or 0, query.stride(0), keys.stride(0), keys.stride(1),
         block_table.stride(0), BLOCK_SIZE=block_size, HEADS=heads, GROUP=heads // keys.shape[1],
-        DIM=dim, DIM_BLOCK=dim_block, QUERIES=queries, KEYS=tile, WINDOW=window is not None,
-        num_warps=warps, num_stages=stages,
+        DIM=dim, DIM_BLOCK=dim_block, QUERIES=tile_size, KEYS=keys_tile, WINDOW=window is not None,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
 
 
-def _tiles(full_precision: bool, dim_block: int) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile, warps and stages, as far as shared memory goes."""
+def _keys_tile(full_precision: bool, dim_block: int) -> tuple[int, int]:
+    """Keys in a step of the loop and steps in flight, as far as shared memory goes."""
     if full_precision:
-        return 32, 32, 4, 1
-    return (64, 64, 4, 3) if dim_block <= 128 else (64, 32, 4, 3)
+        return (32, 1) if dim_block <= 128 else (16, 1)
+    return (64, 3) if dim_block <= 128 else (32, 3)

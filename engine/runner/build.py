@@ -18,7 +18,7 @@ from engine.errors import ConfigError
 from engine.failures import Failure, classify
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_source import resolve_model
-from engine.runner.cuda_graphs import graph_sizes
+from engine.runner.cuda_graphs import graph_sizes, padded_graph_sizes
 from engine.runner.input_batch import InputBatch
 from engine.runner.kv_memory import CacheLayout, count_blocks
 from engine.runner.model_runner import ModelRunner
@@ -174,7 +174,8 @@ def _fill_memory(
         _warm_up(runner, min(16, max_model_len))
         stopwatch.lap("warm-up")
         if device.type == "cuda" and not config.enforce_eager and runner.backend.capturable:
-            runner.capture(graph_sizes(config.max_num_seqs))
+            padded = padded_graph_sizes(step_tokens) if runner.backend.captures_prefill else []
+            runner.capture(graph_sizes(config.max_num_seqs), padded)
             # Each capture gave unused memory back to the driver: take it again before others do.
             _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
             stopwatch.lap("CUDA graphs")
@@ -207,4 +208,4 @@ def _run_largest_step(
         {row: [0] * count for row, count in enumerate(counts)},
         new_rows,
     )
-    runner.execute(plan).result()
+    runner.execute(plan, eager=True).result()

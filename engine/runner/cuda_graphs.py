@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step, one for each of a few batch sizes."""
+"""CUDA graphs of the forward pass, one for each of a few batch sizes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ from engine.step import StepPlan
 
 _MARGIN = 1.02
 """How much longer than a larger size one may take, so that noise drops none."""
+MAX_PADDED_TOKENS = 1024
+"""Most tokens of a graph for steps that prefill."""
 Forward = Callable[[StepInputs], torch.Tensor]
 """Input tensors to hidden states."""
 
@@ -29,53 +32,71 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
 
 
-class DecodeGraphs:
-    """Captures the forward pass over decode batches, and replays it.
+def padded_graph_sizes(max_num_tokens: int) -> list[int]:
+    """Tokens of the graphs for steps that prefill.
+
+    Larger steps compute for longer than it takes to launch their kernels one by one.
+    """
+    sizes = [*range(64, 513, 64), *range(640, MAX_PADDED_TOKENS + 1, 128)]
+    return [size for size in sizes if size <= max_num_tokens]
+
+
+class StepGraphs:
+    """Captures the forward pass over batches of one kind, and replays it.
 
     A graph costs one launch where the pass costs hundreds. What it computes lies at the same
     addresses at every replay, so that hidden states must be used before the next one.
 
     Args:
         sizes: batch sizes, rising.
+        measure: size of the batch that a plan needs, before padding; None if it is not of the kind.
+        build: a plan's batch of a size, at the addresses of all batches of that size.
         forward: the pass; it may launch kernels only, and wait for nothing.
     """
 
-    def __init__(self, sizes: list[int], forward: Forward) -> None:
+    def __init__(
+        self,
+        sizes: list[int],
+        measure: Callable[[StepPlan], int | None],
+        build: Callable[[StepPlan, int], StepInputs],
+        forward: Forward,
+    ) -> None:
         self._sizes = sizes
+        self._measure = measure
+        self.build = build
         self._forward = forward
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def size_for(self, plan: StepPlan) -> int | None:
         """Size of the graph that runs `plan`; None where none does."""
-        rows = len(plan.rows)
-        if rows > self._sizes[-1] or plan.total_tokens != rows or not all(plan.samples):
+        needed = self._measure(plan)
+        if needed is None or not self._sizes or needed > self._sizes[-1]:
             return None
-        return self._sizes[bisect_left(self._sizes, rows)]
+        return self._sizes[bisect_left(self._sizes, needed)]
 
-    def capture(self, inputs: Callable[[int], StepInputs]) -> None:
-        """Capture every size; `inputs` gives a batch at the addresses of all batches of that size.
+    def capture(self, pool: Any) -> None:
+        """Capture every size in the memory of `pool`.
 
         The largest comes first and the others share its memory, but for their hidden states.
         """
-        pool = torch.cuda.graph_pool_handle()
         for size in reversed(self._sizes):
-            batch = inputs(size)
+            batch = self.build(StepPlan(0), size)
             self._forward(batch)  # kernels are compiled and libraries choose theirs before
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 hidden = self._forward(batch)
             self._captured[size] = (graph, hidden)
-        self._drop_slow_sizes(inputs)
+        self._drop_slow_sizes()
 
-    def _drop_slow_sizes(self, inputs: Callable[[int], StepInputs]) -> None:
+    def _drop_slow_sizes(self) -> None:
         """Drop every size that takes longer than a larger one.
 
         The libraries' products are far from smooth in the number of rows.
         """
         best, kept = math.inf, []
         for size in reversed(self._sizes):
-            inputs(size)  # the addresses hold a batch of another size
+            self.build(StepPlan(0), size)  # the addresses hold a batch of another size
             seconds = self._time(size)
             if seconds < best * _MARGIN:
                 best = min(best, seconds)

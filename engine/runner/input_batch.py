@@ -8,17 +8,20 @@ import numpy as np
 import torch
 
 from engine.attention.backend import AttentionBatch
+from engine.runner.layout import Layout, most_tiles
 from engine.runner.staging import Staging
 from engine.sampling.rows import Batch
 from engine.step import StepPlan
 
-_BYTES_PER_TOKEN = 4 * 8
+_BYTES_PER_TOKEN = 4 * 8 + 1
 _BYTES_PER_ROW = 8 * 8
 WHOLE_TABLE_BYTES = 1 << 18
 """Up to so many bytes, a graph's block table is uploaded whole: that takes no longer than a launch.
 
 1,024 rows of 4,096 tokens have as many, in blocks of 64.
 """
+MAX_PADDED_ROWS = 256
+"""Most rows of a padded batch."""
 
 
 @dataclass(slots=True)
@@ -35,7 +38,8 @@ class StepInputs:
     samples: Batch
     """Rows that sample, in the plan's order, and the sequence indices of the tokens."""
     sample_indices: torch.Tensor
-    """Which of the T tokens the samples follow, int64 [S]."""
+    """Which of the T tokens the samples follow, int64 [S]; in a graph one for each of its rows, of
+    which the first S count."""
 
 
 class InputBatch:
@@ -65,17 +69,9 @@ class InputBatch:
     def build(self, plan: StepPlan) -> StepInputs:
         """Take in the plan's new blocks and lay out its tokens."""
         self._take_blocks(plan)
-        rows, counts = np.array(plan.rows), np.array(plan.num_tokens)
-        starts = np.array(plan.starts)
-        ends = np.cumsum(counts)
-        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
-        seq_lens = starts + counts
-        width = -(-int(seq_lens.max()) // self.block_size)
-        table = self.block_table[rows, :width]
-        owners = np.repeat(np.arange(len(rows)), counts)
-        blocks = table[owners, positions // self.block_size]
-        samples = np.flatnonzero(plan.samples)
-        return self._upload(plan, rows, counts, seq_lens, positions, table, blocks, samples)
+        layout = Layout.of(plan, len(plan.rows), plan.total_tokens)
+        width = -(-int(layout.seq_lens.max()) // self.block_size)
+        return self._upload(plan, layout, self.block_table[layout.rows, :width], layout.tiles())
 
     def build_decode(self, plan: StepPlan, size: int) -> StepInputs:
         """The same for rows that compute and sample one token each, padded to `size` rows.
@@ -84,18 +80,24 @@ class InputBatch:
         shape and address; what the block table holds beyond the longest sequence is undefined.
         """
         self._take_blocks(plan)
-        padding = [0] * (size - len(plan.rows))
-        rows, positions = np.array(plan.rows + padding), np.array(plan.starts + padding)
-        whole = size * self.block_table[0].nbytes <= WHOLE_TABLE_BYTES
-        width = None if whole else int(positions.max()) // self.block_size + 1
-        table = self.block_table[rows, :width]
-        table[len(plan.rows) :] = 0
-        every, ones = np.arange(size), np.ones(size, dtype=np.int64)
-        blocks = table[every, positions // self.block_size]
-        inputs = self._upload(plan, rows, ones, positions + 1, positions, table, blocks, every)
-        if not whole:
-            inputs.attention.block_table = self._spread(inputs.attention.block_table)
-        return inputs
+        layout = Layout.of(plan, size, size, of_padding=1)
+        return self._upload_for_graph(plan, layout, layout.tiles())
+
+    def build_padded(self, plan: StepPlan, size: int) -> StepInputs:
+        """The same for any rows, padded to `size` tokens and `padded_rows(size)` rows.
+
+        Padding rows compute nothing.
+        """
+        self._take_blocks(plan)
+        layout = Layout.of(plan, self.padded_rows(size), size)
+        needed = layout.tiles()
+        tiles = np.zeros((most_tiles(size, len(layout.rows)), 4), dtype=np.int32)
+        tiles[: len(needed)] = needed
+        return self._upload_for_graph(plan, layout, tiles)
+
+    def padded_rows(self, size: int) -> int:
+        """Rows of a padded batch of `size` tokens."""
+        return min(size, len(self.block_table), MAX_PADDED_ROWS)
 
     def input_tokens(self, inputs: StepInputs) -> torch.Tensor:
         """Tokens that the step computes, int64 [T]."""
@@ -110,6 +112,21 @@ class InputBatch:
         """Keep what the step sampled (int64 [S], on the device) as input of the next steps."""
         self.last_tokens[inputs.samples.row_index] = token_ids
 
+    def _take_blocks(self, plan: StepPlan) -> None:
+        for row, (first, blocks) in plan.new_blocks.items():
+            self.block_table[row, first : first + len(blocks)] = blocks
+
+    def _upload_for_graph(self, plan: StepPlan, layout: Layout, tiles: np.ndarray) -> StepInputs:
+        """Upload with shapes and addresses that do not depend on the plan."""
+        whole = self.block_table[layout.rows[:1]].nbytes * len(layout.rows) <= WHOLE_TABLE_BYTES
+        width = None if whole else int(layout.seq_lens.max(initial=1) - 1) // self.block_size + 1
+        table = self.block_table[layout.rows, :width]
+        table[len(plan.rows) :] = 0
+        inputs = self._upload(plan, layout, table, tiles, in_graph=True)
+        if not whole:
+            inputs.attention.block_table = self._spread(inputs.attention.block_table)
+        return inputs
+
     def _spread(self, table: torch.Tensor) -> torch.Tensor:
         """Copy the columns in use to where graphs look for them, rows far apart.
 
@@ -119,60 +136,57 @@ class InputBatch:
         self._graph_table[:rows, :columns] = table
         return self._graph_table[:rows]
 
-    def _take_blocks(self, plan: StepPlan) -> None:
-        for row, (first, blocks) in plan.new_blocks.items():
-            self.block_table[row, first : first + len(blocks)] = blocks
-
     def _upload(
         self,
         plan: StepPlan,
-        rows: np.ndarray,
-        counts: np.ndarray,
-        seq_lens: np.ndarray,
-        positions: np.ndarray,
+        layout: Layout,
         table: np.ndarray,
-        blocks: np.ndarray,
-        samples: np.ndarray,
+        tiles: np.ndarray,
+        in_graph: bool = False,
     ) -> StepInputs:
-        """Bring it all to the device.
-
-        `blocks` holds the block of each token and `samples` the places of the rows that sample,
-        which may be more than do: graphs need the same number at every step.
-        """
-        ends = np.cumsum(counts)
-        known, sources = _tokens(plan, len(positions), ends - counts)
-        slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
-        count = sum(plan.samples)
+        """Bring it all to the device."""
+        rows, counts, seq_lens, ends = layout.rows, layout.counts, layout.seq_lens, layout.ends
+        known, sources = _tokens(plan, len(layout.positions), ends - counts)
+        blocks = np.zeros(len(layout.positions), dtype=np.int64)
+        of_token = layout.positions[: len(layout.owners)] // self.block_size
+        blocks[: len(layout.owners)] = table[layout.owners, of_token]
         multiple = np.flatnonzero(counts != 1)
         decodes = int(multiple[0]) if len(multiple) else len(rows)
+        decode_lens = np.where(counts == 1, seq_lens, 0) if in_graph else seq_lens[:decodes]
+        samples, count = np.flatnonzero(plan.samples), sum(plan.samples)
+        if in_graph:
+            samples = np.append(samples, np.zeros(len(rows) - count, dtype=np.int64))
         tensors = self._staging.upload(
             [
                 known,
                 sources,
-                positions,
-                slots,
-                seq_lens.astype(np.int32),
-                _starts(counts[decodes:]),
-                _starts(seq_lens[decodes:]),
-                np.argsort(-seq_lens[:decodes], kind="stable").astype(np.int32),
+                layout.positions,
+                blocks * self.block_size + layout.positions % self.block_size,
+                decode_lens.astype(np.int32),
+                np.argsort(-decode_lens, kind="stable").astype(np.int32),
+                tiles,
                 rows[samples],
                 seq_lens[samples],
                 ends[samples] - 1,
-                # Last, as graphs need the others at places that its width does not move.
+                # Last, as graphs need the others at places that these do not move.
                 table,
+                _starts(counts[decodes:]),
+                _starts(seq_lens[decodes:]),
             ]
         )
         attention = AttentionBatch(
-            num_decodes=decodes,
+            num_decodes=len(decode_lens),
             query_lens=counts.tolist(),
             seq_lens=seq_lens.tolist(),
-            block_table=tensors[11],
+            block_table=tensors[10],
             slot_mapping=tensors[3],
             block_size=self.block_size,
-            device_seq_lens=tensors[4],
-            query_starts=tensors[5],
-            key_starts=tensors[6],
-            decode_order=tensors[7],
+            decode_lens=tensors[4],
+            query_starts=tensors[11],
+            key_starts=tensors[12],
+            decode_order=tensors[5],
+            tiles=tensors[6],
+            padded=in_graph and len(tiles) > 0,
         )
         return StepInputs(
             known_tokens=tensors[0],
@@ -183,10 +197,10 @@ class InputBatch:
                 rows[samples[:count]].tolist(),
                 seq_lens[samples[:count]].tolist(),
                 self.device,
-                row_index=tensors[8][:count],
-                position_index=tensors[9][:count],
+                row_index=tensors[7][:count],
+                position_index=tensors[8][:count],
             ),
-            sample_indices=tensors[10][:count],
+            sample_indices=tensors[9],
         )
 
 

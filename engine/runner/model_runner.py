@@ -11,8 +11,8 @@ import torch
 from engine.attention.backend import AttentionBackend
 from engine.models.causal_lm import CausalLM
 from engine.outputs import TokenLogprobs
-from engine.runner.cuda_graphs import DecodeGraphs
-from engine.runner.input_batch import InputBatch, StepInputs
+from engine.runner.cuda_graphs import StepGraphs
+from engine.runner.input_batch import MAX_PADDED_ROWS, InputBatch, StepInputs
 from engine.sampling.logprobs import prompt_logprobs, rows_at_a_time
 from engine.sampling.sampler import Sampler, SamplerOutput
 from engine.step import NewRow, StepPlan, StepResult
@@ -62,36 +62,70 @@ class ModelRunner:
         self.profiling = False
         """Whether steps carry `timers`."""
         self._cuda = batch.device.type == "cuda"
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: list[StepGraphs] = []
         self._scored_prompts: dict[int, NewRow] = {}
 
     @torch.inference_mode()
-    def capture(self, sizes: list[int]) -> None:
-        """Capture the decode step at these batch sizes, in the null block."""
-        graphs = DecodeGraphs(sizes, self._forward)
-        graphs.capture(lambda size: self.batch.build_decode(StepPlan(0), size))
-        self._graphs = graphs
+    def capture(self, decode_sizes: list[int], padded_sizes: list[int]) -> None:
+        """Capture the forward pass in the null block.
+
+        Args:
+            decode_sizes: rows of the batches that only decode.
+            padded_sizes: tokens of other batches; none if the backend does not capture those.
+        """
+        batch = self.batch
+        kinds = [
+            StepGraphs(decode_sizes, _num_decodes, batch.build_decode, self._forward),
+            StepGraphs(padded_sizes, self._num_padded, batch.build_padded, self._forward_padded),
+        ]
+        pool = torch.cuda.graph_pool_handle()
+        for graphs in kinds:
+            graphs.capture(pool)
+        self._graphs = kinds
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> PendingStep:
-        """Launch a step; the caller collects `result()` when it needs the tokens."""
+    def execute(self, plan: StepPlan, *, eager: bool = False) -> PendingStep:
+        """Launch a step; the caller collects `result()` when it needs the tokens.
+
+        Args:
+            plan: of the step.
+            eager: replay no graph.
+        """
         began = time.perf_counter()
         for new_row in plan.new_rows:
             self._admit(new_row)
-        size = self._graphs.size_for(plan) if self._graphs is not None else None
-        inputs = self.batch.build(plan) if size is None else self.batch.build_decode(plan, size)
+        graphs, size = (None, 0) if eager else self._graph_for(plan)
+        inputs = self.batch.build(plan) if graphs is None else graphs.build(plan, size)
         prepared = time.perf_counter()
         first = self._event(timed=True) if self.profiling and self._cuda else None
-        if size is None or self._graphs is None:
-            hidden = self._forward(inputs, self._wanted(inputs))
+        if graphs is not None:
+            hidden = graphs.replay(size)
+        elif self._scored_prompts:
+            hidden = self._forward(inputs)
         else:
-            hidden = self._graphs.replay(size)
-        scored = self._score_prompts(plan, hidden) if self._scored_prompts else {}
-        pending = self._sample(inputs, hidden, scored)
+            hidden = self._forward_samples(inputs)
+        scored: dict[int, list[TokenLogprobs]] = {}
+        if self._scored_prompts:
+            scored = self._score_prompts(plan, hidden)
+            hidden = hidden[inputs.sample_indices]
+        pending = self._sample(inputs, hidden[: len(inputs.samples.rows)], scored)
         if first is not None:
             pending.timers = first, self._event(timed=True)
         pending.prepare_s, pending.launch_s = prepared - began, time.perf_counter() - prepared
         return pending
+
+    def _graph_for(self, plan: StepPlan) -> tuple[StepGraphs | None, int]:
+        for graphs in self._graphs:
+            size = graphs.size_for(plan)
+            if size is not None:
+                return graphs, size
+        return None, 0
+
+    def _num_padded(self, plan: StepPlan) -> int | None:
+        """Tokens of a plan that a padded batch can hold."""
+        if self._scored_prompts or len(plan.rows) > MAX_PADDED_ROWS:
+            return None
+        return plan.total_tokens
 
     def _admit(self, new_row: NewRow) -> None:
         self.sampler.add_row(new_row)
@@ -104,11 +138,16 @@ class ModelRunner:
         event.record()
         return event
 
-    def _wanted(self, inputs: StepInputs) -> torch.Tensor | None:
-        """The tokens whose hidden states the step needs, for `CausalLM.forward`."""
-        if self._scored_prompts or len(inputs.samples.rows) == len(inputs.positions):
-            return None
-        return inputs.sample_indices if inputs.samples.rows else inputs.positions.new_zeros(1)
+    def _forward_samples(self, inputs: StepInputs) -> torch.Tensor:
+        """Hidden states of the tokens that samples follow only, or of some other one."""
+        if len(inputs.samples.rows) == len(inputs.positions):
+            return self._forward(inputs)
+        if not inputs.samples.rows:
+            return self._forward(inputs, inputs.positions.new_zeros(1))
+        return self._forward(inputs, inputs.sample_indices)
+
+    def _forward_padded(self, inputs: StepInputs) -> torch.Tensor:
+        return self._forward(inputs, inputs.sample_indices)
 
     def _forward(self, inputs: StepInputs, wanted: torch.Tensor | None = None) -> torch.Tensor:
         hidden: torch.Tensor = self.model(
@@ -130,8 +169,6 @@ class ModelRunner:
     ) -> PendingStep:
         if not inputs.samples.rows:
             return PendingStep(None, scored, None, None)
-        if len(inputs.samples.rows) < len(hidden):
-            hidden = hidden[inputs.sample_indices]
         logits = self.model.compute_logits(hidden)
         output = self.sampler.sample(logits, inputs.samples)
         self.batch.store_sampled(inputs, output.token_ids)
@@ -170,3 +207,9 @@ class ModelRunner:
             chunk = targets[first : first + size]
             logits = self.model.compute_logits(hidden[first : first + len(chunk)])
             yield prompt_logprobs(logits, torch.tensor(chunk, device=logits.device), k)
+
+
+def _num_decodes(plan: StepPlan) -> int | None:
+    """Rows of a plan whose rows all compute and sample one token."""
+    rows = len(plan.rows)
+    return rows if plan.total_tokens == rows and all(plan.samples) else None

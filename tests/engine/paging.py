@@ -1,9 +1,11 @@
 """Caches whose pages lie in random order: attention over them, and models that use them."""
 
+import dataclasses
 import itertools
 import math
 
 import torch
+from torch.nn.functional import pad
 
 from engine.attention.backend import AttentionBatch
 from engine.attention.torch_sdpa import TorchAttention
@@ -33,22 +35,51 @@ def attention_batch(rows, tables, block_size: int, device="cpu") -> AttentionBat
         for p in range(start, start + count)
     ]
     width = math.ceil(max(lens) / block_size)
+    num_decodes = sum(count == 1 for _, count, _ in rows)
     return AttentionBatch(
-        num_decodes=sum(count == 1 for _, count, _ in rows),
+        num_decodes=num_decodes,
         query_lens=[count for _, count, _ in rows],
         seq_lens=lens,
         block_table=tables[[row for row, _, _ in rows], :width].to(device),
         slot_mapping=torch.tensor(slots, device=device),
         block_size=block_size,
-        device_seq_lens=torch.tensor(lens, dtype=torch.int32, device=device),
+        decode_lens=torch.tensor(lens[:num_decodes], dtype=torch.int32, device=device),
         query_starts=starts([count for _, count, _ in rows if count > 1]).to(device),
         key_starts=starts([start + count for _, count, start in rows if count > 1]).to(device),
         decode_order=longest_first([start for _, count, start in rows if count == 1]).to(device),
+        tiles=tiles([(count, start) for _, count, start in rows]).to(device),
     )
 
 
 def starts(lengths) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def padded(batch: AttentionBatch, num_rows: int) -> AttentionBatch:
+    """The batch as a graph gets it, with rows of padding that compute nothing."""
+    decodes, missing = batch.num_decodes, num_rows - len(batch.seq_lens)
+    rest = torch.arange(decodes, num_rows, device=batch.decode_order.device).int()
+    return dataclasses.replace(
+        batch,
+        num_decodes=num_rows,
+        block_table=pad(batch.block_table, (0, 0, 0, missing)),
+        decode_lens=pad(batch.decode_lens, (0, num_rows - decodes)),
+        decode_order=torch.cat([batch.decode_order, rest]),
+        tiles=pad(batch.tiles, (0, 0, 0, 3)),
+        padded=True,
+    )
+
+
+def tiles(rows) -> torch.Tensor:
+    """Tiles of 64 queries of the rows (tokens computed, first position) of several tokens."""
+    found, first = [], 0
+    for row, (count, start) in enumerate(rows):
+        if count > 1:
+            found += [
+                (row, first + at, min(64, count - at), start + at) for at in range(0, count, 64)
+            ]
+        first += count
+    return torch.tensor(found, dtype=torch.int32).view(-1, 4)
 
 
 def longest_first(lengths) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from engine.attention import select_backend
 from engine.core import EngineCore
-from engine.runner.cuda_graphs import DecodeGraphs
+from engine.runner.cuda_graphs import StepGraphs
 from tests.engine.conftest import TINY_LLAMA, request, run_core, tiny_config
 from tests.engine.gpu import needs_gpu
 from tests.engine.paging import BATCHES, RandomStep
@@ -68,7 +68,7 @@ def cuda_core(model, **options):
 def replays(monkeypatch):
     """(rows, size of the graph) of each step that a graph ran, those of the start included."""
     found, rows = [], [0]
-    size_for, replay = DecodeGraphs.size_for, DecodeGraphs.replay
+    size_for, replay = StepGraphs.size_for, StepGraphs.replay
 
     def spy_on_plan(graphs, plan):
         rows[0] = len(plan.rows)
@@ -78,8 +78,8 @@ def replays(monkeypatch):
         found.append((rows[0], size))
         return replay(graphs, size)
 
-    monkeypatch.setattr(DecodeGraphs, "size_for", spy_on_plan)
-    monkeypatch.setattr(DecodeGraphs, "replay", spy_on_replay)
+    monkeypatch.setattr(StepGraphs, "size_for", spy_on_plan)
+    monkeypatch.setattr(StepGraphs, "replay", spy_on_replay)
     return found
 
 

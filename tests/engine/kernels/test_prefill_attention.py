@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from engine.attention.triton_paged import TritonAttention
 from tests.engine.gpu import DOT_DTYPES
-from tests.engine.paging import RandomStep
+from tests.engine.paging import RandomStep, padded
 
 torch.set_num_threads(1)
 # Rows of a tile beyond the sequence divide 0 by 0 and are not stored.
@@ -34,6 +34,15 @@ def check(rows, device, *, window=None, block_size=16, heads=4, kv_heads=2, head
 @pytest.mark.parametrize("window", [None, 1, 24, 100])
 def test_chunks_and_windows(batch, window, device):
     check(BATCHES[batch], device, window=window, heads=2, kv_heads=1)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("batch", ["one prompt", "beside decodes"])
+def test_padding_changes_nothing(batch, window, device):
+    step = RandomStep(TritonAttention(), BATCHES[batch], 16, 2, 1, 32, device=device)
+    wanted = step.attend(window)
+    step.layout = padded(step.layout, 16)
+    assert torch.equal(step.attend(window), wanted)
 
 
 @pytest.mark.parametrize("block_size", [4, 64, 256])

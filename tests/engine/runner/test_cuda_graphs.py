@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from engine.runner.cuda_graphs import DecodeGraphs, graph_sizes
+from engine.runner.cuda_graphs import StepGraphs, graph_sizes, padded_graph_sizes
 from engine.step import StepPlan
 
 
@@ -25,12 +25,29 @@ def decodes(rows, **changes):
 
 
 def test_a_plan_gets_the_smallest_graph_that_holds_it():
-    graphs = DecodeGraphs([1, 2, 4, 7], lambda inputs: None)
+    graphs = StepGraphs([1, 2, 4, 7], num_rows, no_batch, no_batch)
     sizes = {rows: graphs.size_for(decodes(rows)) for rows in range(1, 9)}
     assert sizes == {1: 1, 2: 2, 3: 4, 4: 4, 5: 7, 6: 7, 7: 7, 8: None}
 
 
-def test_other_steps_get_none():
-    graphs = DecodeGraphs([1, 2, 4], lambda inputs: None)
-    assert graphs.size_for(decodes(2, num_tokens=[1, 5])) is None
-    assert graphs.size_for(decodes(2, samples=[True, False])) is None
+def test_plans_that_are_too_large_or_of_another_kind_get_none():
+    assert StepGraphs([1, 2, 4], num_rows, no_batch, no_batch).size_for(decodes(5)) is None
+    assert StepGraphs([], num_rows, no_batch, no_batch).size_for(decodes(1)) is None
+    graphs = StepGraphs([1, 2, 4], lambda plan: None, no_batch, no_batch)
+    assert graphs.size_for(decodes(2)) is None
+
+
+@pytest.mark.parametrize("most", [8, 64, 100, 512, 1000, 16384])
+def test_padded_sizes_fit_the_budget(most):
+    sizes = padded_graph_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert all(size <= most for size in sizes)
+    assert not sizes or sizes[-1] > min(most, 1024) - 128
+
+
+def num_rows(plan):
+    return len(plan.rows)
+
+
+def no_batch(*_):
+    raise AssertionError

@@ -3,6 +3,7 @@ import torch
 
 from engine.runner import input_batch
 from engine.runner.input_batch import InputBatch
+from engine.runner.layout import Layout, most_tiles
 from engine.step import StepPlan
 from tests.engine.gpu import needs_gpu
 
@@ -58,7 +59,8 @@ def test_tokens_lie_where_the_plan_says(batch, make):
     assert inputs.positions.tolist() == [position for _, position in tokens]
     assert attention.slot_mapping.tolist() == [slot(*token, blocks) for token in tokens]
     lens = [start + count for start, count in zip(plan.starts, plan.num_tokens, strict=True)]
-    assert attention.seq_lens == attention.device_seq_lens.tolist() == lens
+    assert attention.seq_lens == lens
+    assert attention.decode_lens.tolist() == lens[: attention.num_decodes]
     assert attention.query_lens == plan.num_tokens
     assert attention.block_size == BLOCK_SIZE
     for row, table, length in zip(plan.rows, attention.block_table.tolist(), lens, strict=True):
@@ -76,6 +78,7 @@ def test_mixed_steps_know_their_decodes_and_samples(batch):
     assert inputs.samples.rows == inputs.samples.row_index.tolist() == [2, 5, 0]
     assert inputs.samples.positions == inputs.samples.position_index.tolist() == [7, 14, 11]
     assert inputs.sample_indices.tolist() == [0, 1, 10]
+    assert attention.tiles.tolist() == [[2, 2, 9, 2], [3, 11, 5, 0]]
 
 
 def test_tokens_come_from_the_host_or_from_the_last_sample(batch):
@@ -102,10 +105,11 @@ def test_blocks_stay_and_grow(batch):
 def fields(inputs):
     """Tensors of a step by name, and of the block table what its sequences use."""
     attention = inputs.attention
-    names = ("slot_mapping", "device_seq_lens", "query_starts", "key_starts", "decode_order")
+    names = ("slot_mapping", "decode_lens", "query_starts", "key_starts", "decode_order")
     found = {name: getattr(attention, name).tolist() for name in names}
     found |= {name: getattr(inputs, name).tolist() for name in ("known_tokens", "token_sources")}
-    found |= {name: getattr(inputs, name).tolist() for name in ("positions", "sample_indices")}
+    found["positions"] = inputs.positions.tolist()
+    found["sample_indices"] = inputs.sample_indices[: len(inputs.samples.rows)].tolist()
     found["rows"] = inputs.samples.row_index.tolist()
     found["sampled at"] = inputs.samples.position_index.tolist()
     found["lists"] = [inputs.samples.rows, inputs.samples.positions, attention.query_lens]
@@ -130,7 +134,7 @@ def test_padding_reads_and_writes_the_null_block_alone(batch, known):
     assert batch.input_tokens(padded).tolist() == [*batch.input_tokens(alone).tolist(), 0, 0, 0]
     assert padded.attention.slot_mapping[3:].tolist() == [0, 0, 0]
     assert padded.attention.seq_lens[3:] == [1, 1, 1]
-    assert padded.attention.device_seq_lens[3:].tolist() == [1, 1, 1]
+    assert padded.attention.decode_lens[3:].tolist() == [1, 1, 1]
     assert not padded.attention.block_table[3:, :1].any()
     assert padded.positions[3:].tolist() == [0, 0, 0]
     assert sorted(padded.attention.decode_order.tolist()) == [*range(6)]
@@ -144,7 +148,7 @@ def test_tensors_of_a_graph_depend_on_its_size_alone(batch):
     full, empty = batch.build_decode(decode_plan(), 4), batch.build_decode(StepPlan(2), 4)
     for name in ("known_tokens", "token_sources", "positions"):
         assert getattr(full, name).shape == getattr(empty, name).shape
-    for name in ("slot_mapping", "block_table", "device_seq_lens", "query_starts", "decode_order"):
+    for name in ("slot_mapping", "block_table", "decode_lens", "query_starts", "decode_order"):
         assert getattr(full.attention, name).shape == getattr(empty.attention, name).shape
 
 
@@ -152,7 +156,7 @@ def uploaded_columns(batch, monkeypatch, plan, size):
     """Columns of the block table that a graph's step brings to the device."""
     found, upload = [], batch._staging.upload
     monkeypatch.setattr(
-        batch._staging, "upload", lambda arrays: found.append(arrays[-1].shape) or upload(arrays)
+        batch._staging, "upload", lambda arrays: found.append(arrays[-3].shape) or upload(arrays)
     )
     batch.build_decode(plan, size)
     assert [rows for rows, _ in found] == [size]
@@ -172,7 +176,63 @@ def test_columns_that_were_in_use_do_not_disturb_shorter_rows(batch):
     inputs = batch.build_decode(short, 4)
     table = inputs.attention.block_table.tolist()
     assert [table[0][:2], table[1][:3], table[2][:1], table[3][:1]] == [[9, 3], [7, 1, 8], [0], [0]]
-    assert inputs.sample_indices.tolist() == [0, 1]
+    assert inputs.sample_indices[:2].tolist() == [0, 1]
+
+
+def long_plan():
+    """A decode, a chunk of more than two tiles over a prefix, and one of a tile and a token."""
+    blocks = {3: (0, [5]), 0: (0, [*range(20, 70)]), 1: (0, [*range(70, 90)])}
+    rows, starts, counts = [3, 0, 1], [2, 30, 0], [1, 140, 65]
+    known = {0: [*range(140)], 1: [*range(65)]}
+    return StepPlan(1, rows, starts, counts, [True, True, False], known, new_blocks=blocks)
+
+
+@pytest.mark.parametrize("make", [decode_plan, mixed_plan, long_plan])
+def test_a_padded_step_is_the_same_but_for_what_it_skips(make):
+    batch = InputBatch(MAX_SEQS, 64, BLOCK_SIZE, 256, CPU)
+    batch.last_tokens[:] = 99
+    alone, padded = batch.build(make()), batch.build_padded(make(), 256)
+    tokens, count = len(alone.positions), len(alone.samples.rows)
+    assert batch.input_tokens(padded)[:tokens].tolist() == batch.input_tokens(alone).tolist()
+    assert not batch.input_tokens(padded)[tokens:].any()
+    for name in ("positions", "sample_indices"):
+        kept = tokens if name == "positions" else count
+        assert getattr(padded, name)[:kept].tolist() == getattr(alone, name).tolist()
+    assert padded.samples.row_index.tolist() == alone.samples.row_index.tolist()
+    assert padded.samples.position_index.tolist() == alone.samples.position_index.tolist()
+    wanted, found = alone.attention, padded.attention
+    assert found.padded
+    assert found.slot_mapping.tolist() == [*wanted.slot_mapping.tolist(), *[0] * (256 - tokens)]
+    decodes = wanted.num_decodes
+    assert found.decode_lens[:decodes].tolist() == wanted.decode_lens.tolist()
+    assert not found.decode_lens[decodes:].any()
+    assert found.decode_order[:decodes].tolist() == wanted.decode_order.tolist()
+    assert sorted(found.decode_order.tolist()) == [*range(MAX_SEQS)]
+    assert found.tiles[: len(wanted.tiles)].tolist() == wanted.tiles.tolist()
+    assert not found.tiles[len(wanted.tiles) :, 2].any()
+    width = wanted.block_table.shape[1]
+    assert found.block_table[: len(wanted.seq_lens), :width].equal(wanted.block_table)
+
+
+@pytest.mark.parametrize("most", [0, 1 << 18])
+def test_padded_shapes_depend_on_the_size_alone(most, monkeypatch):
+    monkeypatch.setattr(input_batch, "WHOLE_TABLE_BYTES", most)
+    batch = InputBatch(MAX_SEQS, 64, BLOCK_SIZE, 256, CPU)
+    shapes = set()
+    for plan in (StepPlan(0), decode_plan(), mixed_plan(), long_plan()):
+        inputs = batch.build_padded(plan, 256)
+        names = ("slot_mapping", "block_table", "decode_lens", "decode_order", "tiles")
+        found = [getattr(inputs.attention, name).shape for name in names]
+        names = ("known_tokens", "token_sources", "positions", "sample_indices")
+        shapes.add((*found, *(getattr(inputs, name).shape for name in names)))
+    assert len(shapes) == 1
+
+
+def test_tiles_of_any_rows_fit():
+    for counts in ([2] * 32, [64], [63, 1], [33, 31], [65, 63, 2, 126]):
+        layout = Layout.of(StepPlan(0, [0] * len(counts), [0] * len(counts), counts), 40, 256)
+        assert sum(layout.tiles()[:, 2]) == sum(n for n in counts if n > 1)
+        assert len(layout.tiles()) <= most_tiles(sum(counts), len(counts))
 
 
 class TestOnGPU:
@@ -188,7 +248,7 @@ class TestOnGPU:
             inputs = batch.build_decode(plan, 4)
             attention = inputs.attention
             tensors = [inputs.known_tokens, inputs.token_sources, inputs.positions]
-            tensors += [attention.slot_mapping, attention.block_table, attention.device_seq_lens]
+            tensors += [attention.slot_mapping, attention.block_table, attention.decode_lens]
             tensors += [attention.decode_order]
             places.append([(t.data_ptr(), t.shape, t.stride()) for t in tensors])
         assert places[0] == places[1] == places[2]
