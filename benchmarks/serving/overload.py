@@ -40,7 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--times", type=float, nargs="+", default=[4.0], help="load over what the engines can do"
     )
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--rounds", type=int, default=3, help="over all loads, in turn")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each load")
     parser.add_argument("--input", type=int, nargs=2, default=[16, 64], help="tokens of a prompt")
     parser.add_argument("--output", type=int, nargs=2, default=[48, 80], help="of an answer")
     parser.add_argument("--seed", type=int, default=0, help="of texts, lengths and arrivals")
@@ -48,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Record]:
-    """Put first `UNLOADED` of what the engines can carry on them, and then more than that.
+    """Put `UNLOADED` of what the engines can carry on them and more than that, in turn.
 
     Args:
         options: of `benchmarks.serving overload`.
@@ -63,7 +64,7 @@ def measure(options: argparse.Namespace) -> Iterator[Record]:
         serve_fake(fake_settings(SETTINGS, options.fake), Path(folder) / "server.log") as fake,
     ):
         target, capacity = fake_target(fake), _capacity(fake, mix)
-        for times in (UNLOADED, *options.times):
+        for times in (UNLOADED, *options.times) * options.rounds:
             rate = times * capacity
             load, usage = watch(fake["pid"], partial(_drive, options, target, mix, rate))
             print(f"{times:g} x capacity is done", file=sys.stderr)
