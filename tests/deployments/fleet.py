@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 from deployments.load_table import LoadTable
-from deployments.placement import Booking
+from deployments.placement import Booking, Policy
 from deployments.prefix_index import request_blocks
 from engine.config import EngineConfig
 from engine.kv_cache.hashing import block_hashes
@@ -128,7 +128,7 @@ class Chat:
 
 
 class Ingress:
-    """An ingress replica: a load table, and a policy that may or may not use it."""
+    """An ingress replica: a load table that books by the fleet's policy."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
@@ -138,9 +138,9 @@ class Ingress:
         wire = turn.wire
         turn.blocks = request_blocks(wire)
         booking = Booking(wire.request_id, len(wire.prompt_token_ids), turn.blocks)
-        turn.engine = self.fleet.policy(self, booking)
+        limits = dict.fromkeys(self.fleet.engines, 1000)
+        turn.engine = self.table.book(limits, booking, self.fleet.policy) or ""
         self.fleet.sent[turn.engine] += 1
-        self.fleet.ongoing[turn.engine] += 1
         self.fleet.events.after(WIRE_S, self.fleet.engines[turn.engine].submit, wire, turn)
 
     def receive(self, turn: Turn, delta: Any) -> None:
@@ -149,38 +149,7 @@ class Ingress:
         turn.wire.output_token_ids += delta.token_ids
         if delta.finish_reason is not None:
             self.table.release(turn.wire.request_id, request_blocks(turn.wire, turn.blocks))
-            self.fleet.ongoing[turn.engine] -= 1
             self.fleet.finish(turn)
-
-
-Policy = Callable[[Ingress, Booking], str]
-
-
-def ours(ingress: Ingress, booking: Booking) -> str:
-    chosen = ingress.table.book(dict.fromkeys(ingress.fleet.engines, 1000), booking)
-    assert chosen is not None
-    return chosen
-
-
-def round_robin() -> Policy:
-    turns = count()
-
-    def policy(ingress: Ingress, booking: Booking) -> str:
-        names = list(ingress.fleet.engines)
-        return names[next(turns) % len(names)]
-
-    return policy
-
-
-def power_of_two(seed: int = 0) -> Policy:
-    rng = random.Random(seed)
-
-    def policy(ingress: Ingress, booking: Booking) -> str:
-        first, second = rng.sample(list(ingress.fleet.engines), 2)
-        ongoing = ingress.fleet.ongoing
-        return first if ongoing[first] <= ongoing[second] else second
-
-    return policy
 
 
 class Fleet:
@@ -201,7 +170,6 @@ class Fleet:
         self.engines = {name: Engine(name, self.events, cache_tokens) for name in names}
         self.ingresses = [Ingress(self) for _ in range(num_ingresses)]
         self.sent = dict.fromkeys(names, 0)
-        self.ongoing = dict.fromkeys(names, 0)
         self.ttfts: list[float] = []
         self.infinite_hits = 0
         self._infinite: set[bytes] = set()

@@ -7,15 +7,10 @@ from collections import Counter
 
 import pytest
 
-from tests.deployments.fleet import (
-    Chat,
-    Fleet,
-    Policy,
-    ours,
-    power_of_two,
-    round_robin,
-    scripted_chats,
-)
+from deployments.placement import Policy, PowerOfTwo, PrefixLoad, RoundRobin
+from tests.deployments.fleet import Chat, Fleet, scripted_chats
+
+OURS = PrefixLoad()
 
 CHATS = {"number": 32, "num_turns": 8, "said": (60, 200), "answered": (20, 60)}
 """43,000 tokens in the end: two and a half times the cache of an engine."""
@@ -52,15 +47,15 @@ def excess(figures: list[int]) -> float:
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_chats_find_their_cache_and_no_engine_gets_too_much(workload, num_ingresses):
     for seed in range(3):
-        fleet = run(ours, workload, seed, num_ingresses)
+        fleet = run(OURS, workload, seed, num_ingresses)
         assert fleet.hits >= 0.9 * fleet.infinite_hits
         assert excess(list(fleet.sent.values())) <= 1.3
         assert excess([engine.prefilled for engine in fleet.engines.values()]) <= 1.3
 
 
 def test_policies_that_do_not_look_at_the_prompt_miss_half():
-    aware = run(ours)
-    for policy in (round_robin(), power_of_two()):
+    aware = run(OURS)
+    for policy in (RoundRobin(), PowerOfTwo()):
         blind = run(policy)
         assert blind.hits < 0.6 * blind.infinite_hits
         assert sum(aware.ttfts) < sum(blind.ttfts)
@@ -68,7 +63,7 @@ def test_policies_that_do_not_look_at_the_prompt_miss_half():
 
 def burst(prompts: list[list[int]], *before: list[int], num_ingresses: int = 1) -> list[int]:
     """Requests by engine of a burst, sent when what came before has ended."""
-    fleet = Fleet(ours, num_ingresses=num_ingresses, cache_tokens=131_072)
+    fleet = Fleet(OURS, num_ingresses=num_ingresses, cache_tokens=131_072)
     fleet.run([Chat(f"w{i}", i, [(prompt, [1] * 20, 0.0)]) for i, prompt in enumerate(before)])
     sent = Counter(fleet.sent)
     fleet.run([Chat(f"b{i}", 1.0, [(prompt, [1] * 50, 0.0)]) for i, prompt in enumerate(prompts)])
@@ -100,7 +95,7 @@ def test_burst_of_a_prompt_that_one_engine_has_does_not_all_go_there():
 
 
 def test_hot_prefix_is_soon_in_every_cache():
-    fleet = Fleet(ours, cache_tokens=40_000)
+    fleet = Fleet(OURS, cache_tokens=40_000)
     fleet.run(scripted_chats(400, 1, (60, 200), (20, 60), 1.0, every_s=0.01, system=1024))
     assert excess(list(fleet.sent.values())) <= 1.1
     assert fleet.hits >= 0.98 * fleet.infinite_hits
