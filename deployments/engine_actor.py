@@ -32,8 +32,8 @@ HEARTBEAT_S = 1.0
 LOAD_INTERVAL_S = 0.1
 """A trunk without new tokens carries the load of a busy engine no more often than this."""
 REPORT_INTERVAL_S = 0.05
-"""The replica is told of ends no more often than this: a report costs far more than an end does, and
-clients learn of ends from the trunk."""
+"""The replica is told of ends no more often than this: a report costs far more than an end does,
+and clients learn of ends from the trunk."""
 UNREAD_LIMIT_S = 10.0
 """Requests of a subscriber that has neither subscribed nor acknowledged for this long are aborted.
 That is how the end of a killed ingress is noticed."""

@@ -108,9 +108,13 @@ class Generation:
             BackPressureError: Serve's queue is full.
         """
         while self._flights:
-            deltas = [d for d in await self._mailbox.take() if d.request_id in self._flights]
-            for delta in deltas:
-                self._flights[delta.request_id].request.output_token_ids += delta.token_ids
+            deltas = []
+            for delta in await self._mailbox.take():
+                flight = self._flights.get(delta.request_id)
+                if flight is None:  # it was aborted
+                    continue
+                deltas.append(delta)
+                flight.request.output_token_ids += delta.token_ids
                 if delta.finish_reason is not None:
                     self._land(delta.request_id)
             if deltas:

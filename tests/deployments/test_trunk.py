@@ -196,6 +196,19 @@ async def upto(watch, count: int):
             return
 
 
+async def test_ends_that_follow_a_report_wait_for_the_next(actor, monkeypatch):
+    monkeypatch.setattr(engine_actor, "REPORT_INTERVAL_S", 1.0)
+    watch = actor.watch()
+    await submit(actor, "x", request("a", 1))
+    assert [notice.request_id for notice in decode_report(await anext(watch)).ended] == ["a"]
+    report = asyncio.ensure_future(anext(watch))
+    for request_id in ("b", "c"):
+        await submit(actor, "x", request(request_id, 1))
+        while actor._owners:
+            await asyncio.sleep(0.001)
+    assert [notice.request_id for notice in decode_report(await report).ended] == ["b", "c"]
+
+
 async def test_early_aborts_are_forgotten(actor, monkeypatch):
     monkeypatch.setattr(engine_actor, "EARLY_ABORTS", 3)
     await actor.abort([f"r{i}" for i in range(5)])
