@@ -15,13 +15,10 @@ torch.set_num_threads(1)
 OPTIONS = [params(**case) for case in CASES]
 
 
-@pytest.fixture(params=[(64, 128, 64), (4, 128, 16)], ids=str)
+@pytest.fixture(params=[(4096, 8192), (16, 128)], ids=["in registers", "pass by pass"])
 def capacity(request, monkeypatch):
-    """Enough candidates for most rows, and so few that rows are left to bisection; three units."""
     monkeypatch.setattr(truncate, "_CAPACITY", request.param[0])
-    monkeypatch.setattr(truncate, "_UNIT", request.param[1])
     monkeypatch.setattr(truncate, "_BLOCK", request.param[1])
-    monkeypatch.setattr(truncate, "_SAMPLE", request.param[2])
 
 
 def columns(options, vocab_size):
