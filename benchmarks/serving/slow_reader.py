@@ -186,7 +186,7 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=63, help="normal ones")
     parser.add_argument("--seconds", type=float, default=15.0, help="that normal streams last")
     parser.add_argument(
-        "--fill", type=float, default=25.0, help="seconds until all buffers are full"
+        "--fill", type=float, default=40.0, help="seconds until all buffers are full"
     )
     parser.add_argument("--choices", type=int, default=16, help="completions of a slow reader")
     parser.add_argument("--repeat", type=int, default=3)

@@ -34,6 +34,9 @@ from benchmarks.serving.processes import read_memory
 
 _FREE_LIMIT_S = 60.0
 """A round that is not over by then ends the run."""
+_CACHE_TOKENS = 2**17
+"""Room for all streams of a round, and little enough that the engine's prefix cache and what the
+ingress knows of it are full, and so have stopped growing, before memory is compared."""
 _COLLECT_S = 1.0
 """Between collections of garbage in the server's processes; see `fake.collect`."""
 _SETTLE_S = 3.0
@@ -65,7 +68,12 @@ def main(words: list[str] | None = None) -> None:
 
 
 def _storm(options: argparse.Namespace, flags: str) -> Iterator[Record]:
-    settings = [f"flags={flags}", f"step-ms={options.step_ms:g}", f"collect-s={_COLLECT_S:g}"]
+    settings = [
+        f"flags={flags}",
+        f"step-ms={options.step_ms:g}",
+        f"collect-s={_COLLECT_S:g}",
+        f"cache-tokens={_CACHE_TOKENS}",
+    ]
     with (
         tempfile.TemporaryDirectory(prefix="tl-") as folder,
         serve_fake(settings, Path(folder) / "server.log") as fake,
