@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,7 +69,7 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
     import ray  # reads the flags when it is imported
     from ray import serve
 
-    from benchmarks.serving.fake.collect import collect_often
+    from benchmarks.serving.fake.collect import collecting
     from deployments.app import compose
 
     ray.init(
@@ -97,10 +98,9 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
         "pid": os.getpid(),
         "journal": str(journal),
     }
-    if options.collect_s:
-        collect_often(options.collect_s)
-    print(json.dumps(ready), file=answers, flush=True)
-    sys.stdin.read()
+    with collecting(options.collect_s) if options.collect_s else nullcontext():
+        print(json.dumps(ready), file=answers, flush=True)
+        sys.stdin.read()
     serve.shutdown()
     ray.shutdown()
 

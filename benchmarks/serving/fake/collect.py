@@ -6,7 +6,8 @@ import ctypes
 import gc
 import logging
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -14,21 +15,28 @@ import ray
 logger = logging.getLogger(__name__)
 
 
-def collect_often(interval_s: float) -> None:
+@contextmanager
+def collecting(interval_s: float) -> Iterator[None]:
     """Collect garbage in all named actors every `interval_s` seconds, from a thread of its own.
 
     What Python and the C library keep to themselves between collections goes up and down by more
     than a small leak in many requests would add.
     """
-    threading.Thread(target=_collect_forever, args=(interval_s,), daemon=True).start()
+    ended = threading.Event()
+    thread = threading.Thread(target=_collect_until, args=(ended, interval_s))
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()  # what it calls would start Ray anew after a shutdown
 
 
-def _collect_forever(interval_s: float) -> None:
-    while True:
-        time.sleep(interval_s)
+def _collect_until(ended: threading.Event, interval_s: float) -> None:
+    while not ended.wait(interval_s):
         try:
-            ray.get([actor.__ray_call__.remote(_collect) for actor in _named_actors()])
-        except Exception as error:  # the server is being shut down, or an actor died
+            ray.get([actor.__ray_call__.remote(_collect) for actor in _named_actors()], timeout=30)
+        except (ray.exceptions.RayError, ValueError) as error:  # an actor has just ended
             logger.warning("no garbage collected: %s", error)
 
 
