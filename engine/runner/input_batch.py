@@ -150,8 +150,7 @@ class InputBatch:
         blocks = np.zeros(len(layout.positions), dtype=np.int64)
         of_token = layout.positions[: len(layout.owners)] // self.block_size
         blocks[: len(layout.owners)] = table[layout.owners, of_token]
-        multiple = np.flatnonzero(counts != 1)
-        decodes = int(multiple[0]) if len(multiple) else len(rows)
+        decodes = _num_decodes(counts)
         decode_lens = np.where(counts == 1, seq_lens, 0) if in_graph else seq_lens[:decodes]
         samples, count = np.flatnonzero(plan.samples), sum(plan.samples)
         if in_graph:
@@ -188,20 +187,34 @@ class InputBatch:
             tiles=tensors[6],
             padded=in_graph and len(tiles) > 0,
         )
+        chosen = samples[:count]
         return StepInputs(
             known_tokens=tensors[0],
             token_sources=tensors[1],
             positions=tensors[2],
             attention=attention,
-            samples=Batch(
-                rows[samples[:count]].tolist(),
-                seq_lens[samples[:count]].tolist(),
-                self.device,
-                row_index=tensors[7][:count],
-                position_index=tensors[8][:count],
-            ),
+            samples=_batch(rows[chosen], seq_lens[chosen], tensors[7][:count], tensors[8][:count]),
             sample_indices=tensors[9],
         )
+
+
+def _num_decodes(counts: np.ndarray) -> int:
+    """Leading rows that compute one token."""
+    others = np.flatnonzero(counts != 1)
+    return int(others[0]) if len(others) else len(counts)
+
+
+def _batch(
+    rows: np.ndarray, positions: np.ndarray, row_index: torch.Tensor, position_index: torch.Tensor
+) -> Batch:
+    """The rows that sample and the sequence indices of the tokens, on the host and the device."""
+    return Batch(
+        rows.tolist(),
+        positions.tolist(),
+        row_index.device,
+        row_index=row_index,
+        position_index=position_index,
+    )
 
 
 def _tokens(plan: StepPlan, count: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
