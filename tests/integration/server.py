@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,7 @@ def main() -> None:
     args = AppArgs(**spec["args"])
     fake = spec["fake"]
     serve.run(build(args) if fake is None else compose(args, partial(FakeCore, **fake)))
+    _await_health(spec["port"])
     print("ANSWER null", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -139,6 +141,19 @@ def main() -> None:
         print("ANSWER", json.dumps(answer), flush=True)
     serve.shutdown()
     ray.shutdown()
+
+
+def _await_health(port: int) -> None:
+    """Serve is done when the ingress runs; a proxy and the engines' first reports come later."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _engine_pids() -> dict[str, int]:
