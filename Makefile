@@ -72,7 +72,7 @@ format: install-dev ## Put the code into the project's format
 	$(VENV)/bin/ruff format .
 
 test-unit: install-dev ## Tests that need no cluster
-	$(call step,pass the unit tests,$(PYTEST) --ignore=tests/integration)
+	$(call step,pass the unit tests,$(PYTEST) -n auto --dist worksteal --ignore=tests/integration)
 
 test-integration: install-dev ## Tests on a real Ray cluster on this machine
 	$(call step,pass the integration tests,$(PYTEST) tests/integration)

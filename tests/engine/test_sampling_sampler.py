@@ -165,7 +165,7 @@ def test_a_greedy_batch_is_one_argmax():
         ({"presence_penalty": 1.0, "temperature": 0.0}, {"where", "scatter_add_", "log1p_"}),
         ({"top_k": 5}, {"scatter_add_", "index_add_", "sort"}),
     ],
-    ids=str,
+    ids=["sampled", "logprobs", "penalty", "top_k"],
 )
 def test_unused_features_do_not_run(fields, forbidden):
     sampler = Sampler(4, VOCAB, CPU, EOS)

@@ -206,30 +206,3 @@ async def test_killed_engine_ends_its_streams_with_an_error_event(server):
             stream.cancel()
     await asyncio.to_thread(wait_for, server, idle, 60)
     assert name not in server.call("engine_pids")
-
-
-async def test_burst_spreads_evenly_over_four_idle_engines():
-    """One ingress, as another one's bookings are known only once an engine has reported them."""
-    args = {
-        "models": {"m": {"deployment": {"num_replicas": 4, "num_cpus": 0.1}}},
-        "ingress": {"num_replicas": 1},
-    }
-    server = Server(fast_path=True, args=args, fake={"step_s": 0.01})
-    try:
-        wait_for(server, lambda h: len(h["engines"]) == 4 and all_connected(h))
-        async with connect(server) as client:
-            # Opens the connections: a burst that trickles in meets engines that are at work.
-            short = (client.post("/v1/completions", json=completion("x", 1)) for _ in range(16))
-            await asyncio.gather(*short)
-            await asyncio.to_thread(wait_for, server, lambda h: idle(h, num_engines=4))
-            requests = [
-                asyncio.ensure_future(client.post("/v1/completions", json=completion("x", 3000)))
-                for _ in range(16)
-            ]
-            await asyncio.to_thread(
-                wait_for, server, lambda h: [e["running"] for e in h["engines"]] == [4] * 4
-            )
-            for request in requests:
-                request.cancel()
-    finally:
-        server.stop()
