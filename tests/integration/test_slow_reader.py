@@ -18,8 +18,8 @@ pytestmark = pytest.mark.integration
 LIMIT_S = 60.0
 CHOICES = 32
 TOKENS = {False: 1000, True: 3000}
-"""Of each choice, by `fast_path`. An event has 250 bytes: even if a slow machine sends two tokens in
-each, this is more than TCP and HAProxy keep. Without HAProxy nothing is ever held up."""
+"""Of each choice, by `fast_path`. An event has 250 bytes: even if a slow machine puts two tokens
+into each, this is more than TCP and HAProxy keep. Without HAProxy nothing is ever held up."""
 PROMPT = " one two three four five"
 ARGS = {"models": {"m": {"engine": {"max_num_seqs": 64}, "deployment": {"num_cpus": 0.1}}}}
 
