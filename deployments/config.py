@@ -55,6 +55,12 @@ class DeploymentOptions(Options):
     max_queued_requests: int = Field(default=1024, ge=-1)
     """Requests that an ingress replica holds back when all engines are full, before it answers
     503. It must exceed a burst: Serve counts requests here while it routes them."""
+    max_queued_tokens: int | None = Field(default=None, ge=0)
+    """Prompt tokens that may wait for computation on the engine with the fewest; while there are
+    more, requests get 429. None sets no limit."""
+    max_estimated_wait_s: float | None = Field(default=None, ge=0)
+    """How long a request may have to wait for its first token, estimated from how fast the queues
+    have moved lately; while it is longer, requests get 429. None sets no limit."""
     routing_policy: Literal["prefix_load", "round_robin", "power_of_two"] = "prefix_load"
     """How an engine is chosen for a request: by what it has to compute before the first token, in
     turn, or the less loaded of two drawn at random. The latter two are for comparison: they do not
@@ -105,6 +111,12 @@ class IngressOptions(Options):
     long as it likes: only for clients that are trusted."""
     graceful_shutdown_timeout_s: float = Field(default=600, ge=0)
     """Longest stream that an update of the ingress waits for."""
+    failover_timeout_s: float = Field(default=120, ge=0)
+    """How long a request whose engine was lost may wait for its next token, a new engine's start
+    included, before its client gets an error."""
+    failover_tries: int = Field(default=3, ge=0)
+    """Tries in a row without a new token before its client gets an error: a request that breaks
+    engines must not break all of them."""
 
 
 class AppArgs(Options):

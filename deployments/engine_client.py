@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from deployments.failover import FailoverLimits, Flight
 from deployments.load_table import LoadTable
 from deployments.mailbox import Mailbox
-from deployments.placement import Booking
 from deployments.prefix_index import request_blocks
 from deployments.trunk import TrunkHub
-from deployments.wire import Submission, encode
-from engine.errors import EngineDead
 from engine.outputs import TokenDelta
 from engine.request import EngineRequest
-
-LATE_TOKENS_S = 10.0
-"""After Serve says that a request ended, its last tokens may take this long to come."""
-
-
-@dataclass(slots=True)
-class Flight:
-    """A request under way: what to resubmit if its engine is lost, and its open Serve call."""
-
-    request: EngineRequest
-    """Its `output_token_ids` hold what has come so far."""
-    blocks: Sequence[bytes]
-    """Of its prompt; see `request_blocks`."""
-    call: Any
-    watcher: asyncio.Task[None]
 
 
 class EngineClient:
@@ -41,22 +22,35 @@ class EngineClient:
         hub: reads the trunks.
         table: where the router books.
         prefix_caching: whether the engines keep what they have computed.
+        failover: how far a request is carried when engines are lost.
     """
 
     def __init__(
-        self, handle: Any, hub: TrunkHub, table: LoadTable, prefix_caching: bool = True
+        self,
+        handle: Any,
+        hub: TrunkHub,
+        table: LoadTable,
+        prefix_caching: bool = True,
+        failover: FailoverLimits | None = None,
     ) -> None:
         self.deployment = str(handle.deployment_name)
         self.handle = handle
         self.hub = hub
         self.table = table
         self.prefix_caching = prefix_caching
+        self.failover = failover or FailoverLimits()
         self.num_running = 0
         """Requests of this process that have not ended."""
 
     def start(self, requests: Iterable[EngineRequest]) -> Generation:
         """Send requests off; to be used as a context manager, whose end aborts what still runs."""
         return Generation(self, requests)
+
+    def mark_down(self, request_id: str) -> None:
+        """Avoid the engine where the request is booked until that one reports again."""
+        engine_id = self.table.engine_of(request_id)
+        if engine_id is not None:
+            self.table.mark_down(engine_id)
 
     def blocks_of(self, requests: Sequence[EngineRequest]) -> list[list[bytes]]:
         """The blocks of each request; the `n` completions of a prompt share theirs."""
@@ -74,17 +68,16 @@ class Generation:
     def __init__(self, client: EngineClient, requests: Iterable[EngineRequest]) -> None:
         self._client = client
         self._mailbox = Mailbox()
-        self._flights: dict[str, Flight] = {}
         requests = list(requests)
-        blocks = client.blocks_of(requests)
         # All are encoded before any is sent: what cannot be encoded must not leave others running.
-        submissions = [
-            encode(Submission(client.hub.subscriber_id, *each))
-            for each in zip(requests, blocks, strict=True)
-        ]
+        self._flights = {
+            request.request_id: Flight(client, request, blocks, self._mailbox)
+            for request, blocks in zip(requests, client.blocks_of(requests), strict=True)
+        }
+        client.num_running += len(self._flights)
         try:
-            for each in zip(requests, blocks, submissions, strict=True):
-                self._launch(*each)
+            for flight in self._flights.values():
+                flight.launch()
         except BaseException:
             self.abort(list(self._flights))  # nobody gets to the end of this `with`
             raise
@@ -104,7 +97,7 @@ class Generation:
         Deltas of one request are merged while the caller is slow.
 
         Raises:
-            EngineDead: an engine was lost with a request unfinished.
+            EngineDead: engines were lost and none could go on with a request.
             BackPressureError: Serve's queue is full.
         """
         while self._flights:
@@ -114,52 +107,18 @@ class Generation:
                 if flight is None:  # it was aborted
                     continue
                 deltas.append(delta)
-                flight.request.output_token_ids += delta.token_ids
                 if delta.finish_reason is not None:
-                    self._land(delta.request_id)
+                    self._forget(delta.request_id).land()
             if deltas:
                 return deltas
         raise StopAsyncIteration
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests now; nothing more comes of them."""
-        ids = [i for i in request_ids if i in self._flights]
-        self._client.hub.abort(ids)
-        for request_id in ids:
-            # Serve is told as well, in case the request has not reached an engine yet.
-            self._flights[request_id].watcher.cancel()
-            self._flights[request_id].call.cancel()
-            self._land(request_id)
-
-    def _launch(self, request: EngineRequest, blocks: list[bytes], submission: bytes) -> None:
-        client, request_id = self._client, request.request_id
-        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        # Whoever wants log-probabilities of the prompt has all of it computed.
-        hits = blocks if request.params.prompt_logprobs is None else ()
-        call = client.handle.generate.remote(submission, Booking(request_id, num_tokens, hits))
-        # Tokens arrive in this event loop, so none can have come before the mailbox is known.
-        watcher = asyncio.create_task(self._watch(call, request_id))
-        self._flights[request_id] = Flight(request, blocks, call, watcher)
-        client.hub.register(request_id, self._mailbox)
-        client.num_running += 1
-
-    def _land(self, request_id: str) -> None:
-        flight, client = self._flights.pop(request_id), self._client
-        client.num_running -= 1
-        client.hub.unregister(request_id)
-        # What follows in the same chat begins with the output as well.
-        begun = client.prefix_caching and flight.request.output_token_ids
-        blocks = request_blocks(flight.request, flight.blocks) if begun else ()
-        client.table.release(request_id, blocks)
-
-    async def _watch(self, call: Any, request_id: str) -> None:
-        """See to it that a request whose Serve call has ended ends for the client too."""
-        error: Exception = EngineDead("the end of the output was lost; try again.")
-        try:
-            await call
+        for request_id in request_ids:
             if request_id in self._flights:
-                await asyncio.sleep(LATE_TOKENS_S)
-        except Exception as failure:
-            error = failure
-        if request_id in self._flights:
-            self._mailbox.fail(error)
+                self._forget(request_id).abort()
+
+    def _forget(self, request_id: str) -> Flight:
+        self._client.num_running -= 1
+        return self._flights.pop(request_id)

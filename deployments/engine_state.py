@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import exp
 
+from deployments.backlog import QueueSpeed
 from deployments.prefix_index import PrefixIndex
 from engine.outputs import EngineLoad
 
@@ -46,6 +47,7 @@ class EngineState:
     """Requests it turned away since it last took one."""
     closed_until: float = 0.0
     """Time of the end of the pause after a refusal."""
+    speed: QueueSpeed = field(default_factory=QueueSpeed)
 
     @property
     def num_requests(self) -> int:
@@ -67,7 +69,7 @@ class EngineState:
 
     def has_room(self, max_requests: int, now: float) -> bool:
         """Whether it would take one more request, as far as this process knows."""
-        return self.num_requests < max_requests and now >= self.closed_until
+        return not self.down and self.num_requests < max_requests and now >= self.closed_until
 
     def is_crowded(self, num_tokens: int) -> bool:
         """Whether a request with so many tokens to compute might have to wait for blocks."""
@@ -97,6 +99,7 @@ class EngineState:
         """Take over a report; see `LoadTable.report`."""
         if load.block_size and load.total_blocks != self.load.total_blocks:
             self.index.resize(load.total_blocks * load.block_size)
+        self.speed.report(load, now)
         self.load = load
         self.down = False
         self.reported_at = now

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deployments.backlog import Backlog
 from deployments.engine_state import EngineState
 from deployments.placement import Booking, Policy, PrefixLoad
 from engine.outputs import EngineLoad
@@ -31,6 +32,8 @@ class EngineView:
     load: EngineLoad
     num_booked: int
     age_s: float | None
+    estimated_wait_s: float
+    """Likely wait of a new request for its first token."""
 
 
 class LoadTable:
@@ -46,6 +49,8 @@ class LoadTable:
         self._engines: dict[str, EngineState] = {}
         self._members: dict[str, tuple[str, ...]] = {}
         self._placed: dict[str, str] = {}
+        self._unplaced: dict[str, tuple[str, int]] = {}
+        """Deployment and prompt tokens of requests that no engine has been chosen for."""
         self._released: OrderedDict[str, None] = OrderedDict()
         self._bookings_made = 0
         self._listeners: list[Callable[[], None]] = []
@@ -106,6 +111,7 @@ class LoadTable:
                 self._full = True
                 return None
             chosen, num_tokens = policy.choose(states, roomy, booking, now)
+            self._unplaced.pop(request_id, None)
             self._bookings_made += 1
             state = states[chosen]
             state.last_booking = self._bookings_made
@@ -113,6 +119,24 @@ class LoadTable:
                 state.book(request_id, num_tokens, booking.blocks, now)
                 self._placed[request_id] = chosen
             return chosen
+
+    def expect(self, deployment: str, request_id: str, num_tokens: int) -> None:
+        """Count a request with so many tokens to compute until an engine is chosen for it."""
+        with self._lock:
+            self._unplaced[request_id] = deployment, num_tokens
+
+    def backlog(self, deployment: str) -> Backlog:
+        """What stands before a new request, on the engine that would come to it first."""
+        with self._lock:
+            states = [self._state(i) for i in self._members.get(deployment, ())]
+            alive = [state for state in states if not state.down]
+            if not alive:
+                return Backlog()
+            unplaced = [n for name, n in self._unplaced.values() if name == deployment]
+            share = sum(unplaced) / len(alive)
+            waiting = [(state, state.pending_tokens + share) for state in alive]
+            found = [Backlog(tokens, each.speed.seconds_for(tokens)) for each, tokens in waiting]
+            return min(found, key=lambda backlog: (backlog.wait_s, backlog.tokens))
 
     def engine_of(self, request_id: str) -> str | None:
         """Where the request is booked."""
@@ -164,6 +188,7 @@ class LoadTable:
             blocks: what its engine has computed for it; see `request_blocks`.
         """
         with self._lock:
+            self._unplaced.pop(request_id, None)
             state = self._drop(request_id)
             if state is not None:
                 state.index.use(blocks)
@@ -188,6 +213,7 @@ class LoadTable:
                     engine_id=engine_id,
                     load=(state := self._engines[engine_id]).load,
                     num_booked=len(state.bookings),
+                    estimated_wait_s=state.speed.seconds_for(state.pending_tokens),
                     age_s=None if state.reported_at is None else now - state.reported_at,
                 )
                 for engine_id in self._members.get(deployment, ())

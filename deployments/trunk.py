@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Protocol
 
@@ -12,10 +11,10 @@ import ray
 from ray.exceptions import ObjectRefStreamEndOfStreamError
 
 from deployments.load_table import LoadTable
-from deployments.mailbox import Mailbox
 from deployments.names import SERVE_NAMESPACE, engine_actor_name
 from deployments.wire import TrunkMessage, decode_trunk_message
 from engine.errors import EngineDead
+from engine.outputs import TokenDelta
 
 logger = logging.getLogger("ray.serve")
 
@@ -24,6 +23,9 @@ ACKNOWLEDGED_MESSAGES = 8
 merges steps."""
 ACKNOWLEDGED_S = 1.0
 """Fewer are after this long, so that the engine knows that this process lives."""
+SILENCE_LIMIT_S = 8.0
+"""An engine tells its load every second. One that has not for this long is taken for lost: its
+process hangs, or is stopped, or its node cannot be reached."""
 RECONNECT_DELAY_S = 0.5
 """Pause before a trunk that broke is read anew."""
 
@@ -39,6 +41,23 @@ class EngineLink(Protocol):
 
     def abort(self, request_ids: list[str]) -> None:
         """Ask for the end of requests; returns at once."""
+
+
+class Receiver(Protocol):
+    """Who waits for the deltas of a request."""
+
+    @property
+    def deployment(self) -> str:
+        """Whose engines run the request."""
+
+    def add(self, delta: TokenDelta) -> None:
+        """Take a delta."""
+
+    def lose(self, error: Exception) -> None:
+        """Learn that the request's engine is lost."""
+
+    def strand(self) -> None:
+        """Learn that no engine of the deployment can be reached."""
 
 
 class RayEngineLink:
@@ -92,7 +111,7 @@ class TrunkHub:
         self._connect = connect
         self._links: dict[str, EngineLink] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
-        self._mailboxes: dict[str, Mailbox] = {}
+        self._receivers: dict[str, Receiver] = {}
         self._deployments: list[str] = []
         self._loop = asyncio.get_running_loop()
         table.on_change(self._on_change)
@@ -102,13 +121,13 @@ class TrunkHub:
         self._deployments.append(deployment)
         self._follow_members()
 
-    def register(self, request_id: str, mailbox: Mailbox) -> None:
-        """Deliver the deltas of this request to `mailbox` from now on."""
-        self._mailboxes[request_id] = mailbox
+    def register(self, request_id: str, receiver: Receiver) -> None:
+        """Tell `receiver` what comes of this request from now on."""
+        self._receivers[request_id] = receiver
 
     def unregister(self, request_id: str) -> None:
         """Drop later deltas of this request."""
-        self._mailboxes.pop(request_id, None)
+        self._receivers.pop(request_id, None)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Tell the engines that run these requests to end them; returns at once."""
@@ -153,34 +172,45 @@ class TrunkHub:
         """Read a trunk to its end and say why it ended."""
         try:
             link = await asyncio.to_thread(self._connect, engine_id)
-            unacknowledged, since = 0, time.monotonic()
+            await self._take_messages(engine_id, link)
+            return "it shut down"
+        except TimeoutError:
+            return f"it has said nothing for {SILENCE_LIMIT_S:.0f} s"
+        except Exception as error:  # a reader that ended unseen would leave clients hanging
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+
+    async def _take_messages(self, engine_id: str, link: EngineLink) -> None:
+        """Deliver and acknowledge until the end; TimeoutError when the engine falls silent."""
+        unacknowledged, since = 0, self._loop.time()
+        async with asyncio.timeout(SILENCE_LIMIT_S) as silence:
             async for message in link.subscribe(self.subscriber_id):
+                now = self._loop.time()
+                silence.reschedule(now + SILENCE_LIMIT_S)
                 self._links[engine_id] = link
                 self._deliver(engine_id, decode_trunk_message(message))
                 unacknowledged += 1
-                waited = time.monotonic() - since
-                if unacknowledged >= ACKNOWLEDGED_MESSAGES or waited > ACKNOWLEDGED_S:
+                if unacknowledged >= ACKNOWLEDGED_MESSAGES or now - since > ACKNOWLEDGED_S:
                     link.acknowledge(self.subscriber_id, unacknowledged)
-                    unacknowledged, since = 0, time.monotonic()
-            return "it shut down"
-        except Exception as error:  # a reader that ended unseen would leave clients hanging
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+                    unacknowledged, since = 0, now
 
     def _deliver(self, engine_id: str, message: TrunkMessage) -> None:
         self._table.report(engine_id, message.load, message.reflected, message.heard)
         for delta in message.deltas:
-            mailbox = self._mailboxes.get(delta.request_id)
-            if mailbox is not None:
-                mailbox.add(delta)
+            receiver = self._receivers.get(delta.request_id)
+            if receiver is not None:
+                receiver.add(delta)
 
     def _lose(self, engine_id: str, reason: str) -> None:
-        """Fail what the lost engine left unfinished."""
+        """Let others go on with what the lost engine left unfinished."""
         if self._links.pop(engine_id, None) is None:
             return
         unfinished = self._table.mark_down(engine_id)
         log = logger.error if unfinished else logger.info
-        log("trunk to engine %s ended (%s); %d requests lost", engine_id, reason, len(unfinished))
+        log("trunk to engine %s ended (%s); %d requests move", engine_id, reason, len(unfinished))
+        error = EngineDead("the engine that ran the request was lost; try again.")
         for request_id in unfinished:
-            mailbox = self._mailboxes.get(request_id)
-            if mailbox is not None:
-                mailbox.fail(EngineDead("the engine that ran the request was lost; try again."))
+            if request_id in self._receivers:
+                self._receivers[request_id].lose(error)
+        for receiver in list(self._receivers.values()):
+            if not self.connected(receiver.deployment):
+                receiver.strand()

@@ -66,6 +66,8 @@ class EngineLoad(msgspec.Struct, array_like=True):
     """Tokens in a block; 0 when nothing has been reported."""
     num_received: int = 0
     """Requests that had reached the engine, refused ones included, when this was its load."""
+    prefilled_tokens: int = 0
+    """Prompt tokens computed so far, or found in the prefix cache."""
 
 
 @dataclass(slots=True)

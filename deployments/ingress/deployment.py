@@ -11,8 +11,10 @@ from typing import Any
 from ray import serve
 from starlette.types import ASGIApp
 
+from deployments.backlog import BacklogLimits
 from deployments.config import AppArgs, IngressOptions, ModelOptions
 from deployments.engine_client import EngineClient
+from deployments.failover import FailoverLimits
 from deployments.flags import missing_flags
 from deployments.ingress.app import build_asgi_app
 from deployments.ingress.served import ServedModel, ServedModels
@@ -37,13 +39,14 @@ class Ingress:
         self, args: AppArgs, handles: dict[str, Any]
     ) -> None:
         self._max_body_bytes = args.ingress.max_body_bytes
+        failover = FailoverLimits(args.ingress.failover_tries, args.ingress.failover_timeout_s)
         hub = TrunkHub(f"ingress-{uuid.uuid4().hex[:12]}", load_table())
         self._models = ServedModels()
         for name, options in args.models.items():
             # `options` starts the handle's router, which learns at once what engines there are.
             handle = handles[name].options(method_name="generate")
             caching = options.engine.enable_prefix_caching
-            client = EngineClient(handle, hub, load_table(), caching)
+            client = EngineClient(handle, hub, load_table(), caching, failover)
             hub.follow(client.deployment)
             self._models.by_name[name] = await asyncio.to_thread(
                 _load, name, options, args.ingress, client
@@ -74,6 +77,9 @@ def _load(
         client=client,
         max_concurrent_requests=ingress.max_concurrent_requests,
         retry_after_s=ingress.retry_after_s,
+        backlog_limits=BacklogLimits(
+            options.deployment.max_queued_tokens, options.deployment.max_estimated_wait_s
+        ),
         may_scale_to_zero=scaling is not None and scaling.min_replicas == 0,
         allow_request_chat_templates=ingress.allow_request_chat_templates,
         created=int(time.time()),

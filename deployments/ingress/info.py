@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 from starlette.requests import Request
@@ -64,5 +65,11 @@ def _engine(model: str, view: EngineView) -> dict[str, Any]:
         "free_blocks": view.load.free_blocks,
         "total_blocks": view.load.total_blocks,
         "steps": view.load.step,
+        "estimated_wait_s": _finite(view.estimated_wait_s),
         "age_s": None if view.age_s is None else round(view.age_s, 3),
     }
+
+
+def _finite(seconds: float) -> float | None:
+    """Rounded; None for a wait without an end, which JSON cannot say."""
+    return round(seconds, 3) if isfinite(seconds) else None

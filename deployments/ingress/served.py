@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from deployments.aside import run_aside
+from deployments.backlog import BacklogLimits
 from deployments.engine_client import EngineClient
 from deployments.ingress.errors import model_not_found, overloaded, unavailable
 from engine.errors import InvalidRequest
@@ -49,6 +50,7 @@ class ServedModel:
     client: EngineClient
     max_concurrent_requests: int
     retry_after_s: int
+    backlog_limits: BacklogLimits = field(default_factory=BacklogLimits)
     may_scale_to_zero: bool = False
     allow_request_chat_templates: bool = False
     created: int = 0
@@ -69,7 +71,8 @@ class ServedModel:
 
         Raises:
             InvalidRequest: the request alone is more than this process takes.
-            ApiError: 429 when this process is full, 503 when there is no engine.
+            ApiError: 429 when this process is full or too much waits already, 503 when there is no
+                engine.
         """
         num_requests = num_prompts * params.n
         if num_requests > self.max_concurrent_requests:
@@ -86,6 +89,9 @@ class ServedModel:
                 f"No engine of '{self.name}' is ready; it may still be loading.",
                 self.retry_after_s,
             )
+        backlog = self.client.table.backlog(self.client.deployment)
+        if (later := self.backlog_limits.retry_after_s(backlog)) is not None:
+            raise overloaded(max(later, self.retry_after_s))
         self.num_preparing += num_requests
         try:
             yield

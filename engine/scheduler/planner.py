@@ -41,6 +41,8 @@ class StepPlanner:
         """Prompt tokens of the requests that looked for a cached prefix."""
         self.prefix_hits = 0
         """Tokens of these that were found."""
+        self.prefilled_tokens = 0
+        """Prompt tokens that steps have computed or found, those of preempted requests again."""
         self._blocks = blocks
         self._running = running
         self._waiting = waiting
@@ -91,6 +93,7 @@ class StepPlanner:
             step.add(request, count)
             if count > 1:
                 self._blocks.register(request)
+                self.prefilled_tokens += max(0, min(end, request.num_prompt_tokens) - start)
 
     def _grow(self, request: Request, num_tokens: int, step: StepBuilder) -> bool:
         """Get blocks up to `num_tokens`, by preemption if need be; False if it has to wait."""
@@ -126,6 +129,7 @@ class StepPlanner:
             step.add_new_row(request)
             missing = len(request.token_ids) - request.num_computed_tokens
             step.add(request, min(missing, step.budget))
+            self.prefilled_tokens += min(request.num_computed_tokens, request.num_prompt_tokens)
             self._blocks.register(request)
 
     def _count_prefix(self, request: Request) -> None:

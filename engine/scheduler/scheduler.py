@@ -206,6 +206,7 @@ class Scheduler:
             prefix_queries=self._planner.prefix_queries,
             prefix_hits=self._planner.prefix_hits,
             block_size=self._blocks.block_size,
+            prefilled_tokens=self._planner.prefilled_tokens,
         )
 
     def check_invariants(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import httpx
 
 from deployments.engine_actor import EngineActor
 from deployments.engine_client import EngineClient
+from deployments.failover import FailoverLimits
 from deployments.ingress.app import build_asgi_app
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import LoadTable
@@ -37,12 +38,26 @@ class LocalLink:
     """Calls an engine actor in this loop."""
 
     def __init__(self, actor: EngineActor) -> None:
+        self.broken = asyncio.Event()
+        """Set, it breaks the trunk."""
         self._actor = actor
         self._calls: set[asyncio.Future[None]] = set()
 
     async def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
-        async for message in self._actor.subscribe(subscriber_id):
-            yield message
+        broken = asyncio.ensure_future(self.broken.wait())
+        async with aclosing(self._actor.subscribe(subscriber_id)) as messages:
+            while True:
+                message = asyncio.ensure_future(anext(messages, None))
+                try:
+                    await asyncio.wait((message, broken), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    message.cancel()
+                    await asyncio.wait((message,))
+                if broken.done():
+                    raise ConnectionError("cut")
+                if (data := message.result()) is None:
+                    return
+                yield data
 
     def acknowledge(self, subscriber_id: str, count: int) -> None:
         self._calls.add(asyncio.ensure_future(self._actor.acknowledge(subscriber_id, count)))
@@ -79,7 +94,8 @@ class LocalHandle:
         if self.failure is not None:
             raise self.failure
         limits = dict.fromkeys(self._actors, 1000)
-        chosen = self._table.book(limits, booking)
+        while (chosen := self._table.book(limits, booking)) is None:
+            await asyncio.sleep(0.01)
         await self._actors[chosen].submit(encode([decode_submission(submission)]))
         await asyncio.Event().wait()
         return ""
@@ -89,10 +105,11 @@ class Plane:
     def __init__(self, actors: dict[str, EngineActor], tokenizer: Tokenizer | None) -> None:
         self.table = LoadTable()
         self.actors = actors
-        links = {engine_id: LocalLink(actor) for engine_id, actor in actors.items()}
-        self.hub = TrunkHub("ingress-test", self.table, connect=links.__getitem__)
+        self.links = {engine_id: LocalLink(actor) for engine_id, actor in actors.items()}
+        self.hub = TrunkHub("ingress-test", self.table, connect=self.links.__getitem__)
         self.handle = LocalHandle(self.table, actors)
-        self.client = EngineClient(self.handle, self.hub, self.table)
+        limits = FailoverLimits(max_barren_tries=2, timeout_s=1.0)
+        self.client = EngineClient(self.handle, self.hub, self.table, failover=limits)
         self.model = ServedModel(
             name="m",
             tokenizer=tokenizer,

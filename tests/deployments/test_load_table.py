@@ -51,14 +51,14 @@ def test_booking_gives_way_to_the_report_that_counts_it():
     assert table.book(PAIR, Booking("t", 1)) == "a"
 
 
-def test_crowded_and_lost_engines_come_last():
+def test_crowded_engines_come_last_and_lost_ones_get_none():
     table = LoadTable()
     table.report("a", EngineLoad(free_blocks=1, total_blocks=100, block_size=16))
     table.report("b", EngineLoad(num_running=50, free_blocks=50, total_blocks=100, block_size=16))
     assert table.book(PAIR, Booking("r", 1)) == "b"
     assert table.mark_down("b") == ["r"]
     assert table.book(PAIR, Booking("s", 1)) == "a"
-    assert table.book({"b": 100}, Booking("t", 1)) == "b"
+    assert table.book({"b": 100}, Booking("t", 1)) is None
     table.report("b", EngineLoad(free_blocks=50, total_blocks=100, block_size=16))
     assert table.book(PAIR, Booking("u", 1)) == "b"
 

@@ -240,18 +240,6 @@ async def test_death_is_told_on_trunk_and_watch():
         await submit(actor, "x", request("s"))
 
 
-async def test_lost_trunk_fails_its_requests_and_is_read_again():
-    async with open_plane(num_engines=2, step_s=0.005) as plane:
-        with plane.client.start([request("r", 100_000)]) as generation:
-            await anext(generation)
-            engine_id = plane.table.engine_of("r")
-            plane.hub._lose(engine_id, "cut")
-            with pytest.raises(EngineDead):
-                async for _ in generation:
-                    pass
-        assert plane.client.num_running == 0
-
-
 async def test_tokens_so_far_are_kept_for_a_resubmission():
     async with open_plane(step_s=0.005) as plane:
         wire = request("r", 20)

@@ -179,10 +179,11 @@ async def test_killed_ingress_has_its_requests_aborted(server):
     await asyncio.to_thread(wait_for, server, idle, 60)
 
 
-async def test_killed_engine_ends_its_streams_with_an_error_event(server):
+async def test_streams_of_a_killed_engine_go_on_elsewhere(server):
     async with connect(server) as client:
         streams = [
-            asyncio.ensure_future(read_stream(client, completion("doomed", 3000))) for _ in range(8)
+            asyncio.ensure_future(read_stream(client, completion("tenacious", 600)))
+            for _ in range(8)
         ]
         await asyncio.to_thread(
             wait_for, server, lambda h: sum(e["running"] for e in h["engines"]) == 8
@@ -192,17 +193,7 @@ async def test_killed_engine_ends_its_streams_with_an_error_event(server):
         (lost,) = (e["running"] for e in engines if name.endswith(e["id"]))
         assert 0 < lost < 8
         os.kill(pid, signal.SIGKILL)
-        async with asyncio.timeout(10):
-            while sum(stream.done() for stream in streams) < lost:
-                await asyncio.sleep(0.05)
-        ended = [stream for stream in streams if stream.done()]
-        for stream in ended:
-            text, others = stream.result()
-            assert text and others[-1]["error"]["code"] == "engine_unavailable"
-        assert len(ended) == lost
-        answer = (await client.post("/v1/completions", json=completion("on we go", 3))).json()
-        assert answer["choices"][0]["text"] == echo("on we go", 3)
-        for stream in streams:
-            stream.cancel()
+        answers = await asyncio.gather(*streams)
+    assert answers == [(echo("tenacious", 600), [])] * 8
     await asyncio.to_thread(wait_for, server, idle, 60)
     assert name not in server.call("engine_pids")

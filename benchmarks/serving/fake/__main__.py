@@ -122,6 +122,8 @@ def _app_args(options: argparse.Namespace) -> AppArgs:
         "routing_policy": options.routing_policy,
         "max_ongoing_requests": options.max_ongoing_requests,
         "max_queued_requests": options.max_queued_requests,
+        "max_queued_tokens": options.max_queued_tokens,
+        "max_estimated_wait_s": options.max_estimated_wait_s,
         "graceful_shutdown_timeout_s": 1,
     }
     ingress = {
@@ -159,6 +161,8 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache-tokens", type=int, default=(TOTAL_BLOCKS - 1) * BLOCK_SIZE)
     parser.add_argument("--max-ongoing-requests", type=int, help="of an engine")
     parser.add_argument("--max-queued-requests", type=int, default=1024, help="of an ingress")
+    parser.add_argument("--max-queued-tokens", type=int, help="of the engine with the fewest")
+    parser.add_argument("--max-estimated-wait-s", type=float, help="for a first token")
     parser.add_argument("--max-concurrent-requests", type=int, default=1024, help="of an ingress")
     parser.add_argument("--routing-policy", choices=tuple(POLICIES), default="prefix_load")
     parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer is used")

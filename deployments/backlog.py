@@ -1,0 +1,69 @@
+"""How much stands before a new request, and when that is too much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, exp, inf
+from typing import NamedTuple
+
+from engine.outputs import EngineLoad
+
+LATELY_S = 5.0
+"""Time that a queue lasted counts for exp(-t / `LATELY_S`) when it was t seconds ago, as far as
+there has been a queue since."""
+LONGEST_RETRY_S = 60
+"""No client is told to stay away for longer."""
+
+
+class Backlog(NamedTuple):
+    """What waits before a new request on the engine that would come to it first."""
+
+    tokens: float = 0.0
+    """Prompt tokens to compute before its own."""
+    wait_s: float = 0.0
+    """How long they are likely to take, by Little's law; 0 where no queue has been seen yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class BacklogLimits:
+    """Beyond these a request is refused; None sets no limit."""
+
+    max_tokens: int | None = None
+    max_wait_s: float | None = None
+
+    def retry_after_s(self, backlog: Backlog) -> int | None:
+        """Seconds after which another try makes sense, at least 1; None if it may be taken now."""
+        if self.max_wait_s is not None and backlog.wait_s > self.max_wait_s:
+            return max(1, ceil(min(backlog.wait_s - self.max_wait_s, LONGEST_RETRY_S)))
+        if self.max_tokens is not None and backlog.tokens > self.max_tokens:
+            return 1
+        return None
+
+
+class QueueSpeed:
+    """Prompt tokens a second that an engine gets done while others wait.
+
+    It says what a queue waits for, whether that is prefill, or blocks and rows that are taken.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._last: tuple[float, EngineLoad] | None = None
+
+    def report(self, load: EngineLoad, now: float) -> None:
+        """Take over a report of the engine; `now` is its time in seconds."""
+        last, self._last = self._last, (now, load)
+        if last is None or not last[1].waiting_tokens:
+            return
+        elapsed = now - last[0]
+        fading = exp(-elapsed / LATELY_S)
+        done = max(0, load.prefilled_tokens - last[1].prefilled_tokens)
+        self._tokens = self._tokens * fading + done
+        self._seconds = self._seconds * fading + elapsed
+
+    def seconds_for(self, tokens: float) -> float:
+        """How long so many tokens are likely to take; 0 while nothing is known."""
+        if not tokens or not self._seconds:
+            return 0.0
+        return tokens * self._seconds / self._tokens if self._tokens else inf

@@ -1,0 +1,255 @@
+"""One request on its way to its end, whatever becomes of the engines that run it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc  # type: ignore[import-untyped]
+import msgspec
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+)
+
+from deployments.mailbox import Mailbox
+from deployments.placement import Booking
+from deployments.prefix_index import request_blocks
+from deployments.wire import Submission, encode
+from engine.errors import EngineDead
+from engine.outputs import TokenDelta
+from engine.request import EngineRequest
+
+if TYPE_CHECKING:
+    from deployments.engine_client import EngineClient
+
+logger = logging.getLogger("ray.serve")
+
+LATE_TOKENS_S = 10.0
+"""After Serve says that a request ended, its last tokens may take this long to come."""
+FIRST_PAUSE_S = 0.1
+"""Pause before the second try in a row that brought no token; it doubles with each. The first is
+made at once."""
+LAST_PAUSE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class FailoverLimits:
+    """How far a request is carried from engine to engine."""
+
+    max_barren_tries: int = 3
+    """Tries in a row that may end without a new token. A request that breaks engines must not
+    break all of them."""
+    timeout_s: float = 120.0
+    """Longest time from the loss of an engine to the next token, waiting for a new engine
+    included."""
+
+
+class Flight:
+    """A request under way. Belongs to one event loop.
+
+    What comes of it goes to a mailbox, under the request's own id. When its engine is lost, or a
+    step fails there, the request goes on elsewhere after the tokens that have come. Each try has an
+    id of its own, so that what a lost engine may still say goes nowhere.
+
+    Args:
+        client: whose engines run it.
+        request: its `output_token_ids` hold what has come so far.
+        blocks: of its prompt; see `request_blocks`.
+        mailbox: gets the tokens or, when no engine can go on, why not.
+
+    Raises:
+        TypeError: the request cannot be encoded.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        request: EngineRequest,
+        blocks: Sequence[bytes],
+        mailbox: Mailbox,
+    ) -> None:
+        self.request = request
+        self.deployment = client.deployment
+        self._client = client
+        self._blocks = blocks
+        self._mailbox = mailbox
+        self._submission = encode(Submission(client.hub.subscriber_id, request, list(blocks)))
+        self._try_id = request.request_id
+        self._num_tries = 1
+        self._barren_tries = 0
+        self._over = False
+        self._call: Any = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._next_try: asyncio.TimerHandle | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+        self._num_prompt_logprobs = 0
+        self._known_prompt_logprobs = 0
+        """Entries that this try repeats."""
+
+    def launch(self) -> None:
+        """Send the request, or what is left of it, to an engine."""
+        client, request = self._client, self.request
+        self._next_try = None
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        # Whoever wants log-probabilities of the prompt has all of it computed.
+        hits = self._blocks if request.params.prompt_logprobs is None else ()
+        client.table.expect(self.deployment, self._try_id, num_tokens)
+        # Tokens come in this event loop, so none can have come before it is known whose they are.
+        booking = Booking(self._try_id, num_tokens, hits)
+        self._call = client.handle.generate.remote(self._submission, booking)
+        self._watcher = asyncio.create_task(self._watch(self._call))
+        client.hub.register(self._try_id, self)
+
+    def add(self, delta: TokenDelta) -> None:
+        """Take what the engine tells."""
+        if delta.finish_reason == "error" and not delta.refused:
+            self._retry_or(lambda: self._deliver(delta))
+            return
+        if delta.token_ids:
+            self._barren_tries = 0
+        self._cancel_expiry()
+        self.request.output_token_ids += delta.token_ids
+        if self._num_tries > 1:
+            delta.num_cached_tokens = 0  # the first engine has told
+        self._count_prompt_logprobs(delta)
+        self._deliver(delta)
+
+    def lose(self, error: Exception) -> None:
+        """Go on elsewhere, as the engine is lost."""
+        self._retry_or(lambda: self._fail(error))
+
+    def strand(self) -> None:
+        """Wait for an engine no longer than the limit, as there is none at all."""
+        if not self._over and self._expiry is None:
+            limit = self._client.failover.timeout_s
+            self._expiry = asyncio.get_running_loop().call_later(limit, self._expire)
+
+    def abort(self) -> None:
+        """End the request now; nothing more comes of it."""
+        self._over = True
+        self._cancel_expiry()
+        self._leave(self._computed_blocks())
+
+    def land(self) -> None:
+        """Tidy up after the request's end."""
+        self._cancel_expiry()
+        self._client.hub.unregister(self._try_id)
+        self._client.table.release(self._try_id, self._computed_blocks())
+
+    def _computed_blocks(self) -> Sequence[bytes]:
+        """Blocks that the engine has computed for the request beyond those that were booked."""
+        # What follows in the same chat begins with the output as well.
+        begun = self._client.prefix_caching and self.request.output_token_ids
+        return request_blocks(self.request, self._blocks) if begun else ()
+
+    def _deliver(self, delta: TokenDelta) -> None:
+        self._over = self._over or delta.finish_reason is not None
+        delta.request_id = self.request.request_id
+        self._mailbox.add(delta)
+
+    def _fail(self, error: Exception) -> None:
+        self._over = True
+        self._leave()
+        self._mailbox.fail(error)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        if not self._over:
+            self._fail(EngineDead("no engine could go on with the request; try again."))
+
+    def _retry_or(self, give_up: Callable[[], None]) -> None:
+        """Plan the next try, unless there have been too many in vain."""
+        if self._over or self._next_try is not None:
+            return
+        self._barren_tries += 1
+        if self._barren_tries > self._client.failover.max_barren_tries:
+            self._leave()
+            self._cancel_expiry()
+            give_up()
+            return
+        self._plan_try(0.0 if self._barren_tries == 1 else _pause_s(self._barren_tries))
+
+    def _plan_try(self, pause_s: float) -> None:
+        self._leave()
+        self.strand()
+        self._num_tries += 1
+        self._try_id = f"{self.request.request_id}~{self._num_tries}"
+        self._submission = encode(
+            Submission(self._client.hub.subscriber_id, self._rest(), list(self._blocks))
+        )
+        self._next_try = asyncio.get_running_loop().call_later(pause_s, self.launch)
+
+    def _rest(self) -> EngineRequest:
+        """What is left of the request."""
+        request, params = self.request, self.request.params
+        self._known_prompt_logprobs = self._num_prompt_logprobs
+        if params.prompt_logprobs is not None and request.output_token_ids:
+            params = msgspec.structs.replace(params, prompt_logprobs=None)  # all have come
+        return msgspec.structs.replace(request, request_id=self._try_id, params=params)
+
+    def _count_prompt_logprobs(self, delta: TokenDelta) -> None:
+        """Drop those that an earlier try has brought already."""
+        if not delta.prompt_logprobs:
+            return
+        known = min(self._known_prompt_logprobs, len(delta.prompt_logprobs))
+        self._known_prompt_logprobs -= known
+        delta.prompt_logprobs = delta.prompt_logprobs[known:]
+        self._num_prompt_logprobs += len(delta.prompt_logprobs)
+
+    def _leave(self, blocks: Sequence[bytes] = ()) -> None:
+        """Part from the engine, which may live on and should not go on."""
+        client = self._client
+        if self._next_try is not None:
+            self._next_try.cancel()
+            self._next_try = None
+        elif self._call is not None and self._watcher is not None:
+            client.hub.abort([self._try_id])
+            client.hub.unregister(self._try_id)
+            # Serve is told as well, in case the request has not reached an engine yet.
+            self._watcher.cancel()
+            self._call.cancel()
+        client.table.release(self._try_id, blocks)
+
+    def _cancel_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+
+    async def _watch(self, call: Any) -> None:
+        """See to it that a request whose Serve call has ended does not wait for ever."""
+        error: Exception = EngineDead("the end of the output was lost; try again.")
+        try:
+            await call
+            if not self._over:
+                await asyncio.sleep(LATE_TOKENS_S)
+        except Exception as failure:
+            error = failure
+        if self._over:
+            return
+        if _is_loss(error):
+            self._client.mark_down(self._try_id)
+            self.lose(error)
+        elif isinstance(error, BackPressureError) and self._num_tries > 1:
+            self._plan_try(_pause_s(self._num_tries))  # it was admitted once: no reason to give up
+        else:
+            self._fail(error)
+
+
+def _pause_s(number: int) -> float:
+    """A pause that varies, so that those who were lost together do not come back together."""
+    return min(FIRST_PAUSE_S * 2.0 ** min(number - 2, 10), LAST_PAUSE_S) * random.uniform(0.5, 1.0)
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether the engine, its replica or its node is gone, rather than the request wrong."""
+    if isinstance(error, EngineDead | grpc.RpcError):
+        return True
+    own = isinstance(error, RayTaskError | BackPressureError | DeploymentUnavailableError)
+    return isinstance(error, RayError | RayServeException) and not own

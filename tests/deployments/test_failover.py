@@ -1,0 +1,210 @@
+"""Requests whose engines are lost: what goes on, what it says, and when it is given up."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from deployments import trunk
+from deployments.failover import _is_loss
+from engine.errors import EngineDead
+from engine.outputs import TokenDelta, TokenLogprobs
+from engine.request import EngineRequest
+from engine.sampling_params import SamplingParams
+from tests.deployments.fake_core import expected_tokens
+from tests.deployments.plane import DEPLOYMENT, Plane, open_plane
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+def request(request_id: str, max_tokens: int = 60, **params) -> EngineRequest:
+    return EngineRequest(
+        request_id, PROMPT, SamplingParams(max_tokens=max_tokens, seed=1, **params)
+    )
+
+
+async def cut(plane: Plane, engine_id: str, *, for_good: bool = False) -> None:
+    """Break the trunk to an engine."""
+    plane.links[engine_id].broken.set()
+    await plane.until(lambda: engine_id not in plane.hub._links)
+    if not for_good:
+        plane.links[engine_id].broken.clear()
+
+
+async def take(generation, tokens: dict[str, list[int]], until: int) -> None:
+    """Collect tokens until so many have come of one request."""
+    async for deltas in generation:
+        for delta in deltas:
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+        if max(map(len, tokens.values())) >= until:
+            return
+
+
+async def test_a_request_goes_on_elsewhere_and_no_token_is_lost_or_repeated():
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r")]) as generation:
+            await take(generation, tokens, 10)
+            first = plane.table.engine_of("r")
+            await cut(plane, first)
+            await plane.until(lambda: plane.table.engine_of("r~2") is not None)
+            assert plane.table.engine_of("r~2") != first
+            await take(generation, tokens, 60)
+        assert tokens == {"r": expected_tokens(PROMPT, 60)}
+        await plane.idle()  # the first engine, which was only cut off, has been told to stop
+        assert plane.client.num_running == 0 and not plane.hub._receivers
+
+
+async def test_again_and_again_and_with_what_is_not_yet_read():
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        wire = request("r", 1500)
+        with plane.client.start([wire]) as generation:
+            for number in range(1, 8):
+                name = "r" if number == 1 else f"r~{number}"
+                await plane.until(lambda number=number: len(wire.output_token_ids) > 100 * number)
+                await cut(plane, plane.table.engine_of(name))
+                await asyncio.sleep(0.7)  # until the trunk is read anew
+            tokens: dict[str, list[int]] = {}
+            await take(generation, tokens, 1500)
+        assert tokens["r"] == expected_tokens(PROMPT, 1500)
+
+
+async def test_only_those_of_the_lost_engine_move():
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request(f"r{i}") for i in range(4)]) as generation:
+            await take(generation, tokens, 10)
+            lost = {f"r{i}" for i in range(4) if plane.table.engine_of(f"r{i}") == "e0"}
+            assert len(lost) == 2
+            await cut(plane, "e0")
+            moved = {
+                name for name in (f"r{i}" for i in range(4)) if name not in plane.hub._receivers
+            }
+            assert moved == lost
+            async for deltas in generation:
+                for delta in deltas:
+                    tokens[delta.request_id] += delta.token_ids
+        assert tokens == {f"r{i}": expected_tokens(PROMPT, 60) for i in range(4)}
+
+
+async def test_a_text_is_the_same_as_without_the_loss():
+    body = {"model": "m", "prompt": "one two three", "max_tokens": 60, "stop": ["never"]}
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        whole = (await plane.http.post("/v1/completions", json=body)).json()
+        answer = asyncio.ensure_future(plane.http.post("/v1/completions", json=body))
+        await plane.until(lambda: any(view.load.num_running for view in plane.view()))
+        await asyncio.sleep(0.1)
+        await cut(plane, next(v.engine_id for v in plane.view() if v.load.num_running))
+        parted = (await answer).json()
+    assert parted["choices"] == whole["choices"] and parted["usage"] == whole["usage"]
+
+
+async def test_it_waits_for_a_new_engine():
+    async with open_plane(num_engines=1, step_s=0.005) as plane:
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r")]) as generation:
+            await take(generation, tokens, 10)
+            await cut(plane, "e0")  # it is read anew half a second later
+            assert not plane.hub.connected(DEPLOYMENT)
+            await take(generation, tokens, 60)
+        assert tokens["r"] == expected_tokens(PROMPT, 60)
+
+
+async def test_without_an_engine_it_ends_with_an_error_in_time():
+    async with open_plane(num_engines=1, step_s=0.005) as plane:
+        with plane.client.start([request("r"), request("s")]) as generation:
+            await anext(generation)
+            await cut(plane, "e0", for_good=True)
+            with pytest.raises(EngineDead, match="no engine could go on"):
+                async with asyncio.timeout(5):
+                    async for _ in generation:
+                        pass
+        assert plane.client.num_running == 0
+
+
+async def test_a_request_in_line_does_not_wait_for_ever_either():
+    async with open_plane(num_engines=1) as plane:
+        plane.table._state("e0").close(plane.table._clock() + 1e6)  # it takes nothing
+        with plane.client.start([request("r")]) as generation:
+            await asyncio.sleep(0.05)
+            await cut(plane, "e0", for_good=True)
+            with pytest.raises(EngineDead):
+                async with asyncio.timeout(5):
+                    await anext(generation)
+
+
+async def test_a_silent_engine_is_lost(monkeypatch):
+    monkeypatch.setattr(trunk, "SILENCE_LIMIT_S", 1.5)
+    async with open_plane(num_engines=2, step_s=0.02) as plane:
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r", 100)]) as generation:
+            await take(generation, tokens, 5)
+            engine = plane.actors[plane.table.engine_of("r")]
+            engine._ticker.cancel()
+            engine._loop._on_step = lambda deltas, load: None  # it hangs
+            await take(generation, tokens, 100)
+        assert tokens["r"] == expected_tokens(PROMPT, 100)
+
+
+async def test_what_breaks_every_engine_is_given_up():
+    async with open_plane(num_engines=4, step_s=0.001, die_at_token=5) as plane:
+        with plane.client.start([request("r")]) as generation:
+            deltas = [delta async for each in generation for delta in each]
+    assert [d.token_ids for d in deltas[:-1] if d.token_ids]
+    assert deltas[-1].finish_reason == "error"
+    assert plane.client.num_running == 0
+
+
+async def test_backpressure_is_an_answer_for_new_requests_only():
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r")]) as generation:
+            await take(generation, tokens, 10)
+            plane.handle.failure = full
+            await cut(plane, plane.table.engine_of("r"))
+            await asyncio.sleep(0.2)
+            with plane.client.start([request("s")]) as other, pytest.raises(BackPressureError):
+                await anext(other)
+            plane.handle.failure = None
+            await take(generation, tokens, 60)
+        assert tokens["r"] == expected_tokens(PROMPT, 60)
+
+
+async def test_the_end_of_a_client_ends_every_try():
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        with plane.client.start([request("r", 100_000)]) as generation:
+            await anext(generation)
+            await cut(plane, plane.table.engine_of("r"))
+            await plane.until(lambda: plane.table.engine_of("r~2") is not None)
+        await plane.idle()
+        assert all(view.num_booked == 0 for view in plane.view())
+
+
+async def test_prompt_logprobs_come_once():
+    async with open_plane(num_engines=1, step_s=0.005) as plane:
+        entry = TokenLogprobs(token_ids=[1], logprobs=[0.0], rank=1)
+        with plane.client.start([request("r", prompt_logprobs=0)]) as generation:
+            flight = generation._flights["r"]
+            flight.add(TokenDelta("r", [], prompt_logprobs=[entry] * 3))
+            flight._plan_try(60.0)
+            assert flight._rest().params.prompt_logprobs == 0  # no token has come: all again
+            delta = TokenDelta("r~2", [], prompt_logprobs=[entry] * 2)
+            flight.add(delta)
+            assert delta.prompt_logprobs == []
+            delta = TokenDelta("r~2", [7], prompt_logprobs=[entry] * 2)
+            flight.add(delta)
+            assert delta.prompt_logprobs == [entry]
+            flight.add(TokenDelta("r~2", [7]))
+            assert flight._rest().params.prompt_logprobs is None
+
+
+def test_which_errors_are_losses():
+    cause = RayTaskError("f", "", ValueError("x")).as_instanceof_cause()
+    assert not _is_loss(cause) and not _is_loss(KeyError("x"))
+    assert not _is_loss(BackPressureError(num_queued_requests=1, max_queued_requests=1))
+    assert _is_loss(ActorDiedError()) and _is_loss(EngineDead("x"))
+    assert _is_loss(RayTaskError("f", "", EngineDead("x")).as_instanceof_cause())
