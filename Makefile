@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow bench bench-gpu bench-serving clean
+.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow test-faults bench bench-gpu bench-serving clean
 
 # Interpreter that .venv is made with; unset, the first of these that is 3.11 or 3.12.
 RIGHT_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -19,7 +19,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-input $(PIP_ARGS) \
 	-c constraints.txt
-PYTEST = $(PY) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+PYTEST = $(PY) -m pytest -m "not slow and not gpu and not faults" $(PYTEST_ARGS)
 
 # $(call step,what it does,command): say what runs, and what failed.
 define step
@@ -79,6 +79,9 @@ test-integration: install-dev ## Tests on a real Ray cluster on this machine
 
 test-slow: install-dev ## Every golden prompt in every way to run the engine
 	$(call step,pass the slow tests,$(PY) -m pytest -m slow $(PYTEST_ARGS))
+
+test-faults: install-dev ## Kill and stop processes of a server under load, and miss nothing
+	$(call step,pass the fault suite,$(PY) -m pytest -m faults tests/faults $(PYTEST_ARGS))
 
 bench: install-dev ## Measure offline speed on this CPU beside transformers, and compare
 	$(PY) -m benchmarks.offline run --suite cpu --engines trunkline transformers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import time
@@ -59,6 +60,7 @@ class EngineReplica:
         )
         self._ends: dict[str, asyncio.Future[str]] = {}
         self._outbox: list[Submission] = []
+        self._submitting: set[asyncio.Task[None]] = set()
         self._dead: str | None = None
         self._load = EngineLoad()
         self._progress_age_s = 0.0
@@ -89,7 +91,9 @@ class EngineReplica:
         end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._ends[request_id] = end
         if not self._outbox:
-            asyncio.get_running_loop().call_soon(self._flush)
+            # Ray takes a call for a child of the request in whose context it is made, and cancels
+            # it when that request is cancelled: with it would go the others of the batch.
+            asyncio.get_running_loop().call_soon(self._flush, context=contextvars.Context())
         self._outbox.append(item)
         try:
             return await end
@@ -117,7 +121,20 @@ class EngineReplica:
     def _flush(self) -> None:
         """Submit all that arrived in this turn of the event loop as one batch."""
         batch, self._outbox = self._outbox, []
-        self._actor.submit.remote(encode(batch))
+        task = asyncio.create_task(self._submit(batch))
+        self._submitting.add(task)
+        task.add_done_callback(self._submitting.discard)
+
+    async def _submit(self, batch: list[Submission]) -> None:
+        """Hand a batch to the engine; requests that it did not get end here, to be tried again."""
+        try:
+            await self._actor.submit.remote(encode(batch))
+        except Exception as error:
+            logger.exception("the engine did not take %d requests", len(batch))
+            for item in batch:
+                end = self._ends.get(item.request.request_id)
+                if end is not None and not end.done():
+                    end.set_exception(EngineDead(f"the engine did not take it: {error}"))
 
     async def _watch(self) -> None:
         """Follow the engine's reports to their end, which is the end of this replica too."""

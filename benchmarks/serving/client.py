@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 _LAST_CHUNK = b"0\r\n\r\n"
 """End of a chunked body without trailers (RFC 9112, 7.1)."""
-_LOST = "the connection was lost"
+LOST = "the connection was lost"
 _RECEIVE_BYTES = 65536
 _LOOK_AROUND_S = 0.1
 """How often an idle receiver looks whether it should end."""
@@ -116,7 +116,7 @@ class Connection:
                 if not self.lost:
                     await loop.sock_sendall(self.socket, request)
                 if self.lost:  # perhaps before there was anybody to tell
-                    raise ConnectionError(_LOST)
+                    raise ConnectionError(LOST)
                 await done
         except TimeoutError:
             exchange.error = f"no end of the answer within {timeout_s:g} s"
@@ -145,7 +145,7 @@ class Connection:
             if data:
                 self._take(time.monotonic(), data)
                 return True
-            error = _LOST
+            error = LOST
         except (IndexError, ValueError):
             error = f"not an answer in HTTP/1.1: {self._head[:80]!r}"
         self.lost = True

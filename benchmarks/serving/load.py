@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from benchmarks.serving.answers import Answer, Run, read_answer
-from benchmarks.serving.client import Connection, Exchange, Receiver
+from benchmarks.serving.client import LOST, Connection, Exchange, Receiver
 from benchmarks.serving.conversations import Conversation
 
 _LEAD_S = 0.2
@@ -170,13 +170,17 @@ class _Client:
                 prompt += answer.text
 
     async def _exchange(self, request: bytes) -> Exchange:
-        connection = self._connection
+        kept, timeout_s = self._connection, self._target.timeout_s
+        if kept is not None and not kept.lost:
+            exchange = await kept.exchange(request, timeout_s)
+            if exchange.error != LOST or exchange.status:
+                return exchange
+            # The server closed it just when it was used again: HTTP clients then try a new one.
         try:
-            if connection is None or connection.lost:
-                connection = await self.connect()
+            connection = await self.connect()
         except OSError as error:
             return Exchange(time.monotonic(), error=f"cannot connect: {error}")
-        return await connection.exchange(request, self._target.timeout_s)
+        return await connection.exchange(request, timeout_s)
 
 
 class _NoCollection:

@@ -13,9 +13,10 @@ _ROLES = (
     ("engine_replica", re.compile(r"ray::ServeReplica:[^:]*:Engine-")),
     ("haproxy", re.compile(r"\S*haproxy(\s|$)")),
     ("proxy", re.compile(r"ray::ProxyActor")),
+    ("controller", re.compile(r"ray::ServeController")),
 )
 OTHERS = "others"
-"""Role of every other process of the server: Ray's daemons, Serve's controller, idle workers."""
+"""Role of every other process of the server: Ray's daemons, idle workers."""
 CORE = "engine_core"
 """The part of `engine_actor`'s time that a fake engine's scheduler and cache took."""
 PLANE = ("ingress", "engine_actor", "engine_replica")
@@ -49,6 +50,16 @@ def read_memory(root: int) -> dict[str, float]:
             (kibibytes,) = re.findall(r"^Anonymous: +(\d+) kB$", rollup, re.MULTILINE)
             mebibytes[_role(pid)] += int(kibibytes) / 1024
     return mebibytes
+
+
+def find_processes(root: int, role: str) -> list[int]:
+    """Ids of the living processes of a role among `root` and its descendants."""
+    found = []
+    for pid in _tree(root):
+        with contextlib.suppress(OSError):
+            if _role(pid) == role:
+                found.append(pid)
+    return found
 
 
 def _role(pid: int) -> str:

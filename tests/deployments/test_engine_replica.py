@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,12 @@ import pytest
 from deployments import engine_replica
 from deployments.engine_actor import EngineActor
 from deployments.engine_replica import EngineReplica
+from deployments.placement import Booking
+from deployments.wire import Submission, encode
 from engine.config import EngineConfig
 from engine.errors import EngineDead
+from engine.request import EngineRequest
+from engine.sampling_params import SamplingParams
 from tests.deployments.fake_core import FakeCore
 
 
@@ -110,6 +115,43 @@ async def test_report_that_cannot_be_read_ends_the_replica(local, monkeypatch):
     assert local == [1]
     with pytest.raises(EngineDead, match="ValidationError"):
         await replica.check_health()
+    await stop(replica)
+
+
+def submission(request_id: str, max_tokens: int = 3) -> bytes:
+    params = SamplingParams(max_tokens=max_tokens, seed=0)
+    return encode(Submission("nobody", EngineRequest(request_id, [1, 2], params)))
+
+
+async def test_a_batch_is_no_child_of_the_request_that_began_it(local, monkeypatch):
+    """Ray cancels the children of a request that is cancelled, known by a context variable."""
+    caller: ContextVar[str | None] = ContextVar("caller", default=None)
+    callers = []
+    real = EngineActor.submit
+
+    async def submit(self: EngineActor, batch: bytes) -> None:
+        callers.append(caller.get())
+        await real(self, batch)
+
+    monkeypatch.setattr(EngineActor, "submit", submit)
+    replica = await start()
+    caller.set("the first request")
+    ends = [replica.generate(submission(name), Booking(name, 2)) for name in ("a", "b")]
+    assert await asyncio.gather(*ends) == ["length", "length"]
+    assert callers == [None]
+    await stop(replica)
+
+
+async def test_requests_that_the_engine_did_not_get_end_at_once(local, monkeypatch):
+    async def submit(*_: Any) -> None:
+        raise RuntimeError("lost on the way")
+
+    monkeypatch.setattr(EngineActor, "submit", submit)
+    replica = await start()
+    with pytest.raises(EngineDead, match="did not take it"):
+        async with asyncio.timeout(5):
+            await replica.generate(submission("a"), Booking("a", 2))
+    assert not replica._ends
     await stop(replica)
 
 
