@@ -13,7 +13,7 @@ HEARD_KEPT = 256
 UNREAD_MESSAGES = 16
 """Messages that a trunk carries ahead of its reader's acknowledgement; then it merges steps.
 
-Ray's own backpressure does the same with a reply for every message, at a third more CPU time.
+Ray's own backpressure does the same with a reply for every message, at more CPU time on both sides.
 """
 
 

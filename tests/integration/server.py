@@ -116,10 +116,6 @@ def main() -> None:
     import ray
     from ray import serve
 
-    from deployments.app import build, compose
-    from deployments.config import AppArgs
-    from tests.deployments.fake_core import FakeCore
-
     spec = json.loads(sys.argv[1])
     ray.init(
         address="local",
@@ -130,17 +126,28 @@ def main() -> None:
         namespace="serve",
     )
     serve.start(http_options={"host": "127.0.0.1", "port": spec["port"]})
-    args = AppArgs(**spec["args"])
-    fake = spec["fake"]
-    serve.run(build(args) if fake is None else compose(args, partial(FakeCore, **fake)))
+    _deploy(spec, spec["args"])
     _await_health(spec["port"])
     print("ANSWER null", flush=True)
+    commands = {**COMMANDS, "deploy": partial(_deploy, spec)}
     for line in sys.stdin:
         request = json.loads(line)
-        answer = COMMANDS[request.pop("command")](**request)
+        answer = commands[request.pop("command")](**request)
         print("ANSWER", json.dumps(answer), flush=True)
     serve.shutdown()
     ray.shutdown()
+
+
+def _deploy(spec: dict[str, Any], args: dict[str, Any]) -> None:
+    """Run the application, or bring it to other arguments."""
+    from ray import serve
+
+    from deployments.app import build, compose
+    from deployments.config import AppArgs
+    from tests.deployments.fake_core import FakeCore
+
+    checked, fake = AppArgs(**args), spec["fake"]
+    serve.run(build(checked) if fake is None else compose(checked, partial(FakeCore, **fake)))
 
 
 def _await_health(port: int) -> None:
