@@ -9,8 +9,9 @@ from typing import NamedTuple
 from engine.outputs import EngineLoad
 
 LATELY_S = 5.0
-"""Time that a queue lasted counts for exp(-t / `LATELY_S`) when it was t seconds ago, as far as
-there has been a queue since."""
+"""Time that a queue lasted counts for exp(-t / `LATELY_S`) when it was t seconds ago."""
+KNOWN_AFTER_S = 1.0
+"""A queue that has lasted less says nothing yet of its speed."""
 LONGEST_RETRY_S = 60
 """No client is told to stay away for longer."""
 
@@ -54,16 +55,18 @@ class QueueSpeed:
     def report(self, load: EngineLoad, now: float) -> None:
         """Take over a report of the engine; `now` is its time in seconds."""
         last, self._last = self._last, (now, load)
-        if last is None or not last[1].waiting_tokens:
+        if last is None:
             return
         elapsed = now - last[0]
         fading = exp(-elapsed / LATELY_S)
-        done = max(0, load.prefilled_tokens - last[1].prefilled_tokens)
-        self._tokens = self._tokens * fading + done
-        self._seconds = self._seconds * fading + elapsed
+        self._tokens *= fading
+        self._seconds *= fading
+        if last[1].waiting_tokens:
+            self._tokens += max(0, load.prefilled_tokens - last[1].prefilled_tokens)
+            self._seconds += elapsed
 
     def seconds_for(self, tokens: float) -> float:
         """How long so many tokens are likely to take; 0 while nothing is known."""
-        if not tokens or not self._seconds:
+        if not tokens or self._seconds < KNOWN_AFTER_S:
             return 0.0
         return tokens * self._seconds / self._tokens if self._tokens else inf

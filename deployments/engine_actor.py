@@ -40,7 +40,7 @@ That is how the end of a killed ingress is noticed."""
 EARLY_ABORTS_S = 60.0
 """An abort that came before its request is remembered this long; Ray keeps no order between calls
 of an async actor, and brings large ones later."""
-EARLY_ABORTS = 10_000
+EARLY_ABORTS = 4096
 """And no more of them are than this."""
 
 

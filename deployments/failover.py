@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -34,9 +35,12 @@ logger = logging.getLogger("ray.serve")
 LATE_TOKENS_S = 10.0
 """After Serve says that a request ended, its last tokens may take this long to come."""
 FIRST_PAUSE_S = 0.1
-"""Pause before the second try in a row that brought no token; it doubles with each. The first is
-made at once."""
+"""Pause before the second try in a row that brought next to nothing; it doubles with each. The
+first is made at once."""
 LAST_PAUSE_S = 2.0
+FRUITFUL_TOKENS = 8
+"""A try that brought so many has not been in vain. Fewer may come of a request that breaks engines:
+one at least comes with the computation of what there was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +48,8 @@ class FailoverLimits:
     """How far a request is carried from engine to engine."""
 
     max_barren_tries: int = 3
-    """Tries in a row that may end without a new token. A request that breaks engines must not
-    break all of them."""
+    """Tries in a row that may end with fewer than `FRUITFUL_TOKENS` new tokens. A request that
+    breaks engines must not break all of them."""
     timeout_s: float = 120.0
     """Longest time from the loss of an engine to the next token, waiting for a new engine
     included."""
@@ -84,6 +88,11 @@ class Flight:
         self._try_id = request.request_id
         self._num_tries = 1
         self._barren_tries = 0
+        self._new_tokens = 0
+        """Those that this try has brought."""
+        self._speaker: str | None = None
+        """The engine that tells of this try. Serve may send a call twice, should it not learn
+        whether the first engine took it."""
         self._over = False
         self._call: Any = None
         self._watcher: asyncio.Task[None] | None = None
@@ -96,34 +105,34 @@ class Flight:
     def launch(self) -> None:
         """Send the request, or what is left of it, to an engine."""
         client, request = self._client, self.request
-        self._next_try = None
+        self._new_tokens, self._speaker = 0, None
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         # Whoever wants log-probabilities of the prompt has all of it computed.
         hits = self._blocks if request.params.prompt_logprobs is None else ()
         client.table.expect(self.deployment, self._try_id, num_tokens)
         # Tokens come in this event loop, so none can have come before it is known whose they are.
-        booking = Booking(self._try_id, num_tokens, hits)
+        booking = Booking(self._try_id, num_tokens, hits, resumed=self._num_tries > 1)
         self._call = client.handle.generate.remote(self._submission, booking)
         self._watcher = asyncio.create_task(self._watch(self._call))
         client.hub.register(self._try_id, self)
+        if not client.hub.connected(self.deployment):
+            self.strand()
 
-    def add(self, delta: TokenDelta) -> None:
-        """Take what the engine tells."""
-        if delta.finish_reason == "error" and not delta.refused:
-            self._retry_or(lambda: self._deliver(delta))
+    def add(self, delta: TokenDelta, engine_id: str) -> None:
+        """Take what an engine tells."""
+        self._speaker = self._speaker or engine_id
+        if engine_id != self._speaker:
             return
-        if delta.token_ids:
-            self._barren_tries = 0
-        self._cancel_expiry()
-        self.request.output_token_ids += delta.token_ids
-        if self._num_tries > 1:
-            delta.num_cached_tokens = 0  # the first engine has told
-        self._count_prompt_logprobs(delta)
-        self._deliver(delta)
+        if delta.finish_reason == "error" and not delta.refused:
+            self._fall(delta)
+        else:
+            self._take(delta)
 
-    def lose(self, error: Exception) -> None:
+    def lose(self) -> None:
         """Go on elsewhere, as the engine is lost."""
-        self._retry_or(lambda: self._fail(error))
+        self._retry_or(
+            lambda: self._fail(EngineDead("the engine that ran the request was lost; try again."))
+        )
 
     def strand(self) -> None:
         """Wait for an engine no longer than the limit, as there is none at all."""
@@ -149,6 +158,26 @@ class Flight:
         begun = self._client.prefix_caching and self.request.output_token_ids
         return request_blocks(self.request, self._blocks) if begun else ()
 
+    def _take(self, delta: TokenDelta) -> None:
+        self._new_tokens += len(delta.token_ids)
+        if self._new_tokens >= FRUITFUL_TOKENS:
+            self._barren_tries = 0
+        self._cancel_expiry()
+        if self._num_tries > 1 and self.request.output_token_ids:
+            delta.num_cached_tokens = 0  # an earlier engine has told
+        self.request.output_token_ids += delta.token_ids
+        self._count_prompt_logprobs(delta)
+        self._deliver(delta)
+
+    def _fall(self, delta: TokenDelta) -> None:
+        """Go on elsewhere, as a step failed; tokens of steps before it may be in the delta."""
+        if delta.token_ids or delta.prompt_logprobs:
+            self._take(msgspec.structs.replace(delta, finish_reason=None, error=None))
+        # Should the engine itself be broken, it seems to be the idlest of all.
+        self._client.mark_down(self._try_id)
+        end = TokenDelta(delta.request_id, [], finish_reason="error", error=delta.error)
+        self._retry_or(lambda: self._deliver(end))
+
     def _deliver(self, delta: TokenDelta) -> None:
         self._over = self._over or delta.finish_reason is not None
         delta.request_id = self.request.request_id
@@ -161,7 +190,8 @@ class Flight:
 
     def _expire(self) -> None:
         self._expiry = None
-        if not self._over:
+        waits_in_line = self._num_tries == 1 and self._client.hub.connected(self.deployment)
+        if not self._over and not waits_in_line:
             self._fail(EngineDead("no engine could go on with the request; try again."))
 
     def _retry_or(self, give_up: Callable[[], None]) -> None:
@@ -184,7 +214,14 @@ class Flight:
         self._submission = encode(
             Submission(self._client.hub.subscriber_id, self._rest(), list(self._blocks))
         )
-        self._next_try = asyncio.get_running_loop().call_later(pause_s, self.launch)
+        self._next_try = asyncio.get_running_loop().call_later(pause_s, self._try_again)
+
+    def _try_again(self) -> None:
+        self._next_try = None
+        try:
+            self.launch()
+        except Exception as error:
+            self._fail(error)
 
     def _rest(self) -> EngineRequest:
         """What is left of the request."""
@@ -214,7 +251,9 @@ class Flight:
             client.hub.unregister(self._try_id)
             # Serve is told as well, in case the request has not reached an engine yet.
             self._watcher.cancel()
-            self._call.cancel()
+            with contextlib.suppress(Exception):  # a call that has failed says so again
+                self._call.cancel()
+            self._call = None
         client.table.release(self._try_id, blocks)
 
     def _cancel_expiry(self) -> None:
@@ -231,11 +270,11 @@ class Flight:
                 await asyncio.sleep(LATE_TOKENS_S)
         except Exception as failure:
             error = failure
-        if self._over:
-            return
+        if self._over or call is not self._call or self._next_try is not None:
+            return  # to be cancelled looks like a loss
         if _is_loss(error):
             self._client.mark_down(self._try_id)
-            self.lose(error)
+            self.lose()
         elif isinstance(error, BackPressureError) and self._num_tries > 1:
             self._plan_try(_pause_s(self._num_tries))  # it was admitted once: no reason to give up
         else:

@@ -19,7 +19,7 @@ from deployments.placement import Booking, Policy, PrefixLoad
 from engine.outputs import EngineLoad
 
 DEFAULT_POLICY = PrefixLoad()
-RELEASED_KEPT = 10_000
+RELEASED_KEPT = 4096
 """So many requests that have ended are remembered: the router's thread may still be about to book
 one, and nobody would ever release that booking."""
 

@@ -33,6 +33,8 @@ class Booking(NamedTuple):
     """Tokens that must be in the cache before the first new one comes."""
     blocks: Sequence[bytes] = ()
     """See `request_blocks`; empty if the request cannot start from cached blocks."""
+    resumed: bool = False
+    """Whether it has run before, on an engine that was lost: it waits in no line."""
 
     def __reduce__(self) -> tuple[type[Booking], tuple[str, int]]:
         """Leave the blocks behind when the call crosses to the engine's replica."""

@@ -66,6 +66,8 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         if is_retry:  # it has stood in line before
             load_table().refuse(booking.request_id)
             return await self._place(booking)
+        if booking.resumed:  # its client has been reading for a while
+            return await self._place(booking)
         async with self._line:  # free, it does not give up control either
             return await self._place(booking)
 

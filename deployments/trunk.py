@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextvars import Context
 from typing import Protocol
 
 import ray
@@ -13,7 +14,6 @@ from ray.exceptions import ObjectRefStreamEndOfStreamError
 from deployments.load_table import LoadTable
 from deployments.names import SERVE_NAMESPACE, engine_actor_name
 from deployments.wire import TrunkMessage, decode_trunk_message
-from engine.errors import EngineDead
 from engine.outputs import TokenDelta
 
 logger = logging.getLogger("ray.serve")
@@ -50,10 +50,10 @@ class Receiver(Protocol):
     def deployment(self) -> str:
         """Whose engines run the request."""
 
-    def add(self, delta: TokenDelta) -> None:
-        """Take a delta."""
+    def add(self, delta: TokenDelta, engine_id: str) -> None:
+        """Take a delta that an engine sent."""
 
-    def lose(self, error: Exception) -> None:
+    def lose(self) -> None:
         """Learn that the request's engine is lost."""
 
     def strand(self) -> None:
@@ -112,6 +112,8 @@ class TrunkHub:
         self._links: dict[str, EngineLink] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._receivers: dict[str, Receiver] = {}
+        self._aborts: dict[str, list[str]] = {}
+        """Request ids by engine, to be sent."""
         self._deployments: list[str] = []
         self._loop = asyncio.get_running_loop()
         table.on_change(self._on_change)
@@ -131,14 +133,20 @@ class TrunkHub:
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Tell the engines that run these requests to end them; returns at once."""
-        by_engine: dict[str, list[str]] = {}
+        if not self._aborts:
+            # One call for all that end in this turn of the event loop, and none that Ray takes for
+            # a child of a request that is being cancelled.
+            self._loop.call_soon(self._send_aborts, context=Context())
         for request_id in request_ids:
             engine_id = self._table.engine_of(request_id)
             if engine_id is not None:
-                by_engine.setdefault(engine_id, []).append(request_id)
-        for engine_id, ids in by_engine.items():
+                self._aborts.setdefault(engine_id, []).append(request_id)
+
+    def _send_aborts(self) -> None:
+        aborts, self._aborts = self._aborts, {}
+        for engine_id, request_ids in aborts.items():
             if engine_id in self._links:
-                self._links[engine_id].abort(ids)
+                self._links[engine_id].abort(request_ids)
 
     def connected(self, deployment: str) -> list[str]:
         """Engines of the deployment that are in service and whose trunk is open."""
@@ -198,19 +206,19 @@ class TrunkHub:
         for delta in message.deltas:
             receiver = self._receivers.get(delta.request_id)
             if receiver is not None:
-                receiver.add(delta)
+                receiver.add(delta, engine_id)
 
     def _lose(self, engine_id: str, reason: str) -> None:
         """Let others go on with what the lost engine left unfinished."""
-        if self._links.pop(engine_id, None) is None:
-            return
+        known = self._links.pop(engine_id, None) is not None
         unfinished = self._table.mark_down(engine_id)
+        if not known and not unfinished:
+            return
         log = logger.error if unfinished else logger.info
         log("trunk to engine %s ended (%s); %d requests move", engine_id, reason, len(unfinished))
-        error = EngineDead("the engine that ran the request was lost; try again.")
         for request_id in unfinished:
             if request_id in self._receivers:
-                self._receivers[request_id].lose(error)
+                self._receivers[request_id].lose()
         for receiver in list(self._receivers.values()):
             if not self.connected(receiver.deployment):
                 receiver.strand()

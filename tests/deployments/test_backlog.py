@@ -42,13 +42,21 @@ def test_a_queue_takes_as_long_as_its_tokens_at_the_speed_of_late():
 def test_time_without_a_queue_tells_nothing_of_its_speed():
     speed = QueueSpeed()
     reports(speed, 500, 10, waiting=1)
-    reports(speed, 1, 100, waiting=0, begin=10.1, done=5000)
+    reports(speed, 1, 5, waiting=0, begin=10.1, done=5000)
     assert speed.seconds_for(1000) == pytest.approx(2.0, rel=0.05)
+    reports(speed, 1, 100, waiting=0, begin=15.2, done=5005)
+    assert speed.seconds_for(1000) == 0.0  # nor of late
+
+
+def test_a_queue_of_a_moment_refuses_nobody():
+    speed = QueueSpeed()
+    reports(speed, 0, 0.5, waiting=10)
+    assert speed.seconds_for(1000) == 0.0
 
 
 def test_a_queue_that_stands_still_never_ends():
     speed = QueueSpeed()
-    reports(speed, 0, 1, waiting=10)
+    reports(speed, 0, 3, waiting=10)
     assert speed.seconds_for(10) == math.inf
     assert speed.seconds_for(0) == 0.0
 

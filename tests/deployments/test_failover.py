@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from deployments import trunk
 from deployments.failover import _is_loss
@@ -15,7 +15,7 @@ from engine.outputs import TokenDelta, TokenLogprobs
 from engine.request import EngineRequest
 from engine.sampling_params import SamplingParams
 from tests.deployments.fake_core import expected_tokens
-from tests.deployments.plane import DEPLOYMENT, Plane, open_plane
+from tests.deployments.plane import DEPLOYMENT, LocalCall, Plane, open_plane
 
 PROMPT = [5, 6, 7, 8, 9]
 
@@ -189,17 +189,115 @@ async def test_prompt_logprobs_come_once():
         entry = TokenLogprobs(token_ids=[1], logprobs=[0.0], rank=1)
         with plane.client.start([request("r", prompt_logprobs=0)]) as generation:
             flight = generation._flights["r"]
-            flight.add(TokenDelta("r", [], prompt_logprobs=[entry] * 3))
+            flight.add(TokenDelta("r", [], prompt_logprobs=[entry] * 3), "e0")
             flight._plan_try(60.0)
             assert flight._rest().params.prompt_logprobs == 0  # no token has come: all again
             delta = TokenDelta("r~2", [], prompt_logprobs=[entry] * 2)
-            flight.add(delta)
+            flight.add(delta, "e0")
             assert delta.prompt_logprobs == []
             delta = TokenDelta("r~2", [7], prompt_logprobs=[entry] * 2)
-            flight.add(delta)
+            flight.add(delta, "e0")
             assert delta.prompt_logprobs == [entry]
-            flight.add(TokenDelta("r~2", [7]))
+            flight.add(TokenDelta("r~2", [7]), "e0")
             assert flight._rest().params.prompt_logprobs is None
+
+
+async def test_a_try_has_one_engine_that_tells_of_it():
+    async with open_plane(num_engines=1, step_s=0.05) as plane:
+        with plane.client.start([request("r")]) as generation:
+            flight = generation._flights["r"]
+            flight.add(TokenDelta("r", [5]), "e0")
+            flight.add(TokenDelta("r", [5]), "e1")  # Serve has sent the call twice
+            flight.add(TokenDelta("r", [6]), "e0")
+            assert flight.request.output_token_ids == [5, 6]
+
+
+async def test_tokens_before_a_failed_step_count_and_its_engine_is_avoided():
+    async with open_plane(num_engines=2, step_s=0.05) as plane:
+        with plane.client.start([request("r")]) as generation:
+            flight = generation._flights["r"]
+            await plane.until(lambda: plane.table.engine_of("r") is not None)
+            first = plane.table.engine_of("r")
+            flight.add(TokenDelta("r", PROMPT[:2], finish_reason="error", error="no"), first)
+            assert flight.request.output_token_ids == PROMPT[:2]
+            assert plane.table._engines[first].down
+            await plane.until(lambda: plane.table.engine_of("r~2") not in (None, first))
+            tokens: dict[str, list[int]] = {}
+            await take(generation, tokens, 60)
+        assert tokens["r"] == expected_tokens(PROMPT, 60)
+
+
+async def test_few_tokens_are_no_success():
+    async with open_plane(num_engines=1, step_s=60) as plane:
+        with plane.client.start([request("r", 1000)]) as generation:
+            flight = generation._flights["r"]
+            for length in (1, 1, 1):
+                flight.add(TokenDelta("r", [5] * length), "e0")
+                flight._fall(TokenDelta("r", [], finish_reason="error", error="broken"))
+                if flight._next_try is not None:
+                    flight._next_try.cancel()
+                    flight._try_again()
+            assert flight._over
+
+
+async def test_calls_that_fail_in_odd_ways_hang_nobody(monkeypatch):
+    def cancel(call: LocalCall) -> None:
+        call.task.cancel()
+        raise BackPressureError(num_queued_requests=1, max_queued_requests=1)
+
+    monkeypatch.setattr(LocalCall, "cancel", cancel)
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        plane.handle.failure = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+        with plane.client.start([request("s")]) as other, pytest.raises(BackPressureError):
+            async with asyncio.timeout(5):
+                await anext(other)
+        plane.handle.failure = None
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r")]) as generation:
+            await take(generation, tokens, 10)
+            await cut(plane, plane.table.engine_of("r"))
+            await take(generation, tokens, 60)
+        assert tokens["r"] == expected_tokens(PROMPT, 60)
+
+
+async def test_its_own_cancellation_is_no_second_loss(monkeypatch):
+    async def settle(call: LocalCall) -> str:
+        try:
+            return await asyncio.shield(call.task)
+        except asyncio.CancelledError:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            raise RequestCancelledError from None
+
+    monkeypatch.setattr(LocalCall, "__await__", lambda call: settle(call).__await__())
+    async with open_plane(num_engines=3, step_s=0.005) as plane:
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r")]) as generation:
+            await take(generation, tokens, 10)
+            await cut(plane, plane.table.engine_of("r"))
+            await take(generation, tokens, 60)
+            assert generation._client.num_running == 0
+        assert tokens["r"] == expected_tokens(PROMPT, 60)
+        assert not [i for i in plane.table._released if i.endswith("~3")]
+
+
+async def test_a_long_wait_in_line_is_no_loss():
+    async with open_plane(num_engines=1, step_s=0.005) as plane:
+        plane.table._state("e0").close(plane.table._clock() + 2.0)  # it takes nothing for a while
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r")]) as generation:
+            await asyncio.sleep(0.05)
+            await cut(plane, "e0")  # for half a second; the limit is one
+            await take(generation, tokens, 60)
+        assert tokens["r"] == expected_tokens(PROMPT, 60)
+
+
+async def test_a_request_that_begins_without_an_engine_has_a_limit():
+    async with open_plane(num_engines=1) as plane:
+        await cut(plane, "e0", for_good=True)
+        with plane.client.start([request("r")]) as generation, pytest.raises(EngineDead):
+            async with asyncio.timeout(5):
+                await anext(generation)
 
 
 def test_which_errors_are_losses():

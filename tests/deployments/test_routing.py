@@ -44,8 +44,10 @@ def make_router(**limits: int) -> EngineRouter:
     return router
 
 
-async def place(router: EngineRouter, request_id: str, blocks=(), **more: Any) -> str:
-    pending = SimpleNamespace(kwargs={}, args=[b"", Booking(request_id, 600, blocks)])
+async def place(
+    router: EngineRouter, request_id: str, blocks=(), resumed: bool = False, **more: Any
+) -> str:
+    pending = SimpleNamespace(kwargs={}, args=[b"", Booking(request_id, 600, blocks, resumed)])
     replica = await router._choose_replica_for_request(pending, **more)
     return replica.replica_id.unique_id
 
@@ -77,6 +79,24 @@ async def test_requests_wait_for_room_in_order_of_arrival_and_without_polling(ta
     assert placed == [f"r{i}" for i in range(100)]
     assert table.tries < 220
     await asyncio.gather(*tasks)
+
+
+async def test_what_an_engine_s_loss_interrupted_goes_before_those_in_line(table):
+    router, placed = make_router(a=1), []
+
+    async def run(request_id: str, **more: Any) -> None:
+        await place(router, request_id, **more)
+        placed.append(request_id)
+
+    tasks = [asyncio.ensure_future(run(f"r{i}")) for i in range(3)]
+    await turns()
+    tasks.append(asyncio.ensure_future(run("moved", resumed=True)))
+    await turns()
+    for _ in range(3):
+        table.release(placed[-1])
+        await turns()
+    await asyncio.gather(*tasks)
+    assert placed.index("moved") < placed.index("r2")
 
 
 async def test_refused_request_waits_for_the_engine_to_open_again(table, monkeypatch):
