@@ -26,6 +26,11 @@ from engine.tokenizer import Tokenizer, has_tokenizer
 
 logger = logging.getLogger("ray.serve")
 
+MEMBERS_LIMIT_S = 1.0
+"""Serve tells within this time which engines there are."""
+TRUNKS_LIMIT_S = 10.0
+"""An engine that runs opens its trunk within this time."""
+
 
 class Ingress:
     """Validates, tokenizes, routes, detokenizes. Holds the trunks to all engines.
@@ -51,6 +56,7 @@ class Ingress:
             self._models.by_name[name] = await asyncio.to_thread(
                 _load, name, options, args.ingress, client
             )
+        await _await_trunks(self._models)
         if missing := missing_flags():
             logger.warning(
                 "Streaming will cost several times the CPU time it could: set %s before Ray "
@@ -61,6 +67,19 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve in the replica, after the constructor."""
         return build_asgi_app(self._models, self._max_body_bytes)
+
+
+async def _await_trunks(models: ServedModels) -> None:
+    """Where engines run already, as in an update of the ingress, wait for the trunks to them: this
+    process gets requests as soon as it is done, and would have to refuse them."""
+    begin = time.monotonic()
+    for model in models.by_name.values():
+        client = model.client
+        while not model.ready:
+            known = bool(client.table.members(client.deployment))
+            if time.monotonic() - begin > (TRUNKS_LIMIT_S if known else MEMBERS_LIMIT_S):
+                break
+            await asyncio.sleep(0.02)
 
 
 def _load(

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.integration.server import Server
-from tests.integration.test_plane import all_connected, completion, connect, echo, read_stream
+from tests.integration.test_plane import all_connected, completion, echo, read_chunks
 from tests.integration.test_plane import wait_for as wait
 
 pytestmark = pytest.mark.faults
@@ -39,14 +39,43 @@ def wait_for_engines(server: Server, count: int) -> None:
     wait(server, lambda health: len(health["engines"]) == count and all_connected(health), 120)
 
 
+def connect(server: Server) -> httpx.AsyncClient:
+    """A client that does not use connections twice.
+
+    A proxy that is reloaded ends those that it keeps open, perhaps just when a request is sent;
+    HTTP clients then try again, but httpx does not.
+    """
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits)
+
+
 async def keep_streaming(client: httpx.AsyncClient, number: int, stop: asyncio.Event) -> int:
     """One stream after another, each compared with what it should say; returns how many."""
     lengths, count = random.Random(number), 0
     while not stop.is_set():
         tokens, prompt = lengths.randint(50, 400), f"stream {number}, answer {count}"
-        assert await read_stream(client, completion(prompt, tokens)) == (echo(prompt, tokens), [])
+        answer = await stream(client, completion(prompt, tokens))
+        assert answer == (echo(prompt, tokens), [])
         count += 1
     return count
+
+
+async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[str, list[Any]]:
+    """Stream a completion; again if it was refused, but not if it had begun.
+
+    Serve stops the one ingress that there is, and the last of the old engines, before the new ones
+    are there.
+    """
+    while True:
+        content = {**body, "stream": True}
+        try:
+            async with client.stream("POST", "/v1/completions", json=content) as response:
+                if response.status_code == 200:
+                    return await read_chunks(response)
+                assert response.status_code == 503
+        except (httpx.ConnectError, httpx.RemoteProtocolError) as error:
+            assert isinstance(error, httpx.ConnectError) or "without sending" in str(error)
+        await asyncio.sleep(0.2)
 
 
 @pytest.mark.parametrize(

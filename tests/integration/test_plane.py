@@ -81,17 +81,21 @@ def completion(prompt: str, max_tokens: int, **more: Any) -> dict[str, Any]:
 
 
 async def read_stream(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[str, list[Any]]:
-    text, others = "", []
     async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
         assert response.status_code == 200
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
-            if "choices" in chunk:
-                text += chunk["choices"][0]["text"]
-            else:
-                others.append(chunk)
+        return await read_chunks(response)
+
+
+async def read_chunks(response: httpx.Response) -> tuple[str, list[Any]]:
+    text, others = "", []
+    async for line in response.aiter_lines():
+        if not line.startswith("data: {"):
+            continue
+        chunk = json.loads(line.removeprefix("data: "))
+        if "choices" in chunk:
+            text += chunk["choices"][0]["text"]
+        else:
+            others.append(chunk)
     return text, others
 
 
