@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,23 @@ def describe_commit() -> str:
         return os.environ["BENCH_COMMIT"]
     lines = _output("git", "describe", "--always", "--dirty", "--abbrev=12")
     return lines[0] if lines else "unknown"
+
+
+def describe_run(module: str, words: Sequence[str], started: datetime) -> dict[str, Any]:
+    """The fields that a result file begins with.
+
+    Args:
+        module: that was run.
+        words: its command line.
+        started: when.
+    """
+    return {
+        "command": shlex.join(["python", "-m", module, *words]),
+        "started": started.isoformat(timespec="seconds"),
+        "commit": describe_commit(),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
 
 
 def read_gpu_memory() -> dict[str, float] | None:

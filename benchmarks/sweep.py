@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -24,9 +23,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.engines import EngineSpec
 from benchmarks.machine import (
-    describe_commit,
-    describe_machine,
-    describe_versions,
+    describe_run,
     read_gpu_memory,
 )
 from benchmarks.models import find_model, find_shape, read_vocab_size
@@ -60,11 +57,7 @@ def run(options: argparse.Namespace) -> None:
     ceilings = Ceilings(options.bandwidth * 1e12, options.flops * 1e12)
     records = sweep(llm, shape, ceilings, options)
     document = {
-        "command": shlex.join(["python", "-m", "benchmarks.sweep", *options.words]),
-        "started": started.isoformat(timespec="seconds"),
-        "commit": describe_commit(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
+        **describe_run("benchmarks.sweep", options.words, started),
         "model": options.model,
         "dtype": info.dtype,
         "kv_cache_tokens": info.num_blocks * info.block_size,

@@ -32,6 +32,11 @@ class BacklogLimits:
     max_tokens: int | None = None
     max_wait_s: float | None = None
 
+    @property
+    def are_set(self) -> bool:
+        """Whether there is any."""
+        return self.max_tokens is not None or self.max_wait_s is not None
+
     def retry_after_s(self, backlog: Backlog) -> int | None:
         """Seconds after which another try makes sense, at least 1; None if it may be taken now."""
         if self.max_wait_s is not None and backlog.wait_s > self.max_wait_s:
@@ -50,19 +55,14 @@ class QueueSpeed:
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
-        self._last: tuple[float, EngineLoad] | None = None
 
-    def report(self, load: EngineLoad, now: float) -> None:
-        """Take over a report of the engine; `now` is its time in seconds."""
-        last, self._last = self._last, (now, load)
-        if last is None:
-            return
-        elapsed = now - last[0]
+    def follow(self, before: EngineLoad, after: EngineLoad, elapsed: float) -> None:
+        """Take over two reports of the engine, one after the other, `elapsed` seconds apart."""
         fading = exp(-elapsed / LATELY_S)
         self._tokens *= fading
         self._seconds *= fading
-        if last[1].waiting_tokens:
-            self._tokens += max(0, load.prefilled_tokens - last[1].prefilled_tokens)
+        if before.waiting_tokens:
+            self._tokens += max(0, after.prefilled_tokens - before.prefilled_tokens)
             self._seconds += elapsed
 
     def seconds_for(self, tokens: float) -> float:

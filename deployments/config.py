@@ -115,8 +115,8 @@ class IngressOptions(Options):
     """How long a request whose engine was lost may wait for its next token, a new engine's start
     included, before its client gets an error."""
     failover_tries: int = Field(default=3, ge=0)
-    """Tries in a row without a new token before its client gets an error: a request that breaks
-    engines must not break all of them."""
+    """Tries in a row that may bring next to nothing before its client gets an error: a request that
+    breaks engines must not break all of them."""
 
 
 class AppArgs(Options):

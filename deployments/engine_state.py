@@ -99,7 +99,8 @@ class EngineState:
         """Take over a report; see `LoadTable.report`."""
         if load.block_size and load.total_blocks != self.load.total_blocks:
             self.index.resize(load.total_blocks * load.block_size)
-        self.speed.report(load, now)
+        if self.reported_at is not None:
+            self.speed.follow(self.load, load, now - self.reported_at)
         self.load = load
         self.down = False
         self.reported_at = now

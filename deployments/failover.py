@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from engine.request import EngineRequest
 
 if TYPE_CHECKING:
     from deployments.engine_client import EngineClient
-
-logger = logging.getLogger("ray.serve")
 
 LATE_TOKENS_S = 10.0
 """After Serve says that a request ended, its last tokens may take this long to come."""
@@ -95,6 +92,7 @@ class Flight:
         whether the first engine took it."""
         self._over = False
         self._call: Any = None
+        """Serve's of this try; None between tries."""
         self._watcher: asyncio.Task[None] | None = None
         self._next_try: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
@@ -246,7 +244,7 @@ class Flight:
         if self._next_try is not None:
             self._next_try.cancel()
             self._next_try = None
-        elif self._call is not None and self._watcher is not None:
+        if self._call is not None and self._watcher is not None:
             client.hub.abort([self._try_id])
             client.hub.unregister(self._try_id)
             # Serve is told as well, in case the request has not reached an engine yet.
@@ -270,7 +268,7 @@ class Flight:
                 await asyncio.sleep(LATE_TOKENS_S)
         except Exception as failure:
             error = failure
-        if self._over or call is not self._call or self._next_try is not None:
+        if self._over or call is not self._call:
             return  # to be cancelled looks like a loss
         if _is_loss(error):
             self._client.mark_down(self._try_id)

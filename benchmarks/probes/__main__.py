@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import results
-from benchmarks.machine import describe_commit, describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from benchmarks.models import find_model
 from benchmarks.probes.bench import Bench
 from benchmarks.probes.records import Record, table
@@ -50,12 +49,8 @@ def run(bench: Bench, options: argparse.Namespace) -> None:
             _measure(bench, name, records)
     finally:
         document = {
-            "command": shlex.join(["python", "-m", "benchmarks.probes", *options.words]),
-            "started": started.isoformat(timespec="seconds"),
+            **describe_run("benchmarks.probes", options.words, started),
             "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
-            "commit": describe_commit(),
-            "machine": describe_machine(),
-            "versions": describe_versions(),
             "dtype": str(bench.dtype).removeprefix("torch."),
             "records": records,
         }

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import tempfile
 import urllib.request
@@ -29,11 +28,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks import results
-from benchmarks.machine import (
-    describe_commit,
-    describe_machine,
-    describe_versions,
-)
+from benchmarks.machine import describe_run
 from benchmarks.serving import multi_turn, overload
 from benchmarks.serving.fake_server import fake_settings, serve_fake
 from benchmarks.serving.load import Target
@@ -90,13 +85,7 @@ def _begin(options: argparse.Namespace, name: str) -> tuple[dict[str, Any], Path
     """The head of a result file, and where it goes."""
     started = datetime.now(UTC)
     out = options.out or results.FOLDER / f"{name}-{started:%Y%m%d-%H%M%S}.json"
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.serving", *options.words]),
-        "started": started.isoformat(timespec="seconds"),
-        "commit": describe_commit(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-    }, out
+    return describe_run("benchmarks.serving", options.words, started), out
 
 
 def _target(options: argparse.Namespace, fake: dict[str, Any] | None) -> Target:

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import os
 import random
-import shlex
 import signal
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.machine import describe_commit, describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from benchmarks.serving.answers import Answer
 from benchmarks.serving.conversations import Mix, echo
 from benchmarks.serving.fake_server import add_fake_option, fake_settings, fake_target, serve_fake
@@ -46,7 +45,8 @@ FAULTS = (
 FREE_LIMIT_S = 60.0
 """After the last answer, until nothing runs any more and engines are back."""
 _POLL_S = 0.2
-_RETRY_S = 1.0
+_FRESH_S = 1.2
+"""An engine that has told its load so lately lives: it does so every second."""
 
 Record = dict[str, Any]
 
@@ -96,7 +96,7 @@ class Killer:
             engines = read_health(self._target)["engines"]
         except OSError:
             return False
-        alive = [e for e in engines if e["age_s"] is not None and e["age_s"] < _RETRY_S + _POLL_S]
+        alive = [e for e in engines if e["age_s"] is not None and e["age_s"] < _FRESH_S]
         whole = [i for i in find_processes(self._root, self._role) if i not in self._hit]
         if len(alive) < 2 or not whole:
             return False
@@ -176,11 +176,7 @@ def main(words: list[str] | None = None) -> None:
             records.append(measure(fake, options, fault))
         print(records[-1], file=sys.stderr)
     document = {
-        "command": shlex.join(["python", "-m", "benchmarks.serving.failover", *options.words]),
-        "started": started.isoformat(timespec="seconds"),
-        "commit": describe_commit(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
+        **describe_run("benchmarks.serving.failover", options.words, started),
         "server": fake_settings(SETTINGS, options.fake),
         "records": records,
     }

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.engines import EngineSpec
-from benchmarks.machine import describe_commit, describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from benchmarks.models import find_model
 from benchmarks.serving.goals import http_table
 from benchmarks.serving.launched import Launched, free_port, launch, server_config
@@ -68,11 +68,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     model = write_model(Path(shape), folder / "model")
     engine = {"load_format": "dummy", **EngineSpec.parse(f"trunkline:{options.engine}").options}
     document: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.serving.http_table", *options.words]),
-        "started": started.isoformat(timespec="seconds"),
-        "commit": describe_commit(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
+        **describe_run("benchmarks.serving.http_table", options.words, started),
         "model": Path(options.model).name,
         "engine": engine,
         "temperature": options.temperature,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import shlex
 import sys
 import tempfile
 import threading
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.machine import describe_commit, describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from benchmarks.serving.beside import Record, median_itl, run_streams
 from benchmarks.serving.conversations import Mix
 from benchmarks.serving.fake_server import fake_target, serve_fake
@@ -82,11 +81,7 @@ def main(words: list[str] | None = None) -> None:
     out = options.out or results.FOLDER / f"serving-long-prompts-{started:%Y-%m-%d}.json"
     runs = list(_measure(options))
     document: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.serving.long_prompts", *options.words]),
-        "started": started.isoformat(timespec="seconds"),
-        "commit": describe_commit(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
+        **describe_run("benchmarks.serving.long_prompts", options.words, started),
         "itl_ms": median_itl(runs, "beside"),
         "records": runs,
     }

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shlex
 import socket
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.machine import describe_commit, describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from benchmarks.serving.answers import bodies, events
 from benchmarks.serving.beside import Record, median_itl, run_streams
 from benchmarks.serving.client import Exchange
@@ -124,13 +123,7 @@ def main(words: list[str] | None = None) -> None:
     options = _parse(words)
     started = datetime.now(UTC)
     out = options.out or results.FOLDER / f"serving-slow-reader-{started:%Y-%m-%d}.json"
-    document: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.serving.slow_reader", *options.words]),
-        "started": started.isoformat(timespec="seconds"),
-        "commit": describe_commit(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-    }
+    document = describe_run("benchmarks.serving.slow_reader", options.words, started)
     records = []
     for flags in options.flags:
         runs = list(_compare(options, flags))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import shlex
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.machine import describe_commit, describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from benchmarks.serving.fake_server import fake_target, serve_fake
 from benchmarks.serving.leaving import (
     Left,
@@ -50,13 +49,7 @@ def main(words: list[str] | None = None) -> None:
     options = _parse(words)
     started = datetime.now(UTC)
     out = options.out or results.FOLDER / f"serving-storm-{started:%Y-%m-%d}.json"
-    document: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.serving.storm", *options.words]),
-        "started": started.isoformat(timespec="seconds"),
-        "commit": describe_commit(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-    }
+    document = describe_run("benchmarks.serving.storm", options.words, started)
     records = []
     for flags in options.flags:
         rounds = list(_storm(options, flags))

@@ -89,14 +89,18 @@ class ServedModel:
                 f"No engine of '{self.name}' is ready; it may still be loading.",
                 self.retry_after_s,
             )
-        backlog = self.client.table.backlog(self.client.deployment)
-        if (later := self.backlog_limits.retry_after_s(backlog)) is not None:
-            raise overloaded(max(later, self.retry_after_s))
+        self._check_backlog()
         self.num_preparing += num_requests
         try:
             yield
         finally:
             self.num_preparing -= num_requests
+
+    def _check_backlog(self) -> None:
+        if self.backlog_limits.are_set:
+            backlog = self.client.table.backlog(self.client.deployment)
+            if (later := self.backlog_limits.retry_after_s(backlog)) is not None:
+                raise overloaded(max(later, self.retry_after_s))
 
     def check_length(self, text: str, param: str) -> None:
         """Refuse a text that is too long before the work of tokenizing it.

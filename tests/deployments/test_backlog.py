@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -24,10 +25,11 @@ def load(waiting: int, prefilled: int) -> EngineLoad:
     return EngineLoad(waiting_tokens=waiting, prefilled_tokens=prefilled)
 
 
-def reports(speed: QueueSpeed, rate: float, seconds: float, waiting: int, begin=0.0, done=0.0):
+def reports(speed: QueueSpeed, rate: float, seconds: float, waiting: int):
     """A report ten times a second."""
-    for i in range(round(seconds * 10) + 1):
-        speed.report(load(waiting, round(done + rate * i / 10)), begin + i / 10)
+    done = [round(rate * i / 10) for i in range(round(seconds * 10) + 1)]
+    for before, after in pairwise(done):
+        speed.follow(load(waiting, before), load(waiting, after), 0.1)
 
 
 def test_a_queue_takes_as_long_as_its_tokens_at_the_speed_of_late():
@@ -35,16 +37,16 @@ def test_a_queue_takes_as_long_as_its_tokens_at_the_speed_of_late():
     assert speed.seconds_for(1000) == 0.0  # nothing is known
     reports(speed, 500, 20, waiting=1)
     assert speed.seconds_for(1000) == pytest.approx(2.0, rel=0.01)
-    reports(speed, 100, 60, waiting=1, begin=20.1, done=10_000)
+    reports(speed, 100, 60, waiting=1)
     assert speed.seconds_for(1000) == pytest.approx(10.0, rel=0.01)
 
 
 def test_time_without_a_queue_tells_nothing_of_its_speed():
     speed = QueueSpeed()
     reports(speed, 500, 10, waiting=1)
-    reports(speed, 1, 5, waiting=0, begin=10.1, done=5000)
+    reports(speed, 1, 5, waiting=0)
     assert speed.seconds_for(1000) == pytest.approx(2.0, rel=0.05)
-    reports(speed, 1, 100, waiting=0, begin=15.2, done=5005)
+    reports(speed, 1, 100, waiting=0)
     assert speed.seconds_for(1000) == 0.0  # nor of late
 
 
@@ -64,8 +66,8 @@ def test_a_queue_that_stands_still_never_ends():
 def test_an_engine_that_began_anew_counts_from_there():
     speed = QueueSpeed()
     reports(speed, 500, 20, waiting=1)
-    speed.report(load(1, 0), 20.1)  # its counter begins at 0 again
-    reports(speed, 500, 20, waiting=1, begin=20.2)
+    speed.follow(load(1, 10_000), load(1, 0), 0.1)  # its counter begins at 0 again
+    reports(speed, 500, 20, waiting=1)
     assert speed.seconds_for(1000) == pytest.approx(2.0, rel=0.02)
 
 

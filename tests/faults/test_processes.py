@@ -10,7 +10,8 @@ from benchmarks.serving.fake_server import serve_fake
 pytestmark = pytest.mark.faults
 
 LONGEST_PAUSE_S = {"SIGKILL": 8.0, "SIGSTOP": 20.0}
-"""Of any stream; an idle machine needs 2 and 10, and this one also starts new engines."""
+"""Of any stream. The machine also starts new engines, and a stream may move to an engine that has
+been stopped as well and whose silence has not been noticed yet."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
