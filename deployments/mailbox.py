@@ -42,10 +42,6 @@ class Mailbox:
         if reader is not None and not reader.done():  # it may have been cancelled
             reader.set_result(None)
 
-    def discard(self, request_id: str) -> None:
-        """Forget what is pending of a request."""
-        self._pending.pop(request_id, None)
-
     async def take(self) -> list[TokenDelta]:
         """Wait for deltas (or for `wake`) and take all of them.
 
