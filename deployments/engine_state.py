@@ -19,6 +19,10 @@ LATELY_S = 10.0
 """About how long a request that has ended still counts as traffic. Chats pause, and come back to
 the engine that has them in its cache: one that is given all new chats while they pause would have
 too many when they all speak."""
+SILENT_S = 2.5
+"""An engine that has not reported for this long is given no requests until it does, though it is
+not taken for lost yet: its load is due every second. Those of a lost engine would else move to one
+that has stopped as well, and wait there for it to be missed."""
 CROWDED_SHARE = 0.05
 """Share of an engine's blocks that a request should leave to those that run."""
 
@@ -39,6 +43,8 @@ class EngineState:
     last_sent: float = 0.0
     reported_at: float | None = None
     """Time of the last report; None before the first."""
+    heard_at: float | None = None
+    """The same by the clock of `LoadTable`'s attention."""
     last_booking: float = field(default_factory=random.random)
     """Number of its last booking; before the first a fraction, so that ingress replicas do not all
     begin with the same one of several idle engines."""
@@ -67,9 +73,14 @@ class EngineState:
         """Requests sent there, each counted for exp(-t / `LATELY_S`) when it was t seconds ago."""
         return self.sent * exp((self.last_sent - now) / LATELY_S)
 
+    def in_reach(self, attended: float) -> bool:
+        """Whether it lives, as far as this process knows after so many seconds of attention."""
+        silent = self.heard_at is not None and attended - self.heard_at > SILENT_S
+        return not self.down and not silent
+
     def has_room(self, max_requests: int, now: float) -> bool:
         """Whether it would take one more request, as far as this process knows."""
-        return not self.down and self.num_requests < max_requests and now >= self.closed_until
+        return self.num_requests < max_requests and now >= self.closed_until
 
     def is_crowded(self, num_tokens: int) -> bool:
         """Whether a request with so many tokens to compute might have to wait for blocks."""

@@ -19,6 +19,8 @@ from deployments.placement import Booking, Policy, PrefixLoad
 from engine.outputs import EngineLoad
 
 DEFAULT_POLICY = PrefixLoad()
+REPORT_DUE_S = 1.0
+"""An engine that lives reports at least this often."""
 RELEASED_KEPT = 4096
 """So many requests that have ended are remembered: the router's thread may still be about to book
 one, and nobody would ever release that booking."""
@@ -53,6 +55,9 @@ class LoadTable:
         """Deployment and prompt tokens of requests that no engine has been chosen for."""
         self._released: OrderedDict[str, None] = OrderedDict()
         self._bookings_made = 0
+        self._attended = 0.0
+        """`_attention` at the time of the last report."""
+        self._last_report = clock()
         self._listeners: list[Callable[[], None]] = []
         self._room_listeners: list[Callable[[], None]] = []
         self._full = False
@@ -102,11 +107,16 @@ class LoadTable:
             The engine, or None when none has room; `on_room` tells when to try again.
         """
         request_id = booking.request_id
-        now = self._clock()
         with self._lock:
+            now = self._clock()
             self._drop(request_id)
             states = {i: self._state(i) for i in limits}
-            roomy = [i for i, state in states.items() if state.has_room(limits[i], now)]
+            attended = self._attention(now)
+            roomy = [
+                i
+                for i, state in states.items()
+                if state.in_reach(attended) and state.has_room(limits[i], now)
+            ]
             if not roomy:
                 self._full = True
                 return None
@@ -129,7 +139,8 @@ class LoadTable:
         """What stands before a new request, on the engine that would come to it first."""
         with self._lock:
             states = [self._state(i) for i in self._members.get(deployment, ())]
-            alive = [state for state in states if not state.down]
+            attended = self._attention(self._clock())
+            alive = [state for state in states if state.in_reach(attended)]
             if not alive:
                 return Backlog()
             unplaced = [n for name, n in self._unplaced.values() if name == deployment]
@@ -177,7 +188,11 @@ class LoadTable:
             heard: blocks of requests that others sent there.
         """
         with self._lock:
-            self._state(engine_id).report(load, reflected, heard, self._clock())
+            now = self._clock()
+            self._attended, self._last_report = self._attention(now), now
+            state = self._state(engine_id)
+            state.report(load, reflected, heard, now)
+            state.heard_at = self._attended
         self._tell_of_room()
 
     def release(self, request_id: str, blocks: Sequence[bytes] = ()) -> None:
@@ -219,6 +234,14 @@ class LoadTable:
                 for engine_id in self._members.get(deployment, ())
                 if engine_id in self._engines
             ]
+
+    def _attention(self, now: float) -> float:
+        """Seconds for which this process has listened to engines, up to a time.
+
+        When nobody reports, it is this process that is held up, or it has been without engines:
+        that is no silence of theirs, so such a time counts for one interval at most.
+        """
+        return self._attended + min(now - self._last_report, REPORT_DUE_S)
 
     def _tell_of_room(self) -> None:
         with self._lock:

@@ -27,6 +27,8 @@ MAX_MODEL_LEN = 8192
 STEP_S = 0.008
 TOKEN_S = 0.00002
 """A step takes this long a token beside `STEP_S`: about a 7B model on an H200."""
+HEARTBEAT_S = 1.0
+"""An engine tells its load at least this often."""
 WIRE_S = 0.002
 """From ingress to engine, and back."""
 
@@ -84,6 +86,11 @@ class Engine:
             taken, self._unreported = self._unreported, []
             duration = STEP_S + TOKEN_S * plan.total_tokens
             self._events.after(duration, self._end_step, plan, taken)
+
+    def beat(self) -> None:
+        """Tell the load, as an engine without work does."""
+        for ingress in self.subscribers:
+            ingress.table.report(self.name, self.scheduler.load())
 
     def _end_step(self, plan: Any, taken: list[Turn]) -> None:
         step = self.scheduler._in_flight[0]
@@ -173,15 +180,22 @@ class Fleet:
         self.ttfts: list[float] = []
         self.infinite_hits = 0
         self._infinite: set[bytes] = set()
+        self._num_open = 0
         for engine in self.engines.values():
             engine.subscribers = self.ingresses
-            for ingress in self.ingresses:
-                ingress.table.report(engine.name, engine.scheduler.load())
 
     def run(self, chats: Sequence[Chat]) -> None:
+        self._num_open = len(chats)
         for chat in chats:
             self.events.after(chat.start, self.begin_turn, chat)
+        self._beat()
         self.events.run()
+
+    def _beat(self) -> None:
+        for engine in self.engines.values():
+            engine.beat()
+        if self._num_open:
+            self.events.after(HEARTBEAT_S, self._beat)
 
     def begin_turn(self, chat: Chat) -> None:
         said, answer, _ = chat.turns[chat.num_done]
@@ -200,6 +214,8 @@ class Fleet:
         chat.num_done += 1
         if chat.num_done < len(chat.turns):
             self.events.after(pause, self.begin_turn, chat)
+        else:
+            self._num_open -= 1
 
     def _count_infinite(self, prompt: list[int]) -> None:
         hashes = block_hashes(prompt, BLOCK_SIZE)

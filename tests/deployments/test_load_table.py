@@ -63,6 +63,49 @@ def test_crowded_engines_come_last_and_lost_ones_get_none():
     assert table.book(PAIR, Booking("u", 1)) == "b"
 
 
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_silent_engine_gets_nothing_until_it_reports():
+    clock = Clock()
+    table = LoadTable(clock=clock)
+    table.report("a", EngineLoad())
+    for number in range(1, 9):
+        clock.now += 1
+        table.report("b", EngineLoad())
+        chosen = {table.book(PAIR, Booking(f"r{number}.{i}", 100)) for i in range(8)}
+        assert chosen == ({"a", "b"} if number < 3 else {"b"})
+    # It would be the last with room: whoever waits for the other does not wait for what is stopped.
+    assert table.book({"a": 100, "b": 40}, Booking("s", 100)) is None
+    table.report("a", EngineLoad())
+    assert table.book({"a": 100, "b": 40}, Booking("s", 100)) == "a"
+
+
+def test_silence_of_all_is_that_of_the_listener():
+    clock = Clock()
+    table = LoadTable(clock=clock)
+    for engine in PAIR:
+        table.report(engine, EngineLoad())
+    clock.now += 60
+    assert {table.book(PAIR, Booking(f"r{i}", 100)) for i in range(8)} == {"a", "b"}
+    table.report("a", EngineLoad())  # the first that is read of what has piled up
+    assert {table.book(PAIR, Booking(f"s{i}", 100)) for i in range(8)} == {"a", "b"}
+
+
+def test_engine_that_has_never_reported_is_not_silent():
+    clock = Clock()
+    table = LoadTable(clock=clock)
+    for _ in range(9):
+        clock.now += 1
+        table.report("a", EngineLoad(num_running=1))
+    assert table.book(PAIR, Booking("r", 100)) == "b"
+
+
 def test_refused_request_moves_and_the_engine_is_left_alone_for_longer_each_time():
     now = 1000.0
     table = LoadTable(clock=lambda: now)
