@@ -54,6 +54,7 @@ def compose(args: AppArgs, start_core: StartCore) -> serve.Application:
     """
     for options in args.models.values():
         options.check()
+    args = args.model_copy(update={"ingress": args.ingress.check()})
     engines = {
         name: _engine_app(name, options, start_core) for name, options in args.models.items()
     }

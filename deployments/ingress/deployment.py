@@ -43,7 +43,7 @@ class Ingress:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: AppArgs, handles: dict[str, Any]
     ) -> None:
-        self._max_body_bytes = args.ingress.max_body_bytes
+        self._options = args.ingress
         failover = FailoverLimits(args.ingress.failover_tries, args.ingress.failover_timeout_s)
         hub = TrunkHub(f"ingress-{uuid.uuid4().hex[:12]}", load_table())
         self._models = ServedModels()
@@ -66,7 +66,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve in the replica, after the constructor."""
-        return build_asgi_app(self._models, self._max_body_bytes)
+        return build_asgi_app(self._models, self._options)
 
 
 async def _await_trunks(models: ServedModels) -> None:

@@ -17,6 +17,13 @@ from engine.errors import EngineDead, InvalidRequest
 
 logger = logging.getLogger("ray.serve")
 
+_HEADERS_OF_STATUS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    # The rest of the body is still to come, and nobody will read it.
+    408: {"Connection": "close"},
+    413: {"Connection": "close"},
+}
+
 
 class ApiError(Exception):
     """An answer other than success.
@@ -61,7 +68,9 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The HTTP answer."""
-        headers = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else None
+        headers = dict(_HEADERS_OF_STATUS.get(self.status, ()))
+        if self.retry_after_s:
+            headers["Retry-After"] = str(self.retry_after_s)
         return json_response(self.body(), self.status, headers)
 
 

@@ -31,6 +31,9 @@ class Body(BaseModel):
 
 B = TypeVar("B", bound=Body)
 
+MAX_DEPTH = 32
+"""How deep lists and objects may lie in one another. What walks through a body, such as a chat
+template, does so recursively, and Python ends a recursion only at about a thousand."""
 LONG_BODY = 256 * 1024
 """Bodies of more bytes are parsed in a thread, so that other requests do not wait for all of it."""
 
@@ -49,6 +52,11 @@ def parse_body(kind: type[B], data: bytes) -> B:
         InvalidRequest: the body is not JSON, not an object, or a field is wrong.
     """
     values = _decode(data)
+    # Brackets in texts count here too, so that most bodies need no closer look.
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _is_deep(values):
+        raise InvalidRequest(
+            f"the request body nests lists and objects more than {MAX_DEPTH} deep; flatten it."
+        )
     if b"\\ud" in data.lower():  # how JSON spells surrogates, paired or not
         _refuse_surrogates(values)
     for name, harmless in kind.unsupported.items():
@@ -72,6 +80,21 @@ def _decode(data: bytes) -> dict[str, Any]:
     return values
 
 
+def _is_deep(value: Any) -> bool:
+    """Whether anything lies more than `MAX_DEPTH` deep; goes down level by level."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if type(parent) is dict else parent)
+            if type(child) is dict or type(child) is list
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _refuse_surrogates(values: dict[str, Any]) -> None:
     """Half of a surrogate pair is no character: neither engines nor answers can be told of it."""
     for name, value in values.items():
@@ -84,7 +107,7 @@ def _refuse_surrogates(values: dict[str, Any]) -> None:
 def _encodable(value: Any) -> bool:
     try:
         json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
+    except UnicodeEncodeError:
         return False
     return True
 

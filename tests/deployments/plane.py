@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from deployments.config import IngressOptions
 from deployments.engine_actor import EngineActor
 from deployments.engine_client import EngineClient
 from deployments.failover import FailoverLimits
@@ -27,6 +28,7 @@ from tests.deployments.fake_core import FakeCore
 
 DEPLOYMENT = "Engine-m"
 MAX_MODEL_LEN = 256
+OPTIONS = IngressOptions(max_body_bytes=100_000)
 
 
 @cache
@@ -102,7 +104,12 @@ class LocalHandle:
 
 
 class Plane:
-    def __init__(self, actors: dict[str, EngineActor], tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        actors: dict[str, EngineActor],
+        tokenizer: Tokenizer | None,
+        options: IngressOptions,
+    ) -> None:
         self.table = LoadTable()
         self.actors = actors
         self.links = {engine_id: LocalLink(actor) for engine_id, actor in actors.items()}
@@ -119,9 +126,9 @@ class Plane:
             max_concurrent_requests=64,
             retry_after_s=3,
         )
-        app = build_asgi_app(ServedModels({"m": self.model}), max_body_bytes=100_000)
+        self.app = build_asgi_app(ServedModels({"m": self.model}), options)
         self.http = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://test", timeout=20
+            transport=httpx.ASGITransport(self.app), base_url="http://test", timeout=20
         )
 
     async def idle(self) -> None:
@@ -139,14 +146,17 @@ class Plane:
 
 @asynccontextmanager
 async def open_plane(
-    num_engines: int = 1, tokenizer: Tokenizer | None = None, **fake: Any
+    num_engines: int = 1,
+    tokenizer: Tokenizer | None = None,
+    options: IngressOptions = OPTIONS,
+    **fake: Any,
 ) -> AsyncIterator[Plane]:
     """Start engines around fake cores and an ingress that is connected to them."""
     config = EngineConfig(model="smollm2-135m-instruct", max_num_seqs=16)
     actors = {f"e{i}": EngineActor(config, partial(FakeCore, **fake)) for i in range(num_engines)}
     for actor in actors.values():
         await actor.start()
-    plane = Plane(actors, tokenizer or bundled_tokenizer())
+    plane = Plane(actors, tokenizer or bundled_tokenizer(), options)
     plane.table.set_members(DEPLOYMENT, actors)
     plane.hub.follow(DEPLOYMENT)
     await plane.until(lambda: len(plane.hub.connected(DEPLOYMENT)) == num_engines)

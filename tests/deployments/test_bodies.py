@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deployments.protocols import body as bodies
-from deployments.protocols.body import LONG_BODY, parse_body, read_body
+from deployments.protocols.body import LONG_BODY, MAX_DEPTH, parse_body, read_body
 from deployments.protocols.openai import ChatBody, CompletionBody
 from deployments.protocols.simple import BatchGenerateBody
 from engine.errors import InvalidRequest
@@ -73,6 +73,38 @@ def test_one_error_is_found_not_one_for_each_element(kind, field, value):
         tracemalloc.stop()
     assert caught.value.param == field
     assert peak < 3 * decoded + 2**20
+
+
+def nested(depth: int) -> Any:
+    """A list with `depth` lists in one another."""
+    return [] if depth == 1 else [nested(depth - 1)]
+
+
+def test_deep_bodies_are_refused():
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    for fits, depth in ((True, MAX_DEPTH - 2), (False, MAX_DEPTH - 1), (False, 900)):
+        # The body and the keywords are a level each.
+        data = json.dumps({**body, "chat_template_kwargs": {"x": nested(depth)}}).encode()
+        if fits:
+            parse_body(ChatBody, data)
+            continue
+        with pytest.raises(InvalidRequest, match="more than 32 deep"):
+            parse_body(ChatBody, data)
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+@pytest.mark.parametrize("depth", [1_000, 100_000])
+def test_bodies_too_deep_for_the_parser_are_refused(opening, closing, depth):
+    whole = f'{{"model":"m","messages":{opening * depth}1{closing * depth}}}'
+    for text in (whole, whole[: len(whole) // 2]):
+        with pytest.raises(InvalidRequest, match=r"not valid JSON|deep"):
+            parse_body(ChatBody, text.encode())
+
+
+def test_many_flat_lists_are_taken():
+    data = completion(prompt=[[1, 2]] * 1000)
+    assert len(parse_body(CompletionBody, data).prompts()) == 1000
+    assert parse_body(CompletionBody, completion(prompt="[{" * 1000)).prompts() == ["[{" * 1000]
 
 
 async def test_long_bodies_are_parsed_in_a_thread(monkeypatch):

@@ -162,6 +162,16 @@ def test_bad_options_in_the_file_are_named(tmp_path):
         read_plan(path)
 
 
+def test_host_must_be_said(tmp_path):
+    """Serve would listen on all interfaces."""
+    values = yaml.safe_load(CONFIG.read_text())
+    del values["http_options"]["host"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"http_options with a host \(127\.0\.0\.1"):
+        read_plan(path)
+
+
 def test_taken_port_names_the_remedy(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -178,10 +188,10 @@ def test_missing_flags():
 
 def test_haproxy_wrapper_mends_the_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr("deployments.haproxy.haproxy_binary", lambda: "/bin/echo")
-    settings = haproxy_settings(tmp_path, loopback=True)
+    settings = haproxy_settings(tmp_path)
     config = tmp_path / "c.cfg"
     config.write_text(
-        "global\n    option splice-request\n"
+        "global\n    option splice-request\ndefaults\n    mode http\n"
         "    bind :9101\n  bind *:8404\n    bind 127.0.0.1:8000\n"
     )
     wrapper = settings["RAY_SERVE_HAPROXY_BINARY_PATH"]
@@ -190,6 +200,7 @@ def test_haproxy_wrapper_mends_the_configuration(tmp_path, monkeypatch):
         assert said == f"-db -f {config}\n"
     assert config.read_text() == (
         "global\n    tune.rcvbuf.server 262144\n"
+        "defaults\n    timeout http-request 10s\n    mode http\n"
         "    bind 127.0.0.1:9101\n  bind 127.0.0.1:8404\n    bind 127.0.0.1:8000\n"
     )
 

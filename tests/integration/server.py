@@ -67,7 +67,7 @@ class Server:
 
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         kept |= FAST_PATH if fast_path else {}
-        kept |= haproxy_settings(self._folder, loopback=True)
+        kept |= haproxy_settings(self._folder)
         kept |= {
             "PYTHONPATH": str(ROOT),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),

@@ -1,0 +1,174 @@
+"""Who may come in, and how often: what is decided before a request's body is read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.api_keys import ApiKey, KeySource
+from deployments.ingress.errors import ApiError
+
+OPEN_PATHS = frozenset(("/health", "/ready"))
+"""What load balancers and Kubernetes ask, without a key."""
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 32 * 1024
+"""Of path, query and all headers together. (HAProxy takes 101 headers and 15 KiB.)"""
+
+
+class KeyUse:
+    """What a key does in this process; a context manager around each of its requests."""
+
+    __slots__ = ("_filled_at", "_missing", "running")
+
+    def __init__(self) -> None:
+        self.running = 0
+        """Requests under way."""
+        self._missing = 0.0
+        self._filled_at = -math.inf
+
+    def __enter__(self) -> None:
+        self.running += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.running -= 1
+
+    def take_token(self, per_minute: float, now: float) -> float:
+        """Take a token from a bucket that has room for those of a minute.
+
+        Args:
+            per_minute: tokens that come into the bucket in a minute.
+            now: time in seconds.
+
+        Returns:
+            0, or when there is no token, the seconds until there is one.
+        """
+        come = (now - self._filled_at) * per_minute / 60
+        missing = max(0.0, self._missing - come) + 1
+        room = max(1.0, per_minute)
+        if missing > room:
+            return (missing - room) * 60 / per_minute
+        self._missing, self._filled_at = missing, now
+        return 0.0
+
+
+class KeyLimits:
+    """What each key may do in this process, where it has no limits of its own.
+
+    Args:
+        max_concurrent_requests: under way at once; None sets no limit.
+        requests_per_minute: that may begin; None sets no limit.
+        now: clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        max_concurrent_requests: int | None = None,
+        requests_per_minute: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_concurrent = max_concurrent_requests
+        self._per_minute = requests_per_minute
+        self._now = now
+        self._uses: dict[bytes, KeyUse] = {}
+
+    def admit(self, key: ApiKey) -> KeyUse:
+        """Let a request of the key begin, which is to run inside of what this returns.
+
+        Raises:
+            ApiError: 429, the key has too many.
+        """
+        use = self._uses.get(key.digest)
+        if use is None:
+            use = self._uses[key.digest] = KeyUse()
+        own = key.max_concurrent_requests
+        limit = self._max_concurrent if own is None else own
+        if limit is not None and use.running >= limit:
+            raise _too_many(key, f"{limit} requests under way, as many as it may have", 1)
+        rate = self._per_minute if key.requests_per_minute is None else key.requests_per_minute
+        if rate is not None and (wait := use.take_token(rate, self._now())) > 0:
+            raise _too_many(key, f"had its {rate:g} requests a minute", math.ceil(wait))
+        return use
+
+
+class Gate:
+    """ASGI middleware that refuses requests by their headers alone, with OpenAI's error object.
+
+    Args:
+        app: what is behind it.
+        source: of the keys; None lets everybody in.
+        limits: of each key.
+    """
+
+    def __init__(self, app: ASGIApp, source: KeySource | None, limits: KeyLimits) -> None:
+        self._app = app
+        self._source = source
+        self._limits = limits
+        self._anybody = KeyUse()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it."""
+        if scope["type"] != "http":  # no route takes it
+            await self._app(scope, receive, send)
+            return
+        try:
+            use = self._admit(scope)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        with use:
+            await self._app(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> KeyUse:
+        authorization = _read_headers(scope)
+        if self._source is None:
+            return self._anybody
+        if scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS:
+            return self._anybody
+        scheme, _, token = authorization.partition(b" ")
+        if scheme.lower() != b"bearer" or not token.strip():
+            raise _unauthorized("Send an API key in the header 'Authorization: Bearer KEY'.")
+        key = self._source.find(token.strip())
+        if key is None:
+            raise _unauthorized("The API key is not one of this server's.")
+        return self._limits.admit(key)
+
+
+def _read_headers(scope: Scope) -> bytes:
+    """The value of `Authorization`, empty when there is none.
+
+    Raises:
+        ApiError: 431, the headers are too many or too long.
+    """
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    size, authorization = len(scope["path"]) + len(scope["query_string"]), b""
+    for name, value in headers:
+        size += len(name) + len(value)
+        if name == b"authorization":
+            authorization = value
+    if size > MAX_HEADER_BYTES or len(headers) > MAX_HEADERS:
+        raise ApiError(
+            431,
+            f"A request may have {MAX_HEADERS} headers, and {MAX_HEADER_BYTES} bytes in them and "
+            "its address; send less.",
+            "invalid_request_error",
+            code="headers_too_large",
+        )
+    return authorization
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, "invalid_request_error", code="invalid_api_key")
+
+
+def _too_many(key: ApiKey, what: str, wait_s: int) -> ApiError:
+    who = f"The API key of '{key.name}'" if key.name else "This API key"
+    return ApiError(
+        429,
+        f"{who} has {what}; try again later.",
+        "rate_limit_error",
+        code="rate_limit_exceeded",
+        retry_after_s=wait_s,
+    )
