@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -32,7 +33,7 @@ from benchmarks.serving.conversations import Mix, echo
 from benchmarks.serving.fake_server import add_fake_option, fake_settings, fake_target, serve_fake
 from benchmarks.serving.leaving import read_health, seconds_until_free
 from benchmarks.serving.load import Target, closed_loop
-from benchmarks.serving.processes import find_processes
+from benchmarks.serving.processes import find_processes, tree
 
 SETTINGS = {"engines": "3", "step-ms": "50"}
 FAULTS = (
@@ -40,8 +41,10 @@ FAULTS = (
     "engine_actor:SIGSTOP",
     "engine_replica:SIGKILL",
     "controller:SIGKILL",
+    "node:SIGKILL",
 )
-"""Role of a process, as in `benchmarks.serving.processes`, and the signal that it gets."""
+"""Role of a process, as in `benchmarks.serving.processes`, and the signal that it gets. A node is
+hit with all of its processes."""
 FREE_LIMIT_S = 60.0
 """After the last answer, until nothing runs any more and engines are back."""
 _POLL_S = 0.2
@@ -102,9 +105,17 @@ class Killer:
             return False
         pid = self._random.choice(whole)
         self._hit.add(pid)
-        os.kill(pid, self._number)
+        for each in tree(pid) if self._role == "node" else [pid]:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(each, self._number)
         self.times.append(time.monotonic())
         return True
+
+
+def settings(fault: str, changed: Iterable[str] = ()) -> list[str]:
+    """Settings of the server for a fault; where nodes are hit, each engine has one of its own."""
+    nodes = {"nodes": SETTINGS["engines"]} if fault.startswith("node:") else {}
+    return fake_settings(SETTINGS | nodes, changed)
 
 
 def measure(fake: Record, options: argparse.Namespace, fault: str) -> Record:
@@ -171,7 +182,7 @@ def main(words: list[str] | None = None) -> None:
     for fault in options.faults:
         with (
             tempfile.TemporaryDirectory(prefix="tl-") as folder,
-            serve_fake(fake_settings(SETTINGS, options.fake), Path(folder) / "server.log") as fake,
+            serve_fake(settings(fault, options.fake), Path(folder) / "server.log") as fake,
         ):
             records.append(measure(fake, options, fault))
         print(records[-1], file=sys.stderr)

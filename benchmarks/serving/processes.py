@@ -14,6 +14,7 @@ _ROLES = (
     ("haproxy", re.compile(r"\S*haproxy(\s|$)")),
     ("proxy", re.compile(r"ray::ProxyActor")),
     ("controller", re.compile(r"ray::ServeController")),
+    ("node", re.compile(r"\S+ -m ray\.scripts\.scripts start")),
 )
 OTHERS = "others"
 """Role of every other process of the server: Ray's daemons, idle workers."""
@@ -31,7 +32,7 @@ def read_cpu(root: int) -> dict[str, float]:
     A process with a role counts with all of its threads; one that ended since takes its time along.
     """
     seconds = dict.fromkeys([role for role, _ in _ROLES] + [OTHERS], 0.0)
-    for pid in _tree(root):
+    for pid in tree(root):
         with contextlib.suppress(OSError):
             seconds[_role(pid)] += _read_stat(pid)[1]
     return seconds
@@ -44,7 +45,7 @@ def read_memory(root: int) -> dict[str, float]:
     shares pages with others counts for all of them.
     """
     mebibytes = dict.fromkeys([role for role, _ in _ROLES] + [OTHERS], 0.0)
-    for pid in _tree(root):
+    for pid in tree(root):
         with contextlib.suppress(OSError):  # it has ended, or is no process of this user
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             (kibibytes,) = re.findall(r"^Anonymous: +(\d+) kB$", rollup, re.MULTILINE)
@@ -55,7 +56,7 @@ def read_memory(root: int) -> dict[str, float]:
 def find_processes(root: int, role: str) -> list[int]:
     """Ids of the living processes of a role among `root` and its descendants."""
     found = []
-    for pid in _tree(root):
+    for pid in tree(root):
         with contextlib.suppress(OSError):
             if _role(pid) == role:
                 found.append(pid)
@@ -67,8 +68,8 @@ def _role(pid: int) -> str:
     return next((role for role, pattern in _ROLES if pattern.match(title)), OTHERS)
 
 
-def _tree(root: int) -> list[int]:
-    """`root` and its descendants."""
+def tree(root: int) -> list[int]:
+    """Ids of `root` and its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.serving.failover import FAULTS, SETTINGS, measure, parse
+from benchmarks.serving.failover import FAULTS, measure, parse, settings
 from benchmarks.serving.fake_server import serve_fake
 
 pytestmark = pytest.mark.faults
@@ -17,8 +17,7 @@ been stopped as well and whose silence has not been noticed yet."""
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_stream_is_lost_and_every_text_is_right(fault, tmp_path):
     words = ["--streams", "60", "--requests", "150", "--every", "4", "--output", "200", "400"]
-    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
-    with serve_fake(settings, tmp_path / "server.log") as fake:
+    with serve_fake(settings(fault), tmp_path / "server.log") as fake:
         found = measure(fake, parse(words), fault)
     assert found["requests"] == 150 and found["hits"] >= 3
     assert (found["errors"], found["wrong"]) == ({}, 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,8 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +30,7 @@ from benchmarks.serving.fake.core import (
     TOTAL_BLOCKS,
     StartFakeEngine,
 )
+from benchmarks.serving.nodes import CPUS, NodePool
 from deployments.config import AppArgs
 from deployments.flags import FAST_PATH
 from deployments.launch import Plan, environment, is_ready
@@ -74,22 +77,50 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
 
     ray.init(
         address="local",
-        num_cpus=4 + options.engines + options.ingresses,
+        num_cpus=4 + options.engines + options.ingresses * (1 + CPUS),
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
         namespace="serve",
         _temp_dir=str(folder),
     )
-    serve.start(http_options={"host": plan.host, "port": plan.port, "keep_alive_timeout_s": 90})
+    serve.start(
+        proxy_location="HeadOnly" if options.nodes else "EveryNode",  # they share this host's ports
+        http_options={"host": plan.host, "port": plan.port, "keep_alive_timeout_s": 90},
+    )
     journal = options.journal or folder / "journal"
     journal.mkdir(parents=True, exist_ok=True)
     start_core = StartFakeEngine(options.step_ms / 1e3, options.token_us / 1e6, journal)
-    serve.run(
-        compose(_app_args(options), start_core),
-        logging_config={"enable_access_log": False},
-    )
-    _wait_until_ready(plan)
-    ready = {
+    with _more_nodes(options, ray.get_runtime_context().gcs_address):
+        serve.run(
+            compose(_app_args(options), start_core),
+            logging_config={"enable_access_log": False},
+        )
+        _wait_until_ready(plan)
+        ready = _ready_line(options, plan, journal)
+        with collecting(options.collect_s) if options.collect_s else nullcontext():
+            print(json.dumps(ready), file=answers, flush=True)
+            sys.stdin.read()
+        serve.shutdown()
+    ray.shutdown()
+
+
+@contextmanager
+def _more_nodes(options: argparse.Namespace, address: str) -> Iterator[None]:
+    """Have room for the engines on nodes of their own, if asked for."""
+    if not options.nodes:
+        yield
+        return
+    engines_each = math.ceil(options.engines / options.nodes)
+    pool = NodePool(address, options.nodes, engines_each, options.replace_nodes_s)
+    try:
+        with pool.kept():
+            yield
+    finally:
+        pool.end()
+
+
+def _ready_line(options: argparse.Namespace, plan: Plan, journal: Path) -> dict[str, Any]:
+    return {
         **vars(options),
         "tokenizer": options.model,
         "model": _NAME,
@@ -98,11 +129,6 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
         "pid": os.getpid(),
         "journal": str(journal),
     }
-    with collecting(options.collect_s) if options.collect_s else nullcontext():
-        print(json.dumps(ready), file=answers, flush=True)
-        sys.stdin.read()
-    serve.shutdown()
-    ray.shutdown()
 
 
 def _app_args(options: argparse.Namespace) -> AppArgs:
@@ -119,6 +145,7 @@ def _app_args(options: argparse.Namespace) -> AppArgs:
     deployment = {
         "num_replicas": options.engines,
         "num_cpus": 0.1,
+        "num_gpus": 1 if options.nodes else 0,  # which only the other nodes pretend to have
         "routing_policy": options.routing_policy,
         "max_ongoing_requests": options.max_ongoing_requests,
         "max_queued_requests": options.max_queued_requests,
@@ -128,6 +155,7 @@ def _app_args(options: argparse.Namespace) -> AppArgs:
     }
     ingress = {
         "num_replicas": options.ingresses,
+        "num_cpus": 1 + CPUS if options.nodes else 0.1,
         "max_concurrent_requests": options.max_concurrent_requests,
         "graceful_shutdown_timeout_s": 1,
     }
@@ -156,6 +184,12 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--token-us", type=float, default=0.0, help="added for a token of prefill")
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--ingresses", type=int, default=1)
+    parser.add_argument(
+        "--nodes", type=int, default=0, help="of the cluster beside this one, for all engines"
+    )
+    parser.add_argument(
+        "--replace-nodes-s", type=float, default=5.0, help="from a node's death to another"
+    )
     parser.add_argument("--max-num-seqs", type=int, default=1024, help="rows of an engine's step")
     parser.add_argument("--max-num-batched-tokens", type=int, default=BATCHED_TOKENS)
     parser.add_argument("--cache-tokens", type=int, default=(TOTAL_BLOCKS - 1) * BLOCK_SIZE)
