@@ -38,7 +38,7 @@ SIDE_PORTS = {
 }
 """Ports of Serve's proxies beside the public one, with Serve's defaults."""
 STOP_LIMIT_S = 90.0
-"""How long the server may take to shut down before it is killed."""
+"""How long the server may take to shut down, once its requests have ended, before it is killed."""
 LEFTOVERS_S = 5.0
 """How long Ray's processes may take to end after `serve run` has."""
 GIVEN_UP = (b"Failed to update the deployment", b"Deploying app ")
@@ -57,6 +57,8 @@ class Plan:
     """A served name, for the example."""
     needs_key: bool = False
     """Whether clients must send an API key."""
+    drain_limit_s: float = 0.0
+    """How long requests may go on when the server is to stop."""
 
     @property
     def url(self) -> str:
@@ -112,7 +114,9 @@ def read_plan(config: Path) -> Plan:
     for options in args.models.values():
         options.check()
     _check_keys_arrive()
-    return Plan(config, host, port, next(iter(args.models)), args.ingress.check().has_keys)
+    has_keys = args.ingress.check().has_keys
+    limit_s = args.ingress.graceful_shutdown_timeout_s
+    return Plan(config, host, port, next(iter(args.models)), has_keys, limit_s)
 
 
 def _check_keys_arrive() -> None:
@@ -159,7 +163,8 @@ def environment(plan: Plan, folder: Path) -> dict[str, str]:
 def _serve(plan: Plan, folder: Path) -> int:
     begin = time.monotonic()
     # As a module: Ray may have come in a folder on PYTHONPATH, without its command.
-    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(plan.config)]
+    limit_s = str(plan.drain_limit_s)
+    command = [sys.executable, "-m", "deployments.drain", limit_s, "run", str(plan.config)]
     if "RAY_ADDRESS" not in os.environ:
         command += ["--address", "local"]  # not some other cluster that this machine runs
     print(f"trunkline: starting {plan.model} with {plan.config} …", flush=True)
@@ -189,7 +194,7 @@ def _serve(plan: Plan, folder: Path) -> int:
             print("trunkline: the server cannot start; see the error above.", file=sys.stderr)
         while ready and server.poll() is None and not stop.asked:
             time.sleep(0.2)
-        _shut_down(server, stop)
+        _shut_down(server, stop, plan.drain_limit_s)
     finally:
         end_descendants(LEFTOVERS_S)
     return 0 if stop.asked else server.returncode or 1
@@ -223,13 +228,18 @@ class _Stop:
         self.asked += 1
 
 
-def _shut_down(server: subprocess.Popen[bytes], stop: _Stop) -> None:
-    """Let `serve run` shut down, which it does at SIGINT; asked again or too late, kill it."""
+def _shut_down(server: subprocess.Popen[bytes], stop: _Stop, drain_limit_s: float) -> None:
+    """Let the server shut down, which it does at SIGINT once its requests have ended; asked again
+    or too late, kill it."""
     if server.poll() is not None:
         return
-    print("trunkline: stopping; once more to stop at once …", flush=True)
+    print(
+        f"trunkline: stopping; requests under way may go on for {drain_limit_s:g} s; "
+        "once more to stop at once …",
+        flush=True,
+    )
     server.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + STOP_LIMIT_S
+    deadline = time.monotonic() + drain_limit_s + STOP_LIMIT_S
     while server.poll() is None:
         if stop.asked > 1 or time.monotonic() > deadline:
             server.kill()

@@ -17,6 +17,7 @@ from deployments.engine_client import EngineClient
 from deployments.failover import FailoverLimits
 from deployments.flags import missing_flags
 from deployments.ingress.app import build_asgi_app
+from deployments.ingress.draining import Draining
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import load_table
 from deployments.trunk import TrunkHub
@@ -66,7 +67,13 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve in the replica, after the constructor."""
-        return build_asgi_app(self._models, self._options)
+        self._draining = Draining(build_asgi_app(self._models, self._options))
+        return self._draining
+
+    async def drain(self) -> int:
+        """Refuse requests from now on; returns how many are under way."""
+        self._draining.ending = True
+        return self._draining.num_running
 
 
 async def _await_trunks(models: ServedModels) -> None:

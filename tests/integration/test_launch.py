@@ -182,12 +182,36 @@ def test_port_taken_is_said_clearly(launched):
     assert "cannot listen on 127.0.0.1" in second.stderr and "http_options.port" in second.stderr
 
 
-def test_stops_cleanly_and_leaves_nothing(launched):
+def test_lets_streams_end_and_leaves_nothing(launched, client):
     """The last test of this module: it ends the server."""
     mine = _descendants(launched.process.pid)
     assert mine
-    assert launched.stop() == 0
+    stream = client.completions.create(
+        model=MODEL,
+        prompt="Once",
+        max_tokens=300,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    launched.process.send_signal(signal.SIGTERM)
+    status = _first_refusal(launched)
+    *_, last = stream
+    assert status == 503
+    assert last.usage.completion_tokens == 300
+    assert launched.process.wait(120) == 0
     assert not [pid for pid in mine if _alive(pid)]
+
+
+def _first_refusal(launched: Launched) -> int:
+    """Ask for the models until that is refused; what keeps the server from stopping is counted."""
+    for _ in range(100):
+        status = httpx.get(f"{launched.url}/v1/models").status_code
+        if status != 200:
+            return status
+        time.sleep(0.05)
+    return 200
 
 
 def _descendants(root: int) -> list[int]:
