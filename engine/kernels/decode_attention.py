@@ -93,11 +93,9 @@ def _decode_kernel(
         gdc_wait()
     sequence = tl.load(order + tl.program_id(1))
     length = tl.load(seq_lens + sequence)
-    if length == 0:
-        return
     first = tl.maximum(length - window, 0) if WINDOW else 0
     size = tl.maximum(tl.cdiv(tl.cdiv(length - first, max_spans), KEYS) * KEYS, MIN_SPAN)
-    num_spans = tl.maximum(tl.cdiv(length - first, size), 1)
+    num_spans = tl.cdiv(length - first, size)  # none where the length is 0
     if span >= num_spans:
         return
     group, dim = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
@@ -112,19 +110,22 @@ def _decode_kernel(
         start, tl.minimum(start + size, length), kv_head * head_stride, scale, slot_stride,
         BLOCK_SIZE, GROUP_BLOCK, DIM, DIM_BLOCK, KEYS,
     )  # fmt: skip
-    if num_spans > 1:
-        pair = sequence * num_kv + kv_head
-        first_span = (pair * max_spans).to(tl.int64)
-        mine = (first_span + span) * GROUP_BLOCK
-        tl.store(partials + (mine + group[:, None]) * DIM_BLOCK + dim[None, :], attended)
-        tl.store(stats + mine * 2 + group, highest)
-        tl.store(stats + mine * 2 + GROUP_BLOCK + group, weight)
-        tl.debug_barrier()
-        if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") < num_spans - 1:
-            return
-        tl.store(arrivals + pair, 0)
-        weight, attended = _join(partials, stats, first_span, num_spans, GROUP_BLOCK, DIM_BLOCK)
     place = out + (row * num_kv * GROUP + heads[:, None]) * DIM + dim[None, :]
+    if num_spans == 1:
+        # Not by way of the store below: to meet the joined sums, these would change their layout.
+        tl.store(place, attended / weight[:, None], mask=of_group)
+        return
+    pair = sequence * num_kv + kv_head
+    first_span = (pair * max_spans).to(tl.int64)
+    mine = (first_span + span) * GROUP_BLOCK
+    tl.store(partials + (mine + group[:, None]) * DIM_BLOCK + dim[None, :], attended)
+    tl.store(stats + mine * 2 + group, highest)
+    tl.store(stats + mine * 2 + GROUP_BLOCK + group, weight)
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") < num_spans - 1:
+        return
+    tl.store(arrivals + pair, 0)
+    weight, attended = _join(partials, stats, first_span, num_spans, GROUP_BLOCK, DIM_BLOCK)
     tl.store(place, attended / weight[:, None], mask=of_group)
 
 
