@@ -190,4 +190,6 @@ def _keys_of_environment(environment: Mapping[str, str]) -> list[ApiKey]:
 
 
 def _digest(key: str) -> bytes:
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError("API keys must be of printable ASCII characters.")
     return hashlib.sha256(key.encode()).digest()

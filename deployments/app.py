@@ -20,6 +20,7 @@ from deployments.engine_actor import StartCore
 from deployments.engine_replica import EngineReplica
 from deployments.ingress.deployment import IngressASGI
 from deployments.routing import EngineRouter
+from deployments.watchdog import WatchOptions
 from engine.config import EngineConfig
 from engine.startup import start_engine
 
@@ -91,7 +92,8 @@ def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.
         "num_gpus": resources.get("GPU", 0),
         "resources": {k: v for k, v in resources.items() if k not in ("CPU", "GPU")},
     }
-    return deployment.bind(engine, actor_options, start_core)
+    watch = WatchOptions(options.stall_limit_s, options.crash_dump_dir)
+    return deployment.bind(engine, actor_options, start_core, watch)
 
 
 def _ingress_deployment(options: IngressOptions) -> serve.Deployment:

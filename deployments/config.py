@@ -77,6 +77,12 @@ class DeploymentOptions(Options):
     """A dead engine ends its replica at once; this is for hung ones. (Serve's default is 10.)"""
     health_check_timeout_s: float = Field(default=10, gt=0)
     """The replica does no heavy work, so an answer takes milliseconds. (Serve's default is 30.)"""
+    stall_limit_s: float | None = Field(default=None, gt=0)
+    """An engine whose step lasts longer, without compiling anything, is taken to hang and replaced.
+    None takes 8 s on a GPU, and at least 60 s on a CPU; see `stall_limit` in
+    `deployments/watchdog.py`."""
+    crash_dump_dir: str | None = None
+    """Folder for what an engine leaves when it dies; None takes that of Ray's logs."""
 
 
 class ModelOptions(Options):

@@ -6,16 +6,19 @@ import asyncio
 import contextvars
 import logging
 import os
-import time
 from typing import Any
 
+import msgspec
 import ray
 from ray import serve
 
+from deployments import watchdog
+from deployments.crash_dump import describe_error, write_crash_dump
 from deployments.engine_actor import EngineActor, StartCore
 from deployments.metrics import EngineMetrics
 from deployments.names import engine_actor_name
 from deployments.placement import Booking
+from deployments.watchdog import Silence, WatchOptions
 from deployments.wire import (
     EngineReport,
     Submission,
@@ -29,25 +32,25 @@ from engine.outputs import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 
-STALL_LIMIT_S = 60.0
-"""An engine that has work and finishes no step for this long counts as hung.
-
-Longer than any sane step: a chunk of prefill on a CPU takes seconds.
-"""
-SILENCE_LIMIT_S = 10.0
-"""An engine actor that has not reported for this long (it does so every second) is unhealthy."""
-EXIT_DELAY_S = 0.5
-"""Time for the errors of unfinished requests to leave before the process ends."""
-UNREAD_OBJECTS = 8
-"""Messages of a stream that the engine may send ahead of its reader; then it merges."""
+SILENCE_LIMIT_S = 8.0
+"""An engine actor that has not reported for this long (it does so every second) is stopped, or
+nothing in it gets to run."""
+UNREAD_OBJECTS = 2
+"""Reports that the engine may send ahead; then it merges, and notices that nobody reads."""
 
 
 class EngineReplica:
     """Creates its engine actor, hands it requests, and holds a call open for each of them."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: EngineConfig, actor_options: dict[str, Any], start_core: StartCore
+        self,
+        config: EngineConfig,
+        actor_options: dict[str, Any],
+        start_core: StartCore,
+        options: WatchOptions = WatchOptions(),  # noqa: B008  # it is frozen
     ) -> None:
+        self._config = config
+        self._options = options
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._actor = (
             ray.remote(EngineActor)
@@ -56,20 +59,19 @@ class EngineReplica:
                 max_concurrency=1000,
                 **actor_options,
             )
-            .remote(config, start_core)
+            .remote(config, start_core, options)
         )
         self._ends: dict[str, asyncio.Future[str]] = {}
         self._outbox: list[Submission] = []
         self._submitting: set[asyncio.Task[None]] = set()
         self._dead: str | None = None
         self._load = EngineLoad()
-        self._progress_age_s = 0.0
-        self._watcher: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.info = await self._actor.start.remote()
-        # Not before: loading may take minutes, and Serve checks the health right after this.
-        self._last_report = time.monotonic()
+        # Not before: loading may take minutes.
+        self._silence = Silence()
         self._metrics = EngineMetrics(self.info["model"])
-        self._watcher = asyncio.create_task(self._watch())
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._guard())]
 
     async def generate(self, submission: bytes, booking: Booking) -> str:
         """Run one request and return its finish reason when it has ended.
@@ -102,20 +104,18 @@ class EngineReplica:
                 self._actor.abort.remote([request_id])
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead, silent or stalled."""
+        """Raise when the engine is dead or silent; a step that hangs is its death."""
         if self._dead is not None:
             raise EngineDead(self._dead)
-        silent_s = time.monotonic() - self._last_report
-        if silent_s > SILENCE_LIMIT_S:
-            raise EngineDead(f"the engine has not reported for {silent_s:.0f} s")
-        if self._progress_age_s + silent_s > STALL_LIMIT_S:
-            raise EngineDead(f"no step has finished for {self._progress_age_s + silent_s:.0f} s")
+        if self._silence.seconds > SILENCE_LIMIT_S:
+            raise EngineDead(f"the engine has not reported for {self._silence.seconds:.0f} s")
 
     async def __del__(self) -> None:
         """Called by Serve when ongoing calls have ended: end the trunks, then the actor."""
-        if self._watcher is None:  # the engine did not start
+        if not self._tasks:  # the engine did not start
             return
-        self._watcher.cancel()
+        for task in self._tasks:
+            task.cancel()
         await asyncio.wait([asyncio.ensure_future(self._actor.drain.remote())], timeout=10)
 
     def _flush(self) -> None:
@@ -140,20 +140,31 @@ class EngineReplica:
         """Follow the engine's reports to their end, which is the end of this replica too."""
         reports = self._actor.watch.options(
             num_returns="streaming", _generator_backpressure_num_objects=UNREAD_OBJECTS
-        ).remote()
+        ).remote(os.getpid())
+        reason, error = "end", None
         try:
             async for ref in reports:
                 self._take(decode_report(await ref))
-        except ray.exceptions.RayError as error:
-            self._dead = f"the engine actor died: {error}"
-        except Exception as error:  # without its reports no request would ever end
+        except ray.exceptions.RayError as failure:
+            reason, error = "lost process", failure
+        except Exception as failure:  # without its reports no request would ever end
             logger.exception("cannot follow the engine's reports")
-            self._dead = f"its reports cannot be followed: {type(error).__name__}: {error}"
-        self._die()
+            reason, error = "unreadable report", failure
+        if self._dead is None:  # else the engine has told why, and left a dump
+            told = "it shut down" if error is None else f"{type(error).__name__}: {error}"
+            self._die(f"the engine actor ended: {told}", reason, error)
+        else:
+            self._end()
+
+    async def _guard(self) -> None:
+        """Look whether the engine reports; if not, nothing in its process runs any more."""
+        while self._silence.look() <= SILENCE_LIMIT_S:
+            await asyncio.sleep(watchdog.LOOK_S)
+        watchdog.ask_for_stacks(self.info["pid"])
+        self._die(f"the engine has not reported for {SILENCE_LIMIT_S:.0f} s", "silence")
 
     def _take(self, report: EngineReport) -> None:
-        self._last_report = time.monotonic()
-        self._progress_age_s = report.progress_age_s
+        self._silence.end()
         self._load = report.load
         self._dead = report.dead or self._dead
         for notice in report.ended:
@@ -162,12 +173,33 @@ class EngineReplica:
                 end.set_result(notice.reason)
         self._metrics.record(report)
 
-    def _die(self) -> None:
-        """Fail what is open and end the process: Serve replaces a dead replica at once, while an
+    def _die(self, message: str, reason: str, error: Exception | None = None) -> None:
+        """Leave a dump of what is known here of an engine that cannot write one, and end."""
+        if self._dead is not None:
+            return
+        self._dead = message
+        write_crash_dump(
+            self._options.crash_dump_dir,
+            reason,
+            engine=self._config.model_dump(mode="json"),
+            engine_pid=self.info["pid"],
+            last_load=msgspec.structs.asdict(self._load),
+            requests=list(self._ends),
+            error=describe_error(error) if error is not None else message,
+        )
+        self._end()
+
+    def _end(self) -> None:
+        """Fail what is open and end both processes: Serve replaces a dead replica at once, while an
         unhealthy one would have to fail several health checks first."""
-        self._dead = self._dead or "the engine actor ended"
         logger.error("%s; this replica ends and will be replaced", self._dead)
         for end in self._ends.values():
             if not end.done():
-                end.set_exception(EngineDead(self._dead))
-        asyncio.get_running_loop().call_later(EXIT_DELAY_S, os._exit, 1)
+                end.set_exception(EngineDead(str(self._dead)))
+        asyncio.get_running_loop().call_later(watchdog.EXIT_DELAY_S, self._end_processes)
+
+    def _end_processes(self) -> None:
+        """The engine's first, which may be stopped or hang in a call of its device: Ray would leave
+        it the memory of a GPU for seconds, which the replacement wants."""
+        watchdog.kill_process(self.info["pid"])
+        watchdog.end_process()

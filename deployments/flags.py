@@ -8,6 +8,11 @@ from collections.abc import Mapping
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 """HAProxy instead of the Python proxy; gRPC between deployments, and one event loop a replica."""
 
+SERVE_MIDDLEWARE = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.ingress.plain_headers.before_serve"
+}
+"""What each HTTP server of Serve passes requests through before it looks at them itself."""
+
 LONG_STREAMS = {
     # A reload of HAProxy cuts what is still open after this long; the default is two minutes.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",

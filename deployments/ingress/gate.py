@@ -116,7 +116,10 @@ class Gate:
         try:
             use = self._admit(scope)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            response = error.response()
+            if _may_be_long(scope):  # or the HTTP server would take in all of it
+                response.headers["Connection"] = "close"
+            await response(scope, receive, send)
             return
         with use:
             await self._app(scope, receive, send)
@@ -157,6 +160,13 @@ def _read_headers(scope: Scope) -> bytes:
             code="headers_too_large",
         )
     return authorization
+
+
+def _may_be_long(scope: Scope) -> bool:
+    """Whether a body follows that does not say it is short."""
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length", b"0")
+    return b"transfer-encoding" in headers or len(length) > 5
 
 
 def _unauthorized(message: str) -> ApiError:

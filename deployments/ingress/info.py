@@ -1,4 +1,4 @@
-"""`/v1/models` and `/health`."""
+"""`/v1/models`, and what those ask who watch over the server: `/health` and `/ready`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deployments.ingress.errors import json_response
+from deployments.ingress.errors import json_response, unavailable
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import EngineView
 
@@ -26,22 +26,35 @@ async def handle_model(models: ServedModels, request: Request, data: bytes) -> R
 
 
 async def handle_health(models: ServedModels, request: Request, data: bytes) -> Response:
-    """200 when every model has an engine, else 503; with the load of each engine."""
-    engines = [
-        _engine(model.name, view)
+    """200 from every ingress that lives, engines or not: a new one would not find any either.
+
+    `status` is `ok` when `/ready` would be 200, else `unready`.
+    """
+    rows = [
+        _engine(model, view)
         for model in models.by_name.values()
         for view in model.client.table.view(model.client.deployment)
     ]
-    waiting = [
-        model.name
-        for model in models.by_name.values()
-        if not model.ready and not model.may_scale_to_zero
-    ]
-    status = "starting" if waiting else "ok"
-    answer: dict[str, Any] = {"status": status, "engines": engines}
+    waiting = [model.name for model in models.by_name.values() if not model.can_serve]
+    answer: dict[str, Any] = {"status": "unready" if waiting else "ok", "engines": rows}
     if waiting:
         answer["without_engine"] = waiting
-    return json_response(answer, 503 if waiting else 200)
+    if models.lag is not None:
+        answer["event_loop_lag_s"] = round(models.lag.worst_s, 3)
+    return json_response(answer)
+
+
+async def handle_ready(models: ServedModels, request: Request, data: bytes) -> Response:
+    """200 when requests to every model would be served now.
+
+    Raises:
+        ApiError: 503 when a model has no engine that serves.
+    """
+    waiting = [model for model in models.by_name.values() if not model.can_serve]
+    if waiting:
+        names = ", ".join(f"'{model.name}'" for model in waiting)
+        raise unavailable(f"No engine of {names} is ready.", waiting[0].retry_after_s)
+    return json_response({"status": "ready"})
 
 
 def _describe(model: ServedModel) -> dict[str, Any]:
@@ -55,10 +68,11 @@ def _describe(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def _engine(model: str, view: EngineView) -> dict[str, Any]:
+def _engine(model: ServedModel, view: EngineView) -> dict[str, Any]:
     return {
         "id": view.engine_id,
-        "model": model,
+        "model": model.name,
+        "serving": model.is_served_by(view),
         "running": view.load.num_running,
         "waiting": view.load.num_waiting,
         "booked": view.num_booked,

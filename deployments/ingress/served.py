@@ -12,7 +12,10 @@ import msgspec
 from deployments.aside import run_aside
 from deployments.backlog import BacklogLimits
 from deployments.engine_client import EngineClient
+from deployments.engine_state import SILENT_S
 from deployments.ingress.errors import model_not_found, overloaded, unavailable
+from deployments.load_table import EngineView
+from deployments.watchdog import LoopLag
 from engine.errors import InvalidRequest
 from engine.inputs import Prompt
 from engine.job import Job
@@ -121,6 +124,17 @@ class ServedModel:
         """Whether a trunk to an engine of this model is open."""
         return bool(self.client.hub.connected(self.client.deployment))
 
+    @property
+    def can_serve(self) -> bool:
+        """Whether requests would be served now, or start an engine that does."""
+        views = self.client.table.view(self.client.deployment)
+        return self.may_scale_to_zero or any(map(self.is_served_by, views))
+
+    def is_served_by(self, engine: EngineView) -> bool:
+        """Whether the trunk to an engine is open and its load, which is due every second, comes."""
+        connected = engine.engine_id in self.client.hub.connected(self.client.deployment)
+        return connected and engine.age_s is not None and engine.age_s <= SILENT_S
+
     def need_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer, for features that cannot do without.
 
@@ -181,6 +195,8 @@ class ServedModels:
     """All models of an ingress replica."""
 
     by_name: dict[str, ServedModel] = field(default_factory=dict)
+    lag: LoopLag | None = None
+    """Of the event loop that serves them."""
 
     def find(self, name: str | None) -> ServedModel:
         """The model of this name; None will do when there is only one.

@@ -98,7 +98,9 @@ class CompletionBody(GenerationBody):
         "prompt_embeds": _NOTHING,
     }
 
-    prompt: Annotated[PromptField, PlainValidator(_check_prompt)]
+    prompt: Annotated[
+        PromptField, PlainValidator(_check_prompt, json_schema_input_type=PromptField)
+    ]
     logprobs: int | None = None
     echo: bool | None = None
     add_special_tokens: bool = True

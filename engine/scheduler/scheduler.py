@@ -19,6 +19,7 @@ from engine.scheduler.preemption import ForcedPreemption
 from engine.scheduler.running_batch import RunningBatch
 from engine.scheduler.step_builder import ScheduledStep, StepBuilder
 from engine.scheduler.waiting_queue import WaitingQueue
+from engine.snapshot import EngineSnapshot, RequestSnapshot, StepSnapshot
 from engine.step import StepPlan, StepResult
 
 BUDGET_GROWTH = 1 / 16
@@ -207,6 +208,18 @@ class Scheduler:
             prefix_hits=self._planner.prefix_hits,
             block_size=self._blocks.block_size,
             prefilled_tokens=self._planner.prefilled_tokens,
+        )
+
+    def snapshot(self) -> EngineSnapshot:
+        """What is scheduled and what waits, for a crash dump."""
+        in_flight = list(self._in_flight)
+        last = [self._last] if self._last and not in_flight else []
+        return EngineSnapshot(
+            self.load(),
+            self._token_budget,
+            [StepSnapshot.of(s.plan, s.requests, bool(in_flight)) for s in in_flight or last],
+            [RequestSnapshot.of(request) for request in self._running.requests],
+            [RequestSnapshot.of(request) for request in self._waiting],
         )
 
     def check_invariants(self) -> None:

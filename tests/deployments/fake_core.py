@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.outputs import EngineLoad, TokenDelta
 from engine.request import EngineRequest
+from engine.snapshot import EngineSnapshot
 
 BLOCK_SIZE = 16
 TOTAL_BLOCKS = 4096
@@ -19,6 +22,8 @@ TOTAL_BLOCKS = 4096
 @dataclass(frozen=True)
 class FakeInfo:
     model: str = "fake"
+    device: str = "cpu"
+    max_num_batched_tokens: int = 1024
     max_model_len: int = 4096
     block_size: int = BLOCK_SIZE
     num_blocks: int = TOTAL_BLOCKS
@@ -32,12 +37,22 @@ def expected_tokens(prompt: list[int], count: int) -> list[int]:
 
 
 class FakeCore:
-    """Each step adds one token to each of at most `max_num_seqs` requests."""
+    """Each step adds one token to each of at most `max_num_seqs` requests.
 
-    def __init__(self, config: EngineConfig, step_s: float = 0.0, die_at_token: int = -1) -> None:
+    Where the file `hang_once` exists, the core that finds it first in a step deletes it and hangs.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        step_s: float = 0.0,
+        die_at_token: int = -1,
+        hang_once: str | None = None,
+    ) -> None:
         self.info = FakeInfo(model=config.model)
         self._step_s = step_s
         self._die_at_token = die_at_token
+        self._hang_once = Path(hang_once) if hang_once else None
         self._max_num_seqs = config.max_num_seqs
         self._requests: dict[str, EngineRequest] = {}
         self._done: dict[str, int] = {}
@@ -59,6 +74,7 @@ class FakeCore:
 
     def step(self) -> list[TokenDelta]:
         time.sleep(self._step_s)
+        self._hang_if_told()
         self._steps += 1
         running = list(self._requests.values())[: self._max_num_seqs]
         return [self._advance(request) for request in running]
@@ -78,6 +94,9 @@ class FakeCore:
             block_size=BLOCK_SIZE,
         )
 
+    def snapshot(self) -> EngineSnapshot:
+        return EngineSnapshot(self.load(), 0, [], [], [])
+
     def check_invariants(self) -> None:
         assert self.load().num_running == self.load().num_waiting == 0
 
@@ -85,6 +104,11 @@ class FakeCore:
         lost = list(self._requests)
         self._requests.clear()
         return [TokenDelta(i, [], finish_reason="error", error=error) for i in lost]
+
+    def _hang_if_told(self) -> None:
+        if self._hang_once is not None and self._hang_once.exists():
+            self._hang_once.unlink()
+            threading.Event().wait()
 
     def _advance(self, request: EngineRequest) -> TokenDelta:
         request_id = request.request_id

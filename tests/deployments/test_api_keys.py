@@ -65,6 +65,7 @@ def test_file_has_a_key_a_line_with_settings(tmp_path):
         (f"{SECRET} requests_per_minute=nan", "above 0"),
         (f"{SECRET} max_concurrent_requests=0", "above 0"),
         (f"{SECRET} max_concurrent_requests=1.5", "line 1: Expected `int"),
+        (f"{SECRET}é", "line 1: API keys must be of printable ASCII"),
         (f"{SECRET}\nx\n{SECRET}", "line 3: this key has been there before"),
     ],
 )

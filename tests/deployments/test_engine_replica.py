@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deployments import engine_replica
+from deployments import engine_replica, watchdog
 from deployments.engine_actor import EngineActor
 from deployments.engine_replica import EngineReplica
 from deployments.placement import Booking
@@ -56,9 +57,8 @@ class LocalActor:
 
 
 @pytest.fixture
-def local(monkeypatch):
-    """Lets replicas be made without Ray; holds the exit statuses of those that have ended."""
-    exits: list[int] = []
+def local(monkeypatch, ended):
+    """Lets replicas be made without Ray; holds what they have ended."""
 
     def remote(actor_class: type) -> Any:
         made = SimpleNamespace(remote=lambda *args: LocalActor(actor_class(*args)))
@@ -70,9 +70,8 @@ def local(monkeypatch):
     monkeypatch.setattr(
         engine_replica, "EngineMetrics", lambda _: SimpleNamespace(record=lambda _: None)
     )
-    monkeypatch.setattr(engine_replica, "EXIT_DELAY_S", 0.0)
-    monkeypatch.setattr(engine_replica.os, "_exit", exits.append)
-    return exits
+    monkeypatch.setattr(watchdog, "EXIT_DELAY_S", 0.0)
+    return ended
 
 
 class Replica(EngineReplica):
@@ -87,7 +86,8 @@ async def start(start_core: Callable[[EngineConfig], Any] = FakeCore) -> EngineR
 
 
 async def stop(replica: EngineReplica) -> None:
-    replica._watcher.cancel()
+    for task in replica._tasks:
+        task.cancel()
     await replica._actor.actor.drain()
 
 
@@ -104,18 +104,57 @@ async def test_slow_load_does_not_count_as_silence(local, monkeypatch):
 
 
 async def test_report_that_cannot_be_read_ends_the_replica(local, monkeypatch):
-    async def garbage(_: EngineActor) -> AsyncIterator[bytes]:
+    async def garbage(_: EngineActor, replica_pid: int) -> AsyncIterator[bytes]:
         yield b"no report"
 
     monkeypatch.setattr(EngineActor, "watch", garbage)
     replica = await start()
-    async with asyncio.timeout(5):
-        while not local:
-            await asyncio.sleep(0.01)
-    assert local == [1]
+    await until(lambda: local)
+    assert local == [("killed", replica.info["pid"]), "itself"]
     with pytest.raises(EngineDead, match="ValidationError"):
         await replica.check_health()
     await stop(replica)
+
+
+async def test_a_silent_engine_is_killed_and_the_replica_ends(local, monkeypatch, tmp_path):
+    async def silence(_: EngineActor, replica_pid: int) -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    monkeypatch.setattr(EngineActor, "watch", silence)
+    monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.1)
+    replica = await start()
+    call = asyncio.ensure_future(replica.generate(submission("a", 10**6), Booking("a", 2)))
+    await until(lambda: len(local) == 3)
+    pid = replica.info["pid"]
+    assert local == [("asked", pid), ("killed", pid), "itself"]
+    with pytest.raises(EngineDead, match="not reported"):
+        await call
+    with pytest.raises(EngineDead, match="not reported"):
+        await replica.check_health()
+    (dump,) = tmp_path.glob("trunkline-crash-*.json")
+    found = json.loads(dump.read_text())
+    assert (found["reason"], found["requests"]) == ("silence", ["a"])
+    await stop(replica)
+
+
+async def test_the_engines_own_death_ends_both_and_is_dumped_once(local, tmp_path):
+    replica = await start(partial(FakeCore, die_at_token=1))
+    with pytest.raises(EngineDead):
+        await replica.generate(submission("b"), Booking("b", 2))
+        await replica.generate(submission("c"), Booking("c", 2))
+    await until(lambda: local.count("itself") == 2)
+    assert ("killed", replica.info["pid"]) in local
+    assert len(list(tmp_path.glob("trunkline-crash-*.json"))) == 1
+    with pytest.raises(EngineDead, match="told to die"):
+        await replica.check_health()
+    await stop(replica)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 def submission(request_id: str, max_tokens: int = 3) -> bytes:

@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from ray._common.utils import import_attr
 
 from deployments.api_keys import KEY_VARIABLES
 from deployments.config import IngressOptions
+from deployments.flags import SERVE_MIDDLEWARE
 from deployments.ingress.gate import MAX_HEADER_BYTES, MAX_HEADERS, KeyUse
 from tests.deployments.plane import open_plane
 
@@ -110,10 +112,19 @@ async def test_the_right_key_opens(closed):
     assert (await closed.http.get("/nowhere", headers=BEARER)).status_code == 404
 
 
-async def test_a_wrong_key_is_refused_before_the_body_is_read(closed):
-    exchange = Exchange(closed.app, {"Authorization": "Bearer wrong"})
+@pytest.mark.parametrize(
+    ("header", "value", "closes"),
+    [
+        ("Content-Length", "99999", False),
+        ("Content-Length", "100000", True),
+        ("Transfer-Encoding", "chunked", True),
+    ],
+)
+async def test_a_wrong_key_is_refused_before_the_body_is_read(closed, header, value, closes):
+    exchange = Exchange(closed.app, {"Authorization": "Bearer wrong", header: value})
     await asyncio.wait_for(exchange.task, 5)
     assert (exchange.status, exchange.num_received) == (401, 0)
+    assert (exchange.headers.get("connection") == "close") == closes
 
 
 @pytest.mark.parametrize("common", [True, False])
@@ -165,6 +176,19 @@ def test_token_bucket_holds_a_minute_and_fills_evenly():
     assert [KeyUse().take_token(0.5, 5.0)] == [0]
     slow = KeyUse()
     assert [slow.take_token(0.5, 5.0), slow.take_token(0.5, 5.0)] == [0, 120]
+
+
+async def test_serve_sees_no_headers_that_it_cannot_read():
+    seen: list[Any] = []
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["headers"])
+
+    (middleware,) = import_attr(*SERVE_MIDDLEWARE.values())()
+    app = middleware.cls(serve, *middleware.args, **middleware.kwargs)
+    headers = [(b"x-request-id", b"\xff"), (b"accept", b"*/*"), (b"user-agent", "é".encode())]
+    await app({"type": "http", "headers": headers}, None, None)
+    assert seen == [[(b"accept", b"*/*")]]
 
 
 async def test_too_many_or_too_long_headers(plane):

@@ -158,6 +158,7 @@ async def test_models_and_health(plane):
     assert (await plane.http.get("/v1/models/m")).json()["max_model_len"] == MAX_MODEL_LEN
     health = await plane.http.get("/health")
     assert health.status_code == 200
+    assert health.json()["status"] == "ok"
     assert health.json()["engines"][0]["free_blocks"] == 4096
 
 
@@ -306,7 +307,27 @@ async def test_no_engine_answers_503(plane):
     response = await plane.http.post("/v1/completions", json=COMPLETION)
     assert response.status_code == 503
     assert "retry-after" in response.headers
-    assert (await plane.http.get("/health")).status_code == 503
+    ready = await plane.http.get("/ready")
+    assert (ready.status_code, ready.headers["retry-after"]) == (503, "3")
+    assert "No engine of 'm'" in ready.json()["error"]["message"]
+    health = await plane.http.get("/health")  # of the process: to end it would help nobody
+    assert (health.status_code, health.json()["status"]) == (200, "unready")
+    assert health.json()["without_engine"] == ["m"]
+
+
+async def test_ready_is_what_can_be_served_now(plane, monkeypatch):
+    assert (await plane.http.get("/ready")).json() == {"status": "ready"}
+    assert (await plane.http.get("/health")).json()["engines"][0]["serving"] is True
+    monkeypatch.setattr("deployments.ingress.served.SILENT_S", -1.0)  # no report is fresh
+    assert (await plane.http.get("/ready")).status_code == 503
+    health = (await plane.http.get("/health")).json()
+    assert (health["status"], health["engines"][0]["serving"]) == ("unready", False)
+    monkeypatch.undo()
+    plane.links["e0"].broken.set()  # and again, whenever it is read anew
+    await plane.until(lambda: not plane.hub.connected("Engine-m"))
+    assert (await plane.http.get("/ready")).status_code == 503
+    plane.model.may_scale_to_zero = True
+    assert (await plane.http.get("/ready")).status_code == 200
 
 
 async def test_errors_of_the_serve_call(plane):

@@ -157,6 +157,31 @@ def test_death_is_told_even_if_failing_fails(recorder, monkeypatch):
     assert str(recorder.deaths.get(timeout=5)) == "boom"
 
 
+def test_what_the_core_was_at_is_kept_from_before_its_end(tiny_model):
+    core = EngineCore(tiny_config(tiny_model, max_num_seqs=1))
+    with Failing(core, {1: ("result", lost)}):
+        recorder = Recorder(core)
+        recorder.loop.submit([request("a", [1, 2]), request("b", [3])])
+        assert recorder.deaths.get(timeout=5)
+    state = recorder.loop.snapshot()
+    assert [r.request_id for r in state.running] == ["a"]
+    assert [r.request_id for r in state.waiting] == ["b"]
+    assert state.steps[0].in_flight
+    recorder.loop.stop()
+
+
+def test_a_core_that_cannot_tell_what_it_is_at_dies_as_loudly(recorder, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(recorder.core, "step", fail)
+    monkeypatch.setattr(recorder.core, "snapshot", fail)
+    recorder.loop.submit([request("a", [1])])
+    assert recorder.deltas_until_finished(1)[0].error
+    assert str(recorder.deaths.get(timeout=5)) == "boom"
+    assert recorder.loop.snapshot() is None
+
+
 def test_an_idle_loop_shows_life_and_looks_for_leaks(monkeypatch):
     monkeypatch.setattr(loop_module, "IDLE_WAKEUP_S", 0.01)
     core, checks = FakeCore(EngineConfig()), queue.Queue()

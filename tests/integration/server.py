@@ -62,12 +62,12 @@ class Server:
 
     def _environment(self, fast_path: bool, ports: list[int]) -> dict[str, str]:
         sys.path.insert(0, str(ROOT))
-        from deployments.flags import FAST_PATH
+        from deployments.flags import FAST_PATH, SERVE_MIDDLEWARE
         from deployments.haproxy import haproxy_settings
 
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         kept |= FAST_PATH if fast_path else {}
-        kept |= haproxy_settings(self._folder)
+        kept |= haproxy_settings(self._folder) | SERVE_MIDDLEWARE
         kept |= {
             "PYTHONPATH": str(ROOT),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
@@ -127,7 +127,7 @@ def main() -> None:
     )
     serve.start(http_options={"host": "127.0.0.1", "port": spec["port"]})
     _deploy(spec, spec["args"])
-    _await_health(spec["port"])
+    _await_ready(spec["port"])
     print("ANSWER null", flush=True)
     commands = {**COMMANDS, "deploy": partial(_deploy, spec)}
     for line in sys.stdin:
@@ -150,12 +150,12 @@ def _deploy(spec: dict[str, Any], args: dict[str, Any]) -> None:
     serve.run(build(checked) if fake is None else compose(checked, partial(FakeCore, **fake)))
 
 
-def _await_health(port: int) -> None:
+def _await_ready(port: int) -> None:
     """Serve is done when the ingress runs; a proxy and the engines' first reports come later."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).close()
             return
         except OSError:
             if time.monotonic() > deadline:

@@ -1,0 +1,188 @@
+"""What notices that a process, a step or an event loop stands still, and ends what does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger("ray.serve")
+
+LOOK_S = 0.5
+"""How often a watchdog looks."""
+EXIT_DELAY_S = 0.5
+"""Time for the last messages of a process to leave before it ends."""
+GPU_STALL_LIMIT_S = 8.0
+"""A step on a GPU that lasts longer hangs: the largest takes below half a second on a fast GPU and
+a few on a slow one. With this its requests are at work elsewhere within 10 s."""
+CPU_STALL_LIMIT_S = 60.0
+"""A step on a CPU may rightly last this long, and longer where the start has shown so."""
+CPU_MARGIN = 5.0
+"""How much slower than at the start the largest step on a CPU may be for each of its tokens: it
+attends over long contexts, and others want the cores."""
+WARM_UP_TOKENS = 16
+"""Tokens that the stage `warm-up` of a start computes at once. Fewer at a time cost more for each,
+so that its seconds are more than these tokens would take as a part of the largest step."""
+COMPILE_LIMIT_S = 60.0
+"""So long a step may compile kernels at their first use, beside the limit."""
+LAG_LOOK_S = 0.25
+"""How often the lag of an event loop is measured."""
+LAG_KEPT = 40
+"""Measurements, those of ten seconds, of which the worst is told."""
+LAG_WARNING_S = 0.5
+"""A lag of an event loop that is worth a warning: every stream of the process pauses as long."""
+WARNING_INTERVAL_S = 30.0
+"""Warnings are no closer to each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchOptions:
+    """See `DeploymentOptions`."""
+
+    stall_limit_s: float | None = None
+    crash_dump_dir: str | None = None
+
+
+def end_process() -> None:
+    """End this process at once, whatever its threads hang in."""
+    os._exit(1)
+
+
+def kill_process(pid: int) -> None:
+    """End a process of this machine that may be stopped, or may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def ask_for_stacks(pid: int) -> None:
+    """Have an engine actor write the stacks of its threads to its error log; see `faulthandler`.
+
+    Works while no thread can run Python, but not while the process is stopped.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR2)
+
+
+def stall_limit(info: Mapping[str, Any]) -> float:
+    """Seconds after which a step counts as hung, compilation apart.
+
+    On a CPU it follows from what the engine can do: the seconds that each token took at the start
+    times the tokens of the largest step, with a margin.
+
+    Args:
+        info: fields of the engine's `EngineInfo`.
+    """
+    if info["device"] != "cpu":
+        return GPU_STALL_LIMIT_S
+    token_s: float = info["startup_seconds"].get("warm-up", 0.0) / WARM_UP_TOKENS
+    largest_step: int = info["max_num_batched_tokens"]
+    return max(CPU_STALL_LIMIT_S, CPU_MARGIN * token_s * largest_step)
+
+
+class Silence:
+    """Seconds for which something that is looked at has shown no life.
+
+    Between two looks only so much counts as lies between them when all is well: a process that was
+    held up itself, stopped and continued say, could not have noticed life.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = 0.0
+        self._clock = clock
+        self._last_look = clock()
+
+    def end(self) -> None:
+        """There was life."""
+        self.seconds = 0.0
+        self._last_look = self._clock()
+
+    def look(self, counts: bool = True) -> float:
+        """Add the time since the last look if it counts; returns `seconds`. Every `LOOK_S`."""
+        now = self._clock()
+        if counts:
+            self.seconds += min(now - self._last_look, 2 * LOOK_S)
+        self._last_look = now
+        return self.seconds
+
+
+class StepWatch:
+    """Tells when a step hangs.
+
+    Args:
+        limit_s: longest time without progress, see `stall_limit`.
+        clock: seconds, never going back.
+    """
+
+    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit_s = limit_s
+        self._progress = 0.0
+        self._step = Silence(clock)
+        self._compilation = Silence(clock)
+
+    def stalled(self, progress: float, compiling: Callable[[], bool]) -> bool:
+        """Look whether there is progress; to be called every `LOOK_S`.
+
+        Args:
+            progress: changes with every step, and now and then without work.
+            compiling: whether a kernel is compiled now; asked only if `progress` has not changed.
+        """
+        if progress != self._progress:
+            self._progress = progress
+            self._step.end()
+            self._compilation.end()
+            return False
+        is_compiling = compiling()
+        compiled_s = self._compilation.look(is_compiling)
+        return self._step.look(not is_compiling) > self.limit_s or compiled_s > COMPILE_LIMIT_S
+
+
+class LoopLag:
+    """Measures how late the event loop that it runs in comes to what is due.
+
+    Args:
+        name: of the process, for the log.
+        record: gets `worst_s` after every measurement.
+        log: gets a warning when one is over `LAG_WARNING_S`.
+    """
+
+    def __init__(
+        self, name: str, record: Callable[[float], None], log: logging.Logger = logger
+    ) -> None:
+        self._name = name
+        self._record = record
+        self._log = log
+        self._recent: deque[float] = deque(maxlen=LAG_KEPT)
+        self._next_warning = 0.0
+
+    @property
+    def worst_s(self) -> float:
+        """Longest lag of the last ten seconds."""
+        return max(self._recent, default=0.0)
+
+    async def run(self) -> None:
+        """Measure until cancelled."""
+        while True:
+            due = time.monotonic() + LAG_LOOK_S
+            await asyncio.sleep(LAG_LOOK_S)
+            now = time.monotonic()
+            self.take(now - due, now)
+
+    def take(self, lag_s: float, now: float) -> None:
+        """Take over a measurement made at a time."""
+        self._recent.append(lag_s)
+        self._record(self.worst_s)
+        if lag_s > LAG_WARNING_S and now >= self._next_warning:
+            self._next_warning = now + WARNING_INTERVAL_S
+            self._log.warning(
+                "the event loop of %s came %.1f s late to what was due: something blocks it, or "
+                "the machine has too few cores for what it runs",
+                self._name,
+                lag_s,
+            )
