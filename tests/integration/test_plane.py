@@ -21,6 +21,9 @@ pytestmark = pytest.mark.integration
 FREED_WITHIN_S = 10.0
 """A second is what an idle machine needs; the request would run for 30."""
 
+TOLD_WITHIN_S = 1.0
+"""`/ready` tells within this time that the last engine is lost, or that there is one again."""
+
 ARGS = {
     "models": {
         "m": {
@@ -144,6 +147,9 @@ async def test_metrics_are_exported(server):
             "ray_trunkline_kv_cache_free_blocks{",
             "ray_trunkline_generation_tokens_total{",
             'finished_reason="length"',
+            "ray_trunkline_step_progress_age_seconds{",
+            'process="engine_actor"',
+            'process="ingress"',
         ]
         while missing := [name for name in wanted if name not in server.call("metrics")]:
             assert time.monotonic() < deadline, missing
@@ -201,3 +207,36 @@ async def test_streams_of_a_killed_engine_go_on_elsewhere(server):
     assert answers == [(echo("tenacious", 600), [])] * 8
     await asyncio.to_thread(wait_for, server, idle, 60)
     assert name not in server.call("engine_pids")
+
+
+async def test_ready_tells_the_truth_within_a_second(server):
+    """Beside the last test: here no engine is left for a while."""
+    async with connect(server) as client:
+        for pid in server.call("engine_pids").values():
+            os.kill(pid, signal.SIGKILL)
+        lost = await seconds_until(lambda: answers(client, "GET", "/ready", 503))
+        refused = await client.get("/ready")
+        assert refused.headers["retry-after"] and "error" in refused.json()
+        assert (await client.get("/health")).status_code == 200
+        served, ready = await asyncio.gather(
+            seconds_until(lambda: answers(client, "POST", "/v1/completions", 200)),
+            seconds_until(lambda: answers(client, "GET", "/ready", 200)),
+        )
+    print(f"lost after {lost:.2f} s, served after {served:.2f} s, ready after {ready:.2f} s")
+    assert lost < TOLD_WITHIN_S
+    assert abs(served - ready) < TOLD_WITHIN_S
+
+
+async def answers(client: httpx.AsyncClient, method: str, path: str, status: int) -> bool:
+    """Whether a few requests, which the ingress replicas share, all get this status."""
+    body = completion("are you there", 1) if method == "POST" else None
+    got = await asyncio.gather(*(client.request(method, path, json=body) for _ in range(6)))
+    return all(response.status_code == status for response in got)
+
+
+async def seconds_until(condition: Any) -> float:
+    begin = time.monotonic()
+    async with asyncio.timeout(60):
+        while not await condition():
+            await asyncio.sleep(0.02)
+    return time.monotonic() - begin
