@@ -64,6 +64,10 @@ class DeploymentOptions(Options):
     max_estimated_wait_s: float | None = Field(default=None, ge=0)
     """How long a request may have to wait for its first token, estimated from how fast the queues
     have moved lately; while it is longer, requests get 429. None sets no limit."""
+    max_logprobs_under_way: int = Field(default=2**22, ge=1)
+    """Log-probabilities, alternatives included, that the requests under way in one ingress replica
+    may come to; one that would exceed it gets 429. Each takes about half a kilobyte there, and
+    requests without a `max_tokens` count as the longest that the model takes."""
     routing_policy: Literal["prefix_load", "round_robin", "power_of_two"] = "prefix_load"
     """How an engine is chosen for a request: by what it has to compute before the first token, in
     turn, or the less loaded of two drawn at random. The latter two are for comparison: they do not

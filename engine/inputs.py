@@ -85,6 +85,8 @@ def fan_out(
 ) -> list[tuple[str, SamplingParams]]:
     """One request for each of the `n` completions, with its seed.
 
+    Only the first is asked for log-probabilities of the prompt, which are the same for all.
+
     Args:
         params: as the caller gave them.
         request_id: kept for a single completion, else followed by `-0`, `-1`, ….
@@ -100,9 +102,11 @@ def fan_out(
     replace = msgspec.structs.replace
     if params.n == 1:
         return [(request_id, params if params.seed is not None else replace(params, seed=seed))]
+    seeds = [_wrap_int64(seed + i) for i in range(params.n)]
+    others = replace(params, prompt_logprobs=None)
     return [
-        (f"{request_id}-{i}", replace(params, n=1, seed=_wrap_int64(seed + i)))
-        for i in range(params.n)
+        (f"{request_id}-{i}", replace(others if i else params, n=1, seed=each))
+        for i, each in enumerate(seeds)
     ]
 
 

@@ -112,6 +112,7 @@ def _load(
         ),
         may_scale_to_zero=scaling is not None and scaling.min_replicas == 0,
         allow_request_chat_templates=ingress.allow_request_chat_templates,
+        max_logprobs=options.deployment.max_logprobs_under_way,
         created=int(time.time()),
     )
 

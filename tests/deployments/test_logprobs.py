@@ -9,7 +9,7 @@ import pytest
 from deployments.protocols.logprobs import completion_logprobs
 from engine.outputs import Logprob, TokenLogprobs
 from tests.deployments.fake_core import FakeCore
-from tests.deployments.plane import bundled_tokenizer, open_plane
+from tests.deployments.plane import MAX_MODEL_LEN, bundled_tokenizer, open_plane
 
 TEXT = "smile \U0001f600\U0001f680 caf\u00e9"
 
@@ -71,3 +71,38 @@ def _streamed(text):
     chunks = [json.loads(line) for line in lines if line != "[DONE]"]
     found = [chunk["choices"][0]["logprobs"] for chunk in chunks]
     return [entry for logprobs in found if logprobs for entry in logprobs["content"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_log_probabilities_under_way_are_bounded(stream):
+    """2 completions of 3 + 20 tokens: 2 * (3 * 5 of the prompt + 20 * 3 of the output)."""
+    async with open_plane(step_s=0.001) as plane:
+        body = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 20, "n": 2, "logprobs": 2}
+        count = 2 * 20 * 3
+        if stream:
+            body["stream"] = True
+        else:
+            body["prompt_logprobs"] = 4
+            count += 2 * 3 * 5
+        plane.model.max_logprobs = count - 1
+        refused = await plane.http.post("/v1/completions", json=body)
+        assert (refused.status_code, f"{count} log-prob" in refused.text) == (400, True)
+        plane.model.max_logprobs = count
+        assert (await plane.http.post("/v1/completions", json=body)).status_code == 200
+        assert plane.model.num_logprobs == 0
+        plane.model.num_logprobs = 1  # of another request
+        full = await plane.http.post("/v1/completions", json=body)
+        assert (full.status_code, full.headers["retry-after"]) == (429, "3")
+        plain = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 2}
+        plane.model.num_logprobs = count
+        assert (await plane.http.post("/v1/completions", json=plain)).status_code == 200
+        assert (plane.model.num_logprobs, plane.client.num_running) == (count, 0)
+
+
+async def test_output_without_a_limit_counts_as_the_longest(monkeypatch):
+    async with open_plane() as plane:
+        plane.model.max_logprobs = (MAX_MODEL_LEN - 3) * 2 - 1
+        body = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 10**6, "logprobs": 1}
+        refused = await plane.http.post("/v1/completions", json=body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "logprobs"

@@ -88,6 +88,12 @@ def test_completions_have_seeds_in_sequence():
     assert all(params.n == 1 and params.temperature == 0.5 for _, params in children)
 
 
+def test_log_probabilities_of_the_prompt_are_computed_once():
+    children = fan_out(SamplingParams(n=3, seed=0, prompt_logprobs=2, logprobs=1), "r")
+    assert [params.prompt_logprobs for _, params in children] == [2, None, None]
+    assert [params.logprobs for _, params in children] == [1, 1, 1]
+
+
 def test_missing_seeds_are_drawn():
     drawn = fan_out(SamplingParams(n=2), "r", random.Random(1))
     assert drawn == fan_out(SamplingParams(n=2), "r", random.Random(1))
