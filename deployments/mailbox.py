@@ -15,6 +15,7 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()  # to ask anew would be a system call a token
         self._pending: dict[str, TokenDelta] = {}
         self._error: BaseException | None = None
         self._woken = False
@@ -49,7 +50,7 @@ class Mailbox:
             BaseException: the one given to `fail`, once nothing is pending.
         """
         if not self._woken:
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = self._loop.create_future()
             await self._reader
         pending, self._pending = list(self._pending.values()), {}
         self._woken = self._error is not None
