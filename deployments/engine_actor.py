@@ -136,6 +136,9 @@ class EngineActor:
             task.add_done_callback(self._on_task_end)
         return {**info, "pid": os.getpid()}
 
+    async def live(self) -> None:
+        """Show life, while the engine starts."""
+
     async def submit(self, batch: bytes) -> None:
         """Hand a batch of encoded submissions to the loop; what was aborted already ends here.
 

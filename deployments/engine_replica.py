@@ -35,6 +35,10 @@ logger = logging.getLogger("ray.serve")
 SILENCE_LIMIT_S = 8.0
 """An engine actor that has not reported for this long (it does so every second) is stopped, or
 nothing in it gets to run."""
+START_SILENCE_LIMIT_S = 60.0
+"""An engine actor that gives no sign of life for this long while it starts is stopped, or hangs.
+Loading may take minutes, but other threads get to run meanwhile, if late: an import, or a compiler
+of kernels, may hold the interpreter for seconds."""
 UNREAD_OBJECTS = 2
 """Reports that the engine may send ahead; then it merges, and notices that nobody reads."""
 
@@ -67,11 +71,34 @@ class EngineReplica:
         self._dead: str | None = None
         self._load = EngineLoad()
         self._tasks: list[asyncio.Task[None]] = []
-        self.info = await self._actor.start.remote()
+        self.info = await self._start()
         # Not before: loading may take minutes.
         self._silence = Silence()
         self._metrics = EngineMetrics(self.info["model"])
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._guard())]
+
+    async def _start(self) -> dict[str, Any]:
+        """Start the engine; returns the fields of its `EngineInfo`, and its `pid`.
+
+        Raises:
+            EngineDead: it shows no life.
+        """
+        start = asyncio.ensure_future(self._actor.start.remote())
+        sign = asyncio.ensure_future(self._actor.live.remote())
+        silence = Silence()
+        while not start.done():
+            await asyncio.wait([start], timeout=watchdog.LOOK_S)
+            if sign.done() and not sign.exception():
+                silence.end()
+                sign = asyncio.ensure_future(self._actor.live.remote())
+            elif silence.look() > START_SILENCE_LIMIT_S:
+                ray.kill(self._actor)
+                raise EngineDead(
+                    f"the engine, while it started, showed no life for {silence.seconds:.0f} s"
+                )
+        sign.cancel()
+        info: dict[str, Any] = start.result()
+        return info
 
     async def generate(self, submission: bytes, booking: Booking) -> str:
         """Run one request and return its finish reason when it has ended.

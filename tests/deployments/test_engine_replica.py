@@ -98,9 +98,25 @@ def load_slowly(config: EngineConfig, seconds: float) -> FakeCore:
 
 async def test_slow_load_does_not_count_as_silence(local, monkeypatch):
     monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.3)
+    monkeypatch.setattr(engine_replica, "START_SILENCE_LIMIT_S", 0.3)
     replica = await start(partial(load_slowly, seconds=0.5))
     await replica.check_health()
     await stop(replica)
+
+
+async def test_an_engine_that_stops_while_it_starts_is_given_up(local, monkeypatch):
+    async def stopped(_: EngineActor) -> None:
+        await asyncio.Event().wait()
+
+    killed: list[Any] = []
+    monkeypatch.setattr(engine_replica, "START_SILENCE_LIMIT_S", 0.1)
+    monkeypatch.setattr(EngineActor, "live", stopped)
+    monkeypatch.setattr(engine_replica.ray, "kill", killed.append)
+    replica = Replica.__new__(Replica)
+    with pytest.raises(EngineDead, match="showed no life"):
+        await replica.__init__(EngineConfig(), {}, partial(load_slowly, seconds=1.0))
+    assert killed == [replica._actor]
+    await EngineReplica.__del__(replica)
 
 
 async def test_report_that_cannot_be_read_ends_the_replica(local, monkeypatch):

@@ -130,7 +130,7 @@ async def test_a_step_that_hangs(server, hang_file, dumps):
     assert any("_hang_if_told" in "".join(frames) for frames in dump["threads"].values())
 
 
-async def test_an_engine_actor_that_is_stopped(server):
+async def test_an_engine_actor_that_is_stopped(server, dumps):
     await asyncio.to_thread(wait_for, server, two_serve, 120)
     actor, replica = pair(server)
     ended: list[asyncio.Future[float]] = []
@@ -143,6 +143,9 @@ async def test_an_engine_actor_that_is_stopped(server):
     print(f"longest pause: {pause:.1f} s, both processes gone after {await ended[0]:.1f} s")
     assert pause < FAILED_OVER_S + MACHINE_S
     assert await ended[0] < FAILED_OVER_S + MACHINE_S
+    found = [json.loads(path.read_text()) for path in dumps.glob("trunkline-crash-*.json")]
+    (dump,) = (dump for dump in found if dump["reason"] == "silence")
+    assert (dump["pid"], dump["engine_pid"]) == (replica, actor)
 
 
 async def test_a_replica_that_is_stopped(server):
