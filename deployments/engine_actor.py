@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import faulthandler
 import logging
 import os
-import signal
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from deployments import watchdog
-from deployments.crash_dump import (
-    describe_error,
-    describe_state,
-    thread_stacks,
-    write_crash_dump,
-)
+from deployments.engine_guard import EngineGuard
 from deployments.metrics import lag_gauge
 from deployments.subscriber import Subscriber
-from deployments.watchdog import LoopLag, Silence, StepWatch, WatchOptions
+from deployments.watchdog import LoopLag, WatchOptions
 from deployments.wire import (
     EndNotice,
     EngineReport,
@@ -54,12 +46,6 @@ EARLY_ABORTS_S = 60.0
 of an async actor, and brings large ones later."""
 EARLY_ABORTS = 4096
 """And no more of them are than this."""
-STDERR = 2
-"""File descriptor; Ray makes it a file with its other logs."""
-DEAF_LIMIT_S = 8.0
-"""A replica that has taken no report for this long, though they come every second, is stopped or
-hangs: new requests would be sent to it and wait there. Serve would take three failed health checks
-to replace it."""
 
 
 class StartedCore(Core, Protocol):
@@ -108,9 +94,6 @@ class EngineActor:
         self._readers = 0
         self._draining = False
         self._lag = LoopLag("an engine actor", lag_gauge("engine_actor"), logger)
-        self._replica = Silence()
-        self._replica_pid = 0
-        """Of the process that reads the reports; 0 before it does."""
 
     async def start(self) -> dict[str, Any]:
         """Load the model and start the loop; returns the fields of EngineInfo, and the `pid`.
@@ -125,13 +108,12 @@ class EngineActor:
         self._loop = EngineLoop(
             core,
             on_step=lambda deltas, load: post(events, self._publish, deltas, load),
-            on_death=lambda error: post(events, self._on_death, error),
+            on_death=lambda error: post(events, self._guard.end, error),
         )
-        faulthandler.register(signal.SIGUSR2, STDERR)  # see `ask_for_stacks`
-        steps = StepWatch(self._options.stall_limit_s or watchdog.stall_limit(info))
+        self._guard = EngineGuard(self._config, self._options, info, self._loop, self._on_end)
         self._ticker = asyncio.create_task(self._tick())
-        watchers = [asyncio.create_task(task) for task in (self._guard(steps), self._lag.run())]
-        self._tasks = [self._ticker, *watchers]
+        self._watcher = asyncio.create_task(self._guard.run())
+        self._tasks = [self._ticker, self._watcher, asyncio.create_task(self._lag.run())]
         for task in self._tasks:
             task.add_done_callback(self._on_task_end)
         return {**info, "pid": os.getpid()}
@@ -202,9 +184,8 @@ class EngineActor:
 
         A replica that stops reading is killed, if it has said which process it is.
         """
-        self._replica_pid = replica_pid
         while not (self._report.dead and not self._report.ended):
-            self._replica.end()
+            self._guard.note_reading(replica_pid)
             await self._report_ready.wait()
             self._report_ready.clear()
             report, self._report = self._report, EngineReport([], self._load)
@@ -217,6 +198,7 @@ class EngineActor:
     async def drain(self) -> None:
         """End every trunk that has nothing left to carry, and stop the loop."""
         self._draining = True
+        self._watcher.cancel()
         self._wake_all()
         await asyncio.to_thread(self._loop.stop)
 
@@ -285,52 +267,17 @@ class EngineActor:
         num_tokens = self._num_tokens.pop(request_id, 0)
         self._report.ended.append(EndNotice(request_id, reason, num_tokens))
 
-    def _on_death(self, error: BaseException) -> None:
-        self._die(f"{type(error).__name__}: {error}", "exception", error=describe_error(error))
-
-    def _on_task_end(self, task: asyncio.Task[None]) -> None:
-        """An engine that nobody watches over must not run on."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a watchdog failed", exc_info=error)
-            self._on_death(error)
-
-    def _die(self, message: str, reason: str, **details: Any) -> None:
-        """Leave a dump, tell everyone, and end the process once they have heard."""
-        if self._report.dead is not None:
-            return
-        try:
-            state = describe_state(self._loop.snapshot())
-        except Exception:  # the loop may be in the midst of changing it
-            logger.exception("its state could not be read")
-            state = None
-        write_crash_dump(
-            self._options.crash_dump_dir,
-            reason,
-            engine=self._config.model_dump(mode="json"),
-            state=state,
-            **details,
-        )
-        self._report.dead = message
+    def _on_end(self, reason: str) -> None:
+        """Tell on all trunks, and to the replica, that the engine ends."""
+        self._report.dead = reason
         self._report_ready.set()
         self._wake_all()
-        asyncio.get_running_loop().call_later(watchdog.EXIT_DELAY_S, watchdog.end_process)
 
-    async def _guard(self, steps: StepWatch) -> None:
-        """Look whether steps end and the replica reads."""
-        while self._report.dead is None:
-            await asyncio.sleep(watchdog.LOOK_S)
-            if self._draining:
-                return
-            if steps.stalled(self._loop.last_progress, lambda: self._loop.compiling):
-                message = (
-                    f"no step has ended for {steps.limit_s:.0f} s; where steps may rightly take "
-                    "longer, raise stall_limit_s or lower max_num_batched_tokens"
-                )
-                self._die(message, "stall", error=message, threads=thread_stacks())
-            elif self._replica_pid and self._replica.look() > DEAF_LIMIT_S:
-                logger.error("the replica has read no report for %.0f s; killing it", DEAF_LIMIT_S)
-                watchdog.kill_process(self._replica_pid)
-                self._replica_pid = 0  # Ray ends this process with its owner
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """An engine that nobody looks after must not run on."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a watchdog failed", exc_info=error)
+            self._guard.end(error)
 
     def _drop(self, subscriber_id: str) -> None:
         """Nobody reads this trunk any more: its requests would run for nobody."""

@@ -18,6 +18,7 @@ from deployments.failover import FailoverLimits
 from deployments.flags import missing_flags
 from deployments.ingress.app import build_asgi_app
 from deployments.ingress.draining import Draining
+from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import load_table
 from deployments.metrics import lag_gauge
@@ -112,7 +113,7 @@ def _load(
         ),
         may_scale_to_zero=scaling is not None and scaling.min_replicas == 0,
         allow_request_chat_templates=ingress.allow_request_chat_templates,
-        max_logprobs=options.deployment.max_logprobs_under_way,
+        logprobs=LogprobBudget(options.deployment.max_logprobs_under_way),
         created=int(time.time()),
     )
 

@@ -14,6 +14,7 @@ from deployments.backlog import BacklogLimits
 from deployments.engine_client import EngineClient
 from deployments.engine_state import SILENT_S
 from deployments.ingress.errors import model_not_found, overloaded, unavailable
+from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.load_table import EngineView
 from deployments.watchdog import LoopLag
 from engine.errors import InvalidRequest
@@ -56,13 +57,10 @@ class ServedModel:
     backlog_limits: BacklogLimits = field(default_factory=BacklogLimits)
     may_scale_to_zero: bool = False
     allow_request_chat_templates: bool = False
-    max_logprobs: int = 2**22
-    """Log-probabilities, alternatives included, that requests under way may come to."""
+    logprobs: LogprobBudget = field(default_factory=LogprobBudget)
     created: int = 0
     num_preparing: int = 0
     """Completions admitted and not yet started."""
-    num_logprobs: int = 0
-    """What requests under way may come to."""
 
     @contextmanager
     def admission(self, num_prompts: int, params: SamplingParams, param: str) -> Iterator[None]:
@@ -108,29 +106,6 @@ class ServedModel:
             backlog = self.client.table.backlog(self.client.deployment)
             if (later := self.backlog_limits.retry_after_s(backlog)) is not None:
                 raise overloaded(max(later, self.retry_after_s))
-
-    @contextmanager
-    def _memory_for_logprobs(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """Hold room for the log-probabilities of jobs, of which a few requests may want gigabytes.
-
-        Raises:
-            InvalidRequest: the jobs alone may come to more than there may be.
-            ApiError: 429 when there are too many already.
-        """
-        count = sum(_num_logprobs(job, self.max_model_len) for job in jobs)
-        if count > self.max_logprobs:
-            raise InvalidRequest(
-                f"the request may come to {count} log-probabilities, but this server takes at most "
-                f"{self.max_logprobs} at a time; ask for fewer, or set a lower max_tokens.",
-                "logprobs",
-            )
-        if count and self.num_logprobs + count > self.max_logprobs:
-            raise overloaded(self.retry_after_s)
-        self.num_logprobs += count
-        try:
-            yield
-        finally:
-            self.num_logprobs -= count
 
     def check_length(self, text: str, param: str) -> None:
         """Refuse a text that is too long before the work of tokenizing it.
@@ -192,7 +167,8 @@ class ServedModel:
             for inner, request_id in enumerate(job.requests)
         }
         requests = [request for job in jobs for request in job.requests.values()]
-        with self._memory_for_logprobs(jobs), self.client.start(requests) as generation:
+        memory = self.logprobs.hold(jobs, self.max_model_len, self.retry_after_s)
+        with memory, self.client.start(requests) as generation:
             async for deltas in generation:
                 pieces = []
                 for delta in deltas:
@@ -216,18 +192,6 @@ class ServedModel:
         async with aclosing(self.run(jobs)) as pieces:
             async for _ in pieces:
                 pass
-
-
-def _num_logprobs(job: Job, max_model_len: int) -> int:
-    """Log-probabilities that a job may come to; an answer has the prompt's with each completion."""
-    first = next(iter(job.requests.values())).params
-    prompt = len(job.prompt_token_ids)
-    output = max_model_len - prompt
-    if first.max_tokens is not None:
-        output = min(output, first.max_tokens)
-    of_prompt = 0 if first.prompt_logprobs is None else prompt * (1 + first.prompt_logprobs)
-    of_output = 0 if first.logprobs is None else output * (1 + first.logprobs)
-    return len(job.requests) * (of_prompt + of_output)
 
 
 @dataclass(slots=True)

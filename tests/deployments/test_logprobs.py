@@ -84,24 +84,24 @@ async def test_log_probabilities_under_way_are_bounded(stream):
         else:
             body["prompt_logprobs"] = 4
             count += 2 * 3 * 5
-        plane.model.max_logprobs = count - 1
+        plane.model.logprobs.limit = count - 1
         refused = await plane.http.post("/v1/completions", json=body)
         assert (refused.status_code, f"{count} log-prob" in refused.text) == (400, True)
-        plane.model.max_logprobs = count
+        plane.model.logprobs.limit = count
         assert (await plane.http.post("/v1/completions", json=body)).status_code == 200
-        assert plane.model.num_logprobs == 0
-        plane.model.num_logprobs = 1  # of another request
+        assert plane.model.logprobs.held == 0
+        plane.model.logprobs.held = 1  # of another request
         full = await plane.http.post("/v1/completions", json=body)
         assert (full.status_code, full.headers["retry-after"]) == (429, "3")
         plain = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 2}
-        plane.model.num_logprobs = count
+        plane.model.logprobs.held = count
         assert (await plane.http.post("/v1/completions", json=plain)).status_code == 200
-        assert (plane.model.num_logprobs, plane.client.num_running) == (count, 0)
+        assert (plane.model.logprobs.held, plane.client.num_running) == (count, 0)
 
 
 async def test_output_without_a_limit_counts_as_the_longest(monkeypatch):
     async with open_plane() as plane:
-        plane.model.max_logprobs = (MAX_MODEL_LEN - 3) * 2 - 1
+        plane.model.logprobs.limit = (MAX_MODEL_LEN - 3) * 2 - 1
         body = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 10**6, "logprobs": 1}
         refused = await plane.http.post("/v1/completions", json=body)
         assert refused.status_code == 400

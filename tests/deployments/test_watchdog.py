@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments import engine_actor, watchdog
+from deployments import engine_guard, watchdog
 from deployments.engine_actor import EngineActor
 from deployments.watchdog import (
     COMPILE_LIMIT_S,
@@ -187,7 +187,7 @@ async def test_an_idle_engine_does_not_hang(hang, ended):
 
 
 async def test_a_replica_that_reads_no_reports_is_killed(monkeypatch, ended):
-    monkeypatch.setattr(engine_actor, "DEAF_LIMIT_S", 0.1)
+    monkeypatch.setattr(engine_guard, "DEAF_LIMIT_S", 0.1)
     actor = EngineActor(EngineConfig(), FakeCore)
     await actor.start()
     await asyncio.sleep(0.3)

@@ -1,0 +1,57 @@
+"""How many log-probabilities the requests under way may come to: a few may want gigabytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from deployments.ingress.errors import overloaded
+from engine.errors import InvalidRequest
+from engine.job import Job
+
+
+class LogprobBudget:
+    """Counts what requests may come to while they run, alternatives included.
+
+    Args:
+        limit: of all together; each takes about half a kilobyte until its answer is written.
+    """
+
+    def __init__(self, limit: int = 2**22) -> None:
+        self.limit = limit
+        self.held = 0
+
+    @contextmanager
+    def hold(self, jobs: Sequence[Job], max_model_len: int, retry_after_s: int) -> Iterator[None]:
+        """Hold room for jobs while they run.
+
+        Raises:
+            InvalidRequest: the jobs alone may come to more than the limit.
+            ApiError: 429 when there is no room now.
+        """
+        count = sum(_count(job, max_model_len) for job in jobs)
+        if count > self.limit:
+            raise InvalidRequest(
+                f"the request may come to {count} log-probabilities, but this server takes at most "
+                f"{self.limit} at a time; ask for fewer, or set a lower max_tokens.",
+                "logprobs",
+            )
+        if count and self.held + count > self.limit:
+            raise overloaded(retry_after_s)
+        self.held += count
+        try:
+            yield
+        finally:
+            self.held -= count
+
+
+def _count(job: Job, max_model_len: int) -> int:
+    """Most that a job may come to; an answer has the prompt's with each of its completions."""
+    params = next(iter(job.requests.values())).params  # those of the others ask for no more
+    prompt = len(job.prompt_token_ids)
+    output = max_model_len - prompt
+    if params.max_tokens is not None:
+        output = min(output, params.max_tokens)
+    of_prompt = 0 if params.prompt_logprobs is None else prompt * (1 + params.prompt_logprobs)
+    of_output = 0 if params.logprobs is None else output * (1 + params.logprobs)
+    return len(job.requests) * (of_prompt + of_output)
