@@ -52,15 +52,20 @@ _ERROR = {
 
 async def handle_openapi(models: ServedModels, request: Request, data: bytes) -> Response:
     """The OpenAPI document."""
-    return json_response(openapi_document())
+    return json_response(openapi_document(tuple(models.by_name)))
 
 
 @cache
-def openapi_document() -> dict[str, Any]:
-    """The document, in the form of OpenAPI 3.1."""
+def openapi_document(served: tuple[str, ...]) -> dict[str, Any]:
+    """The document, in the form of OpenAPI 3.1, of a server of the models with these names."""
     mode: JsonSchemaMode = "validation"
     bodies = [(body, mode) for body in dict.fromkeys(post[0] for post in _POSTS.values())]
-    _, schemas = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
+    _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
+    schemas = {**found["$defs"], "Error": _ERROR}
+    for schema in schemas.values():
+        if "model" in schema["properties"]:
+            may_lack = [] if "model" in schema["required"] else [None]
+            schema["properties"]["model"] = {"enum": [*served, *may_lack]}
     paths: dict[str, Any] = {path: {"get": _get(path, says)} for path, says in _GETS.items()}
     paths |= {path: {"post": _post(*post)} for path, post in _POSTS.items()}
     return {
@@ -68,7 +73,7 @@ def openapi_document() -> dict[str, Any]:
         "info": {"title": "Trunkline", "version": "1"},
         "paths": paths,
         "components": {
-            "schemas": {**schemas["$defs"], "Error": _ERROR},
+            "schemas": schemas,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],
@@ -96,12 +101,12 @@ def _post(body: type[Body], summary: str, answers: tuple[str, ...]) -> dict[str,
 
 
 def _responses(answers: tuple[str, ...]) -> dict[str, Any]:
-    schemas: dict[str, Any] = {_JSON: {"type": "object"}, _EVENTS: {"type": "string"}}
+    contents: dict[str, Any] = {_JSON: {"schema": {"type": "object"}}, _EVENTS: {}}
     error = {"schema": {"$ref": "#/components/schemas/Error"}}
     return {
         "200": {
             "description": "The answer.",
-            "content": {kind: {"schema": schemas[kind]} for kind in answers},
+            "content": {kind: contents[kind] for kind in answers},
         },
         "default": {"description": "An error.", "content": {_JSON: error}},
     }

@@ -48,8 +48,9 @@ class FakeCore:
         step_s: float = 0.0,
         die_at_token: int = -1,
         hang_once: str | None = None,
+        max_model_len: int = FakeInfo.max_model_len,
     ) -> None:
-        self.info = FakeInfo(model=config.model)
+        self.info = FakeInfo(model=config.model, max_model_len=max_model_len)
         self._step_s = step_s
         self._die_at_token = die_at_token
         self._hang_once = Path(hang_once) if hang_once else None
@@ -117,7 +118,8 @@ class FakeCore:
             raise RuntimeError("told to die")
         self._done[request_id] = done + 1
         delta = TokenDelta(request_id, expected_tokens(request.prompt_token_ids, done + 1)[-1:])
-        if request.params.max_tokens is not None and done + 1 >= request.params.max_tokens:
+        limit = self.info.max_model_len - len(request.prompt_token_ids)
+        if done + 1 >= min(limit, request.params.max_tokens or limit):
             delta.finish_reason = "length"
             del self._requests[request_id]
         return delta
