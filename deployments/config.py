@@ -6,10 +6,12 @@ import os
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from deployments.api_keys import KEY_VARIABLES, KeySource, keys_in_environment
 from deployments.placement import AFFINITY_MARGIN
+from deployments.protocols.reasoning import REASONING_PARSERS
+from deployments.protocols.tool_parsers import TOOL_CALL_PARSERS
 from engine.config import BUNDLED_MODEL, EngineConfig
 from engine.errors import ConfigError
 from engine.model_config import read_model_config
@@ -94,6 +96,21 @@ class ModelOptions(Options):
 
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig.parse({}))
     deployment: DeploymentOptions = DeploymentOptions()
+    tool_call_parser: str | None = None
+    """How the model writes calls of functions: `hermes`, which is Qwen's form too, or
+    `llama3_json`. None guesses it from the chat template; where it says nothing, calls stay in
+    the text."""
+    reasoning_parser: str | None = None
+    """How the model writes what it thinks: `qwen3` or `deepseek_r1`. It then comes as
+    `reasoning_content`. None leaves it in the text."""
+
+    @field_validator("tool_call_parser", "reasoning_parser")
+    @classmethod
+    def _is_known(cls, name: str | None, info: ValidationInfo) -> str | None:
+        known = TOOL_CALL_PARSERS if info.field_name == "tool_call_parser" else REASONING_PARSERS
+        if name is not None and name not in known:
+            raise ValueError(f"there is no '{name}'; take one of {', '.join(known)}.")
+        return name
 
     def check(self) -> None:
         """Find out now what would else fail in every replica, again and again.
@@ -199,8 +216,8 @@ class IngressOptions(Options):
 class AppArgs(Options):
     """Arguments of `deployments.app:build`.
 
-    Either `models`, or the shortcut for a single one: `model` (its name or path), `engine` and
-    `deployment`. On the command line nested options are dotted: `engine.max_num_seqs=8`.
+    Either `models`, or the shortcut for a single one: `model` (its name or path), and the fields of
+    `ModelOptions`. On the command line nested options are dotted: `engine.max_num_seqs=8`.
     """
 
     models: dict[str, ModelOptions] = Field(min_length=1)
@@ -213,7 +230,7 @@ class AppArgs(Options):
         values = _nest(values) if isinstance(values, dict) else values
         if not isinstance(values, dict) or "models" in values:
             return values
-        single = {key: values.pop(key) for key in ("engine", "deployment") if key in values}
+        single = {key: values.pop(key) for key in ModelOptions.model_fields if key in values}
         engine = dict(single.get("engine") or {})
         engine.setdefault("model", values.pop("model", BUNDLED_MODEL))
         served = os.path.basename(os.path.normpath(str(engine["model"])))

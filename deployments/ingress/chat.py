@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.ingress.answers import (
-    Chunks,
     EventStream,
     header,
     new_id,
     open_stream,
     usage,
 )
+from deployments.ingress.chat_writer import ChatWriter, MessageWriter, choice_logprobs
 from deployments.ingress.errors import json_response
-from deployments.ingress.served import Piece, ServedModel, ServedModels, aside, build_jobs
+from deployments.ingress.message_style import MessageForm
+from deployments.ingress.messages import whole_message
+from deployments.ingress.served import ServedModel, ServedModels, aside, build_jobs
 from deployments.protocols.body import read_body
-from deployments.protocols.logprobs import chat_logprobs, prompt_logprobs
+from deployments.protocols.logprobs import prompt_logprobs
 from deployments.protocols.openai import ChatBody
+from deployments.protocols.reasoning import thinking_at_end, thinking_in_prompt
+from deployments.protocols.tool_calls import ToolUse, template_messages
 from engine.job import Job
-from engine.outputs import Logprob
 
 
 async def handle_chat(
@@ -31,16 +34,19 @@ async def handle_chat(
     """Answer a chat, streamed or whole."""
     body = await read_body(ChatBody, data)
     model = models.find(body.model)
-    params = body.to_params()
+    params, tool_use = body.to_params(), body.tool_use()
     body.check_stream_options()
     body.check_template_options(model.allow_request_chat_templates)
+    if model.style.hides_marks(tool_use):
+        params = msgspec.structs.replace(params, skip_special_tokens=False)
     answer_id = new_id("chatcmpl")
     with model.admission(1, params, "messages"):
-        prompt = await _prompt(model, body, len(data))
+        text = await _render(model, body, tool_use, len(data))
+        form = model.style.form(tool_use, _thinking(body, text))
         jobs = await build_jobs(
             model,
             answer_id,
-            [prompt],
+            [await _tokenize(model, text)],
             params,
             priority=body.priority,
             cache_salt=body.cache_salt,
@@ -48,17 +54,24 @@ async def handle_chat(
         )
     if body.stream:
         begin = header(answer_id, "chat.completion.chunk", body.model)
-        writer = _Writer(model, body, jobs, begin)
+        if form is None:
+            writer = ChatWriter(model, body, jobs, begin)
+        else:
+            writer = MessageWriter(model, body, jobs, begin, form)
         return await open_stream(model, jobs, writer.write, writer.chunks.last)
     await model.finish(jobs)
     begin = header(answer_id, "chat.completion", body.model)
-    answer = {**begin, "choices": _choices(model, body, jobs[0]), "usage": usage(jobs)}
+    choices = _choices(model, body, jobs[0], form)
+    answer = {**begin, "choices": choices, "usage": usage(jobs)}
     if params.prompt_logprobs is not None:
         answer["prompt_logprobs"] = prompt_logprobs(jobs[0].output().prompt_logprobs)
     return json_response(answer)
 
 
-async def _prompt(model: ServedModel, body: ChatBody, body_length: int) -> list[int]:
+async def _render(
+    model: ServedModel, body: ChatBody, tool_use: ToolUse | None, body_length: int
+) -> str:
+    """The prompt as text."""
     tokenizer = model.need_tokenizer("messages")
     options: dict[str, Any] = dict(body.chat_template_kwargs or {})
     if body.add_generation_prompt is not None or body.continue_final_message:
@@ -66,80 +79,47 @@ async def _prompt(model: ServedModel, body: ChatBody, body_length: int) -> list[
 
     def render() -> str:
         return tokenizer.apply_chat_template(
-            body.messages,
+            template_messages(body.messages),
             chat_template=body.chat_template,
             continue_final_message=body.continue_final_message,
+            tools=None if tool_use is None else tool_use.tools,
             **options,
         )
 
     text = await aside(body_length, render)
     model.check_length(text, "messages")  # a template may write more than it was given
+    return text
+
+
+async def _tokenize(model: ServedModel, text: str) -> list[int]:
+    tokenizer = model.need_tokenizer("messages")
     return await aside(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
 
 
-def _logprobs(
-    model: ServedModel, body: ChatBody, entries: list[dict[int, Logprob]] | None
-) -> dict[str, Any] | None:
-    if entries is None:
-        return None
-    token_bytes = model.need_tokenizer("logprobs").token_bytes(skip_special_tokens=False)
-    return chat_logprobs(entries, body.top_logprobs or 0, token_bytes)
+def _thinking(body: ChatBody, prompt: str) -> bool | None:
+    """What the prompt says of thinking; an answer to be continued is itself asked."""
+    if not body.continue_final_message:
+        return thinking_in_prompt(prompt)
+    content = body.messages[-1].get("content")
+    return thinking_at_end(content) if isinstance(content, str) else None
 
 
-def _choices(model: ServedModel, body: ChatBody, job: Job) -> list[dict[str, Any]]:
+def _choices(
+    model: ServedModel, body: ChatBody, job: Job, form: MessageForm | None
+) -> list[dict[str, Any]]:
     choices = []
     for output in job.output().outputs:
+        message: dict[str, Any] = {"role": "assistant", "content": output.text}
+        reason: str | None = output.finish_reason
+        if form is not None:
+            message, reason = whole_message(form, output)
         choices.append(
             {
                 "index": output.index,
-                "message": {"role": "assistant", "content": output.text},
-                "logprobs": _logprobs(model, body, output.logprobs),
-                "finish_reason": output.finish_reason,
+                "message": message,
+                "logprobs": choice_logprobs(model, body, output.logprobs),
+                "finish_reason": reason,
                 "stop_reason": output.stop_reason,
             }
         )
     return choices
-
-
-class _Writer:
-    """Writes the chunks of one answer."""
-
-    def __init__(
-        self, model: ServedModel, body: ChatBody, jobs: Sequence[Job], begin: dict[str, Any]
-    ) -> None:
-        self.chunks = Chunks(body, jobs, begin)
-        self._model = model
-        self._body = body
-        self._begun: set[int] = set()
-
-    def write(self, piece: Piece) -> bytes:
-        """The chunk of a piece, after one with the role if it is the first of its choice."""
-        delta, index = piece.delta, piece.choice
-        role = b""
-        if index not in self._begun:
-            self._begun.add(index)
-            role = self._chunk(index, {"role": "assistant", "content": ""})
-        if not delta.text and delta.finish_reason is None and not delta.logprobs:
-            return role
-        logprobs = _logprobs(self._model, self._body, delta.logprobs or None)
-        message = {"content": delta.text} if delta.text else {}
-        chunk = self._chunk(index, message, logprobs, delta.finish_reason, delta.stop_reason)
-        return role + chunk
-
-    def _chunk(
-        self,
-        index: int,
-        message: dict[str, str],
-        logprobs: dict[str, Any] | None = None,
-        finish_reason: str | None = None,
-        stop_reason: int | str | None = None,
-    ) -> bytes:
-        choice: dict[str, Any] = {
-            "index": index,
-            "delta": message,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-        }
-        if stop_reason is not None:
-            choice["stop_reason"] = stop_reason
-        return self.chunks.chunk(choice)

@@ -19,6 +19,7 @@ from deployments.flags import missing_flags
 from deployments.ingress.app import build_asgi_app
 from deployments.ingress.draining import Draining
 from deployments.ingress.logprob_budget import LogprobBudget
+from deployments.ingress.message_style import MessageStyle
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import load_table
 from deployments.metrics import lag_gauge
@@ -100,9 +101,10 @@ def _load(
     source = resolve_model(options.engine.model)
     shape = read_model_config(source)
     scaling = options.deployment.autoscaling
+    tokenizer = Tokenizer.load(source) if has_tokenizer(source) else None
     return ServedModel(
         name=name,
-        tokenizer=Tokenizer.load(source) if has_tokenizer(source) else None,
+        tokenizer=tokenizer,
         max_model_len=options.engine.resolve_max_model_len(shape.max_position_embeddings),
         vocab_size=shape.vocab_size,
         client=client,
@@ -112,6 +114,7 @@ def _load(
             options.deployment.max_queued_tokens, options.deployment.max_estimated_wait_s
         ),
         may_scale_to_zero=scaling is not None and scaling.min_replicas == 0,
+        style=MessageStyle.of(tokenizer, options.tool_call_parser, options.reasoning_parser),
         allow_request_chat_templates=ingress.allow_request_chat_templates,
         logprobs=LogprobBudget(options.deployment.max_logprobs_under_way),
         created=int(time.time()),

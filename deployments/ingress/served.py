@@ -15,6 +15,7 @@ from deployments.engine_client import EngineClient
 from deployments.engine_state import SILENT_S
 from deployments.ingress.errors import model_not_found, overloaded, unavailable
 from deployments.ingress.logprob_budget import LogprobBudget
+from deployments.ingress.message_style import MessageStyle
 from deployments.load_table import EngineView
 from deployments.watchdog import LoopLag
 from engine.errors import InvalidRequest
@@ -56,6 +57,7 @@ class ServedModel:
     retry_after_s: int
     backlog_limits: BacklogLimits = field(default_factory=BacklogLimits)
     may_scale_to_zero: bool = False
+    style: MessageStyle = field(default_factory=MessageStyle)
     allow_request_chat_templates: bool = False
     logprobs: LogprobBudget = field(default_factory=LogprobBudget)
     created: int = 0

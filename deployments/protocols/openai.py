@@ -9,6 +9,7 @@ from pydantic import FailFast, PlainValidator
 
 from deployments.protocols.body import Body
 from deployments.protocols.sampling import SamplingFields
+from deployments.protocols.tool_calls import ToolUse, read_tool_use
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
 
@@ -139,8 +140,6 @@ class ChatBody(GenerationBody):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         **_VLLM_ONLY,
-        "tools": _NOTHING,
-        "tool_choice": ("none", "auto"),
         "functions": _NOTHING,
         "function_call": ("none", "auto"),
         "audio": (),
@@ -154,6 +153,9 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template: str | None = None
@@ -180,6 +182,20 @@ class ChatBody(GenerationBody):
             )
         except InvalidRequest as error:
             raise self._renamed(error) from None
+
+    def tool_use(self) -> ToolUse | None:
+        """What the model may call, or None when it may call nothing.
+
+        Raises:
+            InvalidRequest: the fields on tools are wrong, or ask for what is not supported.
+        """
+        use = read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if use is not None and use.choice != "auto":
+            raise InvalidRequest(
+                "tool_choice must be none or auto: this server cannot force a call yet.",
+                "tool_choice",
+            )
+        return use
 
     def check_template_options(self, allow_template: bool) -> None:
         """Refuse a template of the client's own, and variables of names that are taken.

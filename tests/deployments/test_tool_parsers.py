@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deployments.config import AppArgs, ModelOptions
 from deployments.protocols.message_events import CallArguments, CallBegin, CallBroken, Event, Text
 from deployments.protocols.tool_parsers import TOOL_CALL_PARSERS, guess_parser
 from tests.deployments.test_json_scan import QUIET, cuts, divide, json_values
@@ -176,3 +177,12 @@ def test_the_template_tells_the_parser():
     assert guess_parser("<tool_call>\n<function=name>") is None
     assert guess_parser("{{ '<|python_tag|>' }}") == "llama3_json"
     assert guess_parser("{{ messages }}") is guess_parser(None) is None
+
+
+def test_options_of_a_model():
+    args = AppArgs(tool_call_parser="hermes", reasoning_parser="qwen3")
+    (model,) = args.models.values()
+    assert (model.tool_call_parser, model.reasoning_parser) == ("hermes", "qwen3")
+    for option in ("tool_call_parser", "reasoning_parser"):
+        with pytest.raises(ValueError, match=r"there is no 'x'; take one of"):
+            ModelOptions(**{option: "x"})

@@ -6,6 +6,7 @@ from collections.abc import Container
 from typing import ClassVar
 
 from deployments.protocols.json_scan import WHITESPACE
+from deployments.protocols.marks import overlap
 from deployments.protocols.message_events import CallBroken, Event, Text
 from deployments.protocols.tool_parsers.call_reader import CallReader
 
@@ -80,7 +81,7 @@ class ToolCallParser:
             self._add_text(text[at:found])
             self._enter_call(self.opening)
             return found + len(self.opening)
-        end = len(text) - _overlap(text[at:], self.opening)
+        end = len(text) - overlap(text[at:], self.opening)
         self._add_text(text[at:end])
         self._held = text[end:]
         return len(text)
@@ -130,9 +131,3 @@ class ToolCallParser:
             self._events.append(CallBroken("".join(self._read)))
         else:
             self._add_text("".join(self._read))
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of the text that a mark begins with."""
-    longest = min(len(text), len(mark) - 1)
-    return next((n for n in range(longest, 0, -1) if mark.startswith(text[-n:])), 0)

@@ -1,0 +1,106 @@
+"""How a model writes its messages: what of their text is thinking, and what are calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deployments.protocols.message_events import Event, Text
+from deployments.protocols.reasoning import (
+    CLOSING,
+    OPENING,
+    REASONING_PARSERS,
+    ReasoningParser,
+)
+from deployments.protocols.tool_calls import ToolUse
+from deployments.protocols.tool_parsers import TOOL_CALL_PARSERS, guess_parser
+from deployments.protocols.tool_parsers.base import ToolCallParser
+from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class MessageStyle:
+    """Of one model."""
+
+    calls: type[ToolCallParser] | None = None
+    reasoning: type[ReasoningParser] | None = None
+    special_texts: frozenset[str] = frozenset()
+    """Texts of the special tokens, which answers normally leave out."""
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer | None,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
+    ) -> MessageStyle:
+        """By the names of parsers; without one for calls, it is guessed from the chat template."""
+        if tokenizer is None:
+            return cls()
+        calls = tool_call_parser or guess_parser(tokenizer.chat_template)
+        return cls(
+            TOOL_CALL_PARSERS[calls] if calls else None,
+            REASONING_PARSERS[reasoning_parser] if reasoning_parser else None,
+            frozenset(map(tokenizer.token_text, tokenizer.special_ids)),
+        )
+
+    def form(self, tool_use: ToolUse | None, thinking: bool | None) -> MessageForm | None:
+        """How to read the answer to a request; None when its text is the message.
+
+        Args:
+            tool_use: what the request says of tools.
+            thinking: what the prompt says of thinking, see `thinking_in_prompt`.
+        """
+        calls = self.calls if tool_use is not None else None
+        if calls is None and self.reasoning is None:
+            return None
+        return MessageForm(calls, tool_use, self.reasoning, thinking)
+
+    def hides_marks(self, tool_use: ToolUse | None) -> bool:
+        """Whether special tokens must stay in the text, as some of them are what is looked for."""
+        marks = {OPENING, CLOSING} if self.reasoning is not None else set()
+        if tool_use is not None and self.calls is not None:
+            marks |= {self.calls.opening, self.calls.closing}
+        return not marks.isdisjoint(self.special_texts)
+
+
+@dataclass(frozen=True, slots=True)
+class MessageForm:
+    """How to read the answer to one request; the fields are as in `MessageStyle`."""
+
+    calls: type[ToolCallParser] | None
+    tool_use: ToolUse | None
+    reasoning: type[ReasoningParser] | None
+    thinking: bool | None
+
+    @property
+    def parallel(self) -> bool:
+        """Whether a message may hold several calls; if not, those after the first are left out."""
+        return self.tool_use is None or self.tool_use.parallel
+
+    def parser(self) -> MessageParser:
+        """Reads one completion."""
+        names = frozenset() if self.tool_use is None else self.tool_use.names
+        return MessageParser(
+            None if self.calls is None else self.calls(names),
+            None if self.reasoning is None else self.reasoning(self.thinking),
+        )
+
+
+class MessageParser:
+    """Reads the text of one completion: first thinking, then content and calls."""
+
+    def __init__(self, calls: ToolCallParser | None, reasoning: ReasoningParser | None) -> None:
+        self._calls = calls
+        self._reasoning = reasoning
+
+    def push(self, text: str, ended: bool) -> list[Event]:
+        """What the next piece of the text tells, and with the last one, what is left to tell."""
+        events: list[Event] = [Text(text)] if text else []
+        if self._reasoning is not None:
+            events = self._reasoning.push(text) + (self._reasoning.finish() if ended else [])
+        if self._calls is None:
+            return events
+        found: list[Event] = []
+        for event in events:
+            found += self._calls.push(event.text) if isinstance(event, Text) else [event]
+        return found + (self._calls.finish() if ended else [])

@@ -1,0 +1,101 @@
+"""Chat answers that hold more than content: calls of functions, and what the model thought."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from deployments.ingress.message_style import MessageForm
+from deployments.protocols.message_events import (
+    CallArguments,
+    CallBegin,
+    CallBroken,
+    Event,
+    Reasoning,
+    Text,
+)
+from engine.outputs import CompletionOutput, FinishReason
+
+
+def whole_message(form: MessageForm, output: CompletionOutput) -> tuple[dict[str, Any], str | None]:
+    """The message of a completion that has ended, and OpenAI's `finish_reason`."""
+    content, thought = [], []
+    calls: list[dict[str, Any]] = []
+    for event in form.parser().push(output.text, True):
+        match event:
+            case Text(text):
+                content.append(text)
+            case Reasoning(text):
+                thought.append(text)
+            case CallBegin(name):
+                calls.append(_new_call(name))
+            case CallArguments(text):
+                calls[-1]["function"]["arguments"] += text
+            case CallBroken(source):
+                calls.pop()
+                content.append(source)
+    if not form.parallel:
+        del calls[1:]
+    text = "".join(content)
+    message: dict[str, Any] = {"role": "assistant", "content": text or None}
+    if thought:
+        message |= _reasoning("".join(thought))
+    if calls:
+        message["tool_calls"] = calls
+    elif not thought:
+        message["content"] = text
+    return message, _finish_reason(output.finish_reason, bool(calls))
+
+
+class MessageDeltas:
+    """Writes one completion as the deltas of a stream."""
+
+    def __init__(self, form: MessageForm) -> None:
+        self._parser = form.parser()
+        self._parallel = form.parallel
+        self._num_begun = 0
+        self._num_broken = 0
+
+    def push(self, text: str, ended: bool) -> list[dict[str, Any]]:
+        """The deltas that the next piece of the text makes; with the last one, what is left."""
+        deltas = (self._delta(event) for event in self._parser.push(text, ended))
+        return [delta for delta in deltas if delta is not None]
+
+    def finish_reason(self, reason: FinishReason | None) -> str | None:
+        """OpenAI's `finish_reason` of the completion so far."""
+        return _finish_reason(reason, self._num_begun > self._num_broken)
+
+    def _delta(self, event: Event) -> dict[str, Any] | None:
+        match event:
+            case Text(text):
+                return {"content": text}
+            case Reasoning(text):
+                return _reasoning(text)
+            case CallBegin(name):
+                self._num_begun += 1
+                change = _new_call(name)
+            case CallArguments(text):
+                change = {"function": {"arguments": text}}
+            case CallBroken():
+                self._num_broken += 1  # what has been sent of it cannot be taken back
+                return None
+        if self._num_begun > 1 and not self._parallel:
+            return None
+        return {"tool_calls": [{"index": self._num_begun - 1, **change}]}
+
+
+def _new_call(name: str) -> dict[str, Any]:
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": name, "arguments": ""},
+    }
+
+
+def _reasoning(text: str) -> dict[str, Any]:
+    """DeepSeek's name, which most clients look for, and vLLM's newer one."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _finish_reason(reason: FinishReason | None, has_calls: bool) -> str | None:
+    return "tool_calls" if has_calls and reason == "stop" else reason

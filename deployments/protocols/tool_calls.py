@@ -1,0 +1,157 @@
+"""What a chat request says of tools, and earlier calls in the form that chat templates expect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine.errors import InvalidRequest
+
+MAX_NAME_LENGTH = 256
+"""In characters. (OpenAI takes 64.)"""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools that a model may or must use."""
+
+    tools: list[dict[str, Any]]
+    """As the client gave them, for the chat template."""
+    choice: Literal["auto", "required", "named"] = "auto"
+    """Whether the model may call a function, must call some, or must call the one of `tools`."""
+    parallel: bool = True
+    """Whether one answer may hold several calls."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the functions."""
+        return frozenset(tool["function"]["name"] for tool in self.tools)
+
+
+def read_tool_use(
+    tools: list[Any] | None, choice: str | dict[str, Any] | None, parallel: bool | None
+) -> ToolUse | None:
+    """Check `tools`, `tool_choice` and `parallel_tool_calls`.
+
+    Returns:
+        What the model may call, or None when it may call nothing; then it is told of no tools.
+
+    Raises:
+        InvalidRequest: one of them is wrong; `param` names it.
+    """
+    for index, tool in enumerate(tools or ()):
+        _check_tool(index, tool)
+    kind, name = _read_choice(choice)
+    if not tools:
+        if kind in ("required", "named"):
+            raise InvalidRequest("tool_choice needs tools; give some.", "tool_choice")
+        return None
+    if kind == "none":
+        return None
+    if kind == "named":
+        tools = [tool for tool in tools if tool["function"]["name"] == name][:1]
+        if not tools:
+            raise InvalidRequest(
+                f"tool_choice names '{name}', which is not among the tools.", "tool_choice"
+            )
+    return ToolUse(tools, kind, parallel is not False)
+
+
+def _check_tool(index: int, tool: Any) -> None:
+    where = f"tools[{index}]"
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or tool.get("type") != "function":
+        raise InvalidRequest(
+            f'{where} must be of the form {{"type": "function", "function": {{"name": "..."}}}}.',
+            "tools",
+        )
+    name = function.get("name")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH:
+        raise InvalidRequest(
+            f"{where} needs a name: a text of up to {MAX_NAME_LENGTH} characters.", "tools"
+        )
+    for key, kind, meaning in (
+        ("description", str, "a text"),
+        ("parameters", dict, "a JSON schema"),
+        ("strict", bool, "true or false"),
+    ):
+        if not isinstance(function.get(key), kind | None):
+            raise InvalidRequest(f"{where}: {key} must be {meaning}.", "tools")
+
+
+def _read_choice(
+    choice: str | dict[str, Any] | None,
+) -> tuple[Literal["none", "auto", "required", "named"], str]:
+    """What is to be done, and the name of the function if one is named."""
+    match choice:
+        case None | "auto":
+            return "auto", ""
+        case "none":
+            return "none", ""
+        case "required":
+            return "required", ""
+        case {"type": "function", "function": {"name": str(name)}}:
+            return "named", name
+    raise InvalidRequest(
+        'tool_choice must be "none", "auto", "required" or '
+        '{"type": "function", "function": {"name": "..."}}.',
+        "tool_choice",
+    )
+
+
+def template_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them, which is not quite OpenAI's form.
+
+    Templates are written for `transformers`, where the arguments of calls are objects, not texts,
+    and assistant messages always have a content. Qwen3's looks for `reasoning_content`, which
+    newer clients call `reasoning`.
+
+    Raises:
+        InvalidRequest: the calls in a message are malformed.
+    """
+    return [_of_assistant(m) if m.get("role") == "assistant" else m for m in messages]
+
+
+def _of_assistant(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    changed = {key: value for key, value in message.items() if key != "tool_calls"}
+    if changed.get("content") is None:
+        changed["content"] = ""
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(thought, str):
+        changed |= {"reasoning_content": thought, "reasoning": thought}
+    if calls:
+        if not isinstance(calls, list):
+            raise _bad_call()
+        changed["tool_calls"] = [_call(call) for call in calls]
+    return changed
+
+
+def _call(call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise _bad_call()
+    return {**call, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+
+
+def _arguments(given: Any) -> Any:
+    """An object, or what is given when it is no object: a model may have broken off in it."""
+    if given is None or given == "":
+        return {}
+    if not isinstance(given, str):
+        return given
+    try:
+        value = json.loads(given)
+    except (ValueError, RecursionError):
+        return given
+    return value if isinstance(value, dict) else given
+
+
+def _bad_call() -> InvalidRequest:
+    return InvalidRequest(
+        'tool_calls in messages must be of the form [{"id": "...", "type": "function", '
+        '"function": {"name": "...", "arguments": "{...}"}}].',
+        "messages",
+    )
