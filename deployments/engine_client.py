@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 from deployments.failover import FailoverLimits, Flight
@@ -41,10 +42,18 @@ class EngineClient:
         self.failover = failover or FailoverLimits()
         self.num_running = 0
         """Requests of this process that have not ended."""
+        self._watchers: set[asyncio.Task[None]] = set()
 
     def start(self, requests: Iterable[EngineRequest]) -> Generation:
         """Send requests off; to be used as a context manager, whose end aborts what still runs."""
         return Generation(self, requests)
+
+    def watch(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run what follows a call to its end, even when the request has no more use for it."""
+        task = asyncio.ensure_future(work)
+        self._watchers.add(task)  # the event loop itself would not keep it
+        task.add_done_callback(self._watchers.discard)
+        return task
 
     def mark_down(self, request_id: str) -> None:
         """Avoid the engine where the request is booked until that one reports again."""

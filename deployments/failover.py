@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +111,9 @@ class Flight:
         client.table.expect(self.deployment, self._try_id, num_tokens)
         # Tokens come in this event loop, so none can have come before it is known whose they are.
         booking = Booking(self._try_id, num_tokens, hits, resumed=self._num_tries > 1)
-        self._call = client.handle.generate.remote(self._submission, booking)
-        self._watcher = asyncio.create_task(self._watch(self._call))
+        # In a context of its own: Serve would cancel the call with the request that it is part of.
+        self._call = Context().run(client.handle.generate.remote, self._submission, booking)
+        self._watcher = client.watch(self._watch(self._call))
         client.hub.register(self._try_id, self)
         if not client.hub.connected(self.deployment):
             self.strand()
@@ -245,12 +247,14 @@ class Flight:
             self._next_try.cancel()
             self._next_try = None
         if self._call is not None and self._watcher is not None:
-            client.hub.abort([self._try_id])
+            told = client.hub.abort(self._try_id)
             client.hub.unregister(self._try_id)
-            # Serve is told as well, in case the request has not reached an engine yet.
-            self._watcher.cancel()
-            with contextlib.suppress(Exception):  # a call that has failed says so again
-                self._call.cancel()
+            if not told:
+                # It stands in line, or where it runs cannot be reached. Else the call ends with the
+                # request: a call over gRPC that is cancelled leaves a kilobyte behind for ever.
+                self._watcher.cancel()
+                with contextlib.suppress(Exception):  # a call that has failed says so again
+                    self._call.cancel()
             self._call = None
         client.table.release(self._try_id, blocks)
 

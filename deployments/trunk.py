@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextvars import Context
 from typing import Protocol
 
@@ -131,16 +131,21 @@ class TrunkHub:
         """Drop later deltas of this request."""
         self._receivers.pop(request_id, None)
 
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """Tell the engines that run these requests to end them; returns at once."""
+    def abort(self, request_id: str) -> bool:
+        """Tell the engine that runs a request to end it; returns at once.
+
+        Returns:
+            Whether there is such an engine, and a trunk to it.
+        """
+        engine_id = self._table.engine_of(request_id)
+        if engine_id not in self._links:
+            return False
         if not self._aborts:
             # One call for all that end in this turn of the event loop, and none that Ray takes for
             # a child of a request that is being cancelled.
             self._loop.call_soon(self._send_aborts, context=Context())
-        for request_id in request_ids:
-            engine_id = self._table.engine_of(request_id)
-            if engine_id is not None:
-                self._aborts.setdefault(engine_id, []).append(request_id)
+        self._aborts.setdefault(engine_id, []).append(request_id)
+        return True
 
     def _send_aborts(self) -> None:
         aborts, self._aborts = self._aborts, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
@@ -306,3 +307,37 @@ def test_which_errors_are_losses():
     assert not _is_loss(BackPressureError(num_queued_requests=1, max_queued_requests=1))
     assert _is_loss(ActorDiedError()) and _is_loss(EngineDead("x"))
     assert _is_loss(RayTaskError("f", "", EngineDead("x")).as_instanceof_cause())
+
+
+async def test_a_call_is_cancelled_only_where_no_engine_can_be_told(monkeypatch):
+    cancelled: list[LocalCall] = []
+
+    def cancel(call: LocalCall) -> None:
+        cancelled.append(call)
+
+    monkeypatch.setattr(LocalCall, "cancel", cancel)
+    async with open_plane(num_engines=1, step_s=0.005) as plane:
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r", 100_000)]) as generation:
+            await take(generation, tokens, 5)
+        await plane.idle()
+        assert not cancelled
+        plane.table._state("e0").close(plane.table._clock() + 60.0)
+        with plane.client.start([request("s")]):
+            await asyncio.sleep(0.02)  # it stands in line
+        assert len(cancelled) == 1
+
+
+async def test_a_call_is_no_part_of_the_request_that_makes_it():
+    mine: ContextVar[str] = ContextVar("mine", default="")
+    async with open_plane(num_engines=1) as plane:
+        seen: list[str] = []
+        plane.handle.generate.remote = lambda *_: seen.append(mine.get()) or LocalCall(idle())
+        mine.set("request")
+        with plane.client.start([request("r")]):
+            await asyncio.sleep(0)
+        assert seen == [""]
+
+
+async def idle() -> None:
+    await asyncio.Event().wait()
