@@ -190,7 +190,14 @@ def _metrics() -> str:
         return str(response.read().decode())
 
 
-COMMANDS = {"metrics": _metrics, "engine_pids": _engine_pids, "pids": _pids}
+def _details() -> str:
+    """What Serve tells the dashboard of the application."""
+    from ray.serve.context import _get_global_client
+
+    return json.dumps(_get_global_client().get_serve_details(), default=str)
+
+
+COMMANDS = {"details": _details, "metrics": _metrics, "engine_pids": _engine_pids, "pids": _pids}
 
 if __name__ == "__main__":
     main()
