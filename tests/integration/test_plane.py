@@ -46,8 +46,8 @@ def server(request):
 
 
 def health(server: Server) -> dict[str, Any]:
-    try:
-        return httpx.get(f"{server.url}/health", timeout=5).json()
+    try:  # HAProxy answers for an ingress that is not there
+        return httpx.get(f"{server.url}/health", timeout=5).raise_for_status().json()
     except (httpx.HTTPError, json.JSONDecodeError):
         return {"status": "unreachable", "engines": []}
 
