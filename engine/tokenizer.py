@@ -105,6 +105,10 @@ class Tokenizer:
         """Text of one token, special or not; part of a character shows as U+FFFD."""
         return self._all_bytes[token_id].decode(errors="replace")
 
+    def spelling(self, token_id: int) -> str:
+        """A token as the vocabulary spells it, such as `Ġthe`; empty for ids that it lacks."""
+        return self._backend.id_to_token(token_id) or ""
+
     def token_bytes(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
         """Token id → its bytes; empty for special tokens when these are skipped."""
         return self._text_bytes if skip_special_tokens else self._all_bytes

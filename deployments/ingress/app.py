@@ -19,7 +19,13 @@ from deployments.ingress.completions import handle_completion
 from deployments.ingress.errors import handle_http_exception
 from deployments.ingress.exchange import Endpoint
 from deployments.ingress.gate import Gate, KeyLimits
-from deployments.ingress.info import handle_health, handle_model, handle_models, handle_ready
+from deployments.ingress.info import (
+    handle_health,
+    handle_model,
+    handle_models,
+    handle_ready,
+    handle_version,
+)
 from deployments.ingress.openapi import handle_openapi
 from deployments.ingress.served import ServedModels
 from deployments.ingress.simple import (
@@ -27,16 +33,24 @@ from deployments.ingress.simple import (
     handle_generate,
     handle_generate_stream,
 )
+from deployments.ingress.tokens import handle_detokenize, handle_tokenize
 
 ModelsHandler = Callable[[ServedModels, Request, bytes], Awaitable[ASGIApp]]
 
 ROUTES: tuple[tuple[str, str, ModelsHandler], ...] = (
     ("POST", "/v1/completions", handle_completion),
     ("POST", "/v1/chat/completions", handle_chat),
+    ("POST", "/completions", handle_completion),
+    ("POST", "/chat/completions", handle_chat),
+    ("POST", "/tokenize", handle_tokenize),
+    ("POST", "/detokenize", handle_detokenize),
     ("GET", "/v1/models", handle_models),
     ("GET", "/v1/models/{model_id:path}", handle_model),
     ("GET", "/health", handle_health),
     ("GET", "/ready", handle_ready),
+    ("GET", "/ping", handle_ready),
+    ("POST", "/ping", handle_ready),
+    ("GET", "/version", handle_version),
     ("GET", "/openapi.json", handle_openapi),
     ("POST", "/generate", handle_generate),
     ("POST", "/generate_stream", handle_generate_stream),

@@ -19,12 +19,12 @@ from deployments.ingress.chat_writer import ChatWriter, MessageWriter, choice_lo
 from deployments.ingress.errors import json_response
 from deployments.ingress.message_style import MessageForm
 from deployments.ingress.messages import whole_message
-from deployments.ingress.served import ServedModel, ServedModels, aside, build_jobs
+from deployments.ingress.prompts import render_chat, tokenize
+from deployments.ingress.served import ServedModel, ServedModels, build_jobs
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import prompt_logprobs
 from deployments.protocols.openai import ChatBody
 from deployments.protocols.reasoning import thinking_at_end, thinking_in_prompt
-from deployments.protocols.tool_calls import ToolUse, template_messages
 from engine.job import Job
 
 
@@ -41,12 +41,12 @@ async def handle_chat(
         params = msgspec.structs.replace(params, skip_special_tokens=False)
     answer_id = new_id("chatcmpl")
     with model.admission(1, params, "messages"):
-        text = await _render(model, body, tool_use, len(data))
+        text = await render_chat(model, body, body.messages, tool_use, len(data))
         form = model.style.form(tool_use, _thinking(body, text))
         jobs = await build_jobs(
             model,
             answer_id,
-            [await _tokenize(model, text)],
+            [await tokenize(model, text, "messages")],
             params,
             priority=body.priority,
             cache_salt=body.cache_salt,
@@ -66,34 +66,6 @@ async def handle_chat(
     if params.prompt_logprobs is not None:
         answer["prompt_logprobs"] = prompt_logprobs(jobs[0].output().prompt_logprobs)
     return json_response(answer)
-
-
-async def _render(
-    model: ServedModel, body: ChatBody, tool_use: ToolUse | None, body_length: int
-) -> str:
-    """The prompt as text."""
-    tokenizer = model.need_tokenizer("messages")
-    options: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    if body.add_generation_prompt is not None or body.continue_final_message:
-        options["add_generation_prompt"] = bool(body.add_generation_prompt)
-
-    def render() -> str:
-        return tokenizer.apply_chat_template(
-            template_messages(body.messages),
-            chat_template=body.chat_template,
-            continue_final_message=body.continue_final_message,
-            tools=None if tool_use is None else tool_use.tools,
-            **options,
-        )
-
-    text = await aside(body_length, render)
-    model.check_length(text, "messages")  # a template may write more than it was given
-    return text
-
-
-async def _tokenize(model: ServedModel, text: str) -> list[int]:
-    tokenizer = model.need_tokenizer("messages")
-    return await aside(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
 
 
 def _thinking(body: ChatBody, prompt: str) -> bool | None:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.api_keys import ApiKey, KeySource
 from deployments.ingress.errors import ApiError
 
-OPEN_PATHS = frozenset(("/health", "/ready"))
+OPEN_PATHS = frozenset(("/health", "/ready", "/ping"))
 """What load balancers and Kubernetes ask, without a key."""
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024

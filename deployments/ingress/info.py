@@ -1,7 +1,9 @@
-"""`/v1/models`, and what those ask who watch over the server: `/health` and `/ready`."""
+"""`/v1/models`, `/version`, and what those ask who watch over the server: `/health`, `/ready`."""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import metadata
 from math import isfinite
 from typing import Any
 
@@ -55,6 +57,19 @@ async def handle_ready(models: ServedModels, request: Request, data: bytes) -> R
         names = ", ".join(f"'{model.name}'" for model in waiting)
         raise unavailable(f"No engine of {names} is ready.", waiting[0].retry_after_s)
     return json_response({"status": "ready"})
+
+
+async def handle_version(models: ServedModels, request: Request, data: bytes) -> Response:
+    """Tell which release this is."""
+    return json_response({"version": _version()})
+
+
+@cache
+def _version() -> str:
+    try:
+        return metadata.version("trunkline")
+    except metadata.PackageNotFoundError:  # run from its source, without having been installed
+        return "unknown"
 
 
 def _describe(model: ServedModel) -> dict[str, Any]:

@@ -15,11 +15,16 @@ from deployments.ingress.served import ServedModels
 from deployments.protocols.body import Body
 from deployments.protocols.openai import ChatBody, CompletionBody
 from deployments.protocols.simple import BatchGenerateBody, GenerateBody
+from deployments.protocols.tokenize import DetokenizeBody, TokenizeBody
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _POSTS: dict[str, tuple[type[Body], str, tuple[str, ...]]] = {
     "/v1/chat/completions": (ChatBody, "Answer a chat.", (_JSON, _EVENTS)),
     "/v1/completions": (CompletionBody, "Go on with a text.", (_JSON, _EVENTS)),
+    "/chat/completions": (ChatBody, "Answer a chat.", (_JSON, _EVENTS)),
+    "/completions": (CompletionBody, "Go on with a text.", (_JSON, _EVENTS)),
+    "/tokenize": (TokenizeBody, "Tell the tokens of a prompt or a chat.", (_JSON,)),
+    "/detokenize": (DetokenizeBody, "Tell the text of tokens.", (_JSON,)),
     "/generate": (GenerateBody, "Go on with a text.", (_JSON,)),
     "/generate_stream": (GenerateBody, "Go on with a text, as a stream.", (_EVENTS,)),
     "/batch_generate": (BatchGenerateBody, "Go on with many texts.", (_JSON,)),
@@ -29,6 +34,8 @@ _GETS = {
     "/v1/models/{model_id}": "Describe a model.",
     "/health": "Tell that this process lives, and of its engines.",
     "/ready": "Tell whether every model can be served.",
+    "/ping": "Tell whether every model can be served.",
+    "/version": "Tell which release this is.",
 }
 _TEXT_OR_NULL = {"type": ["string", "null"]}
 _ERROR = {
@@ -64,10 +71,11 @@ def openapi_document(served: tuple[str, ...]) -> dict[str, Any]:
     schemas = {**found["$defs"], "Error": _ERROR}
     for schema in schemas.values():
         if "model" in schema["properties"]:
-            may_lack = [] if "model" in schema["required"] else [None]
+            may_lack = [] if "model" in schema.get("required", ()) else [None]
             schema["properties"]["model"] = {"enum": [*served, *may_lack]}
     paths: dict[str, Any] = {path: {"get": _get(path, says)} for path, says in _GETS.items()}
     paths |= {path: {"post": _post(*post)} for path, post in _POSTS.items()}
+    paths["/ping"]["post"] = paths["/ping"]["get"]
     return {
         "openapi": "3.1.0",
         "info": {"title": "Trunkline", "version": "1"},

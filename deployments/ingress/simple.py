@@ -10,18 +10,21 @@ from starlette.responses import Response
 
 from deployments.ingress.answers import EventStream, event, new_id, open_stream, usage
 from deployments.ingress.errors import json_response
+from deployments.ingress.prompts import render_chat, tokenize
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
 from deployments.protocols.body import read_body
 from deployments.protocols.simple import BatchGenerateBody, GenerateBody, SimpleFields
+from deployments.protocols.template import TemplateFields
+from engine.errors import InvalidRequest
 from engine.job import Job
 
 
 async def handle_generate(models: ServedModels, request: Request, data: bytes) -> Response:
     """Answer with the text of one prompt."""
     body = await read_body(GenerateBody, data)
-    model, jobs = await _jobs(models, body, [body.prompt], "prompt")
+    model, jobs = await _jobs(models, body, [body.prompt], "prompt", body.messages())
     await model.finish(jobs)
-    return json_response(_result(jobs[0]))
+    return json_response({**_result(jobs[0]), "prompt": body.prompt})
 
 
 async def handle_generate_stream(
@@ -29,7 +32,7 @@ async def handle_generate_stream(
 ) -> EventStream:
     """Stream the text of one prompt as events `{"text": …, "index": …, "finish_reason": …}`."""
     body = await read_body(GenerateBody, data)
-    model, jobs = await _jobs(models, body, [body.prompt], "prompt")
+    model, jobs = await _jobs(models, body, [body.prompt], "prompt", body.messages())
 
     def last() -> bytes:
         return event({"text": "", "finished": True, "usage": usage(jobs)})
@@ -48,15 +51,31 @@ async def handle_batch_generate(models: ServedModels, request: Request, data: by
 
 
 async def _jobs(
-    models: ServedModels, body: SimpleFields, prompts: Sequence[str | list[int]], param: str
+    models: ServedModels,
+    body: SimpleFields,
+    prompts: Sequence[str | list[int]],
+    param: str,
+    messages: Sequence[dict[str, Any]] | None = None,
 ) -> tuple[ServedModel, list[Job]]:
+    """What the prompts run as, or the messages, if there are any, in place of the only prompt."""
     model = models.find(body.model)
     params = body.to_params()
     with model.admission(len(prompts), params, param):
+        if messages is not None:
+            prompts = [await _chat_tokens(model, messages)]
         jobs = await build_jobs(
             model, new_id("gen"), prompts, params, priority=body.priority, param=param
         )
     return model, jobs
+
+
+async def _chat_tokens(model: ServedModel, messages: Sequence[dict[str, Any]]) -> list[int]:
+    length = sum(len(message["content"]) for message in messages)
+    try:
+        text = await render_chat(model, TemplateFields(), messages, None, length)
+        return await tokenize(model, text, "prompt")
+    except InvalidRequest as error:  # the request has no field `messages`
+        raise InvalidRequest(error.message, "prompt") from None
 
 
 def _result(job: Job) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import FailFast, PlainValidator
 
 from deployments.protocols.body import Body
 from deployments.protocols.sampling import SamplingFields
+from deployments.protocols.template import TemplateFields
 from deployments.protocols.tool_calls import ToolUse, read_tool_use
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
@@ -31,17 +32,6 @@ _VLLM_ONLY = {
     "allowed_token_ids": _NOTHING,
     "bad_words": _NOTHING,
 }
-_NOT_VARIABLES = frozenset(
-    (
-        "self",
-        "messages",
-        "tools",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-    )
-)
-"""Names of `chat_template_kwargs` that mean something else than a variable of the template."""
 
 
 class StreamOptions(Body):
@@ -135,7 +125,7 @@ class CompletionBody(GenerationBody):
         return [item for item in self.prompt if not isinstance(item, int)]
 
 
-class ChatBody(GenerationBody):
+class ChatBody(TemplateFields, GenerationBody):
     """Body of `/v1/chat/completions`."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -153,13 +143,8 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
     def to_params(self) -> SamplingParams:
         """Sampling options; without a limit the answer may fill the model's context.
@@ -196,27 +181,6 @@ class ChatBody(GenerationBody):
                 "tool_choice",
             )
         return use
-
-    def check_template_options(self, allow_template: bool) -> None:
-        """Refuse a template of the client's own, and variables of names that are taken.
-
-        Args:
-            allow_template: whether clients may send templates. A template is a program, which can
-                run for as long as it likes.
-
-        Raises:
-            InvalidRequest: see above.
-        """
-        if self.chat_template is not None and not allow_template:
-            raise InvalidRequest(
-                "chat_template is not accepted by this server; leave it out.", "chat_template"
-            )
-        if taken := sorted(_NOT_VARIABLES.intersection(self.chat_template_kwargs or ())):
-            raise InvalidRequest(
-                f"chat_template_kwargs must not name {', '.join(taken)}; use the request's own "
-                "fields.",
-                "chat_template_kwargs",
-            )
 
     def _renamed(self, error: InvalidRequest) -> InvalidRequest:
         """The same error under the name that the client used."""

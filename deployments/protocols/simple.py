@@ -36,6 +36,36 @@ class GenerateBody(SimpleFields):
     """Body of `/generate` and `/generate_stream`."""
 
     prompt: str
+    system_info: str | None = None
+    """What the model is told before the chat."""
+    history_input: Annotated[list[str] | None, FailFast()] = None
+    """What the user has said so far, oldest first."""
+    history_output: Annotated[list[str] | None, FailFast()] = None
+    """What the model has answered to each."""
+
+    def messages(self) -> list[dict[str, Any]] | None:
+        """The chat that the prompt is the end of; None for a prompt that stands for itself.
+
+        Raises:
+            InvalidRequest: there are not as many answers as inputs.
+        """
+        inputs, outputs = self.history_input or [], self.history_output or []
+        if not (self.system_info or inputs or outputs):
+            return None
+        if len(inputs) != len(outputs):
+            raise InvalidRequest(
+                f"history_output must answer each of the {len(inputs)} texts of history_input, "
+                f"but has {len(outputs)}.",
+                "history_output",
+            )
+        system = [("system", self.system_info)] if self.system_info else []
+        turns = [
+            turn
+            for said, answered in zip(inputs, outputs, strict=True)
+            for turn in (("user", said), ("assistant", answered))
+        ]
+        chat = [*system, *turns, ("user", self.prompt)]
+        return [{"role": role, "content": content} for role, content in chat]
 
 
 class BatchGenerateBody(SimpleFields):

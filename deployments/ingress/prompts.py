@@ -1,0 +1,56 @@
+"""From messages to a prompt, and from text to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deployments.ingress.served import ServedModel, aside
+from deployments.protocols.template import TemplateFields
+from deployments.protocols.tool_calls import ToolUse, template_messages
+
+
+async def render_chat(
+    model: ServedModel,
+    fields: TemplateFields,
+    messages: Sequence[dict[str, Any]],
+    tool_use: ToolUse | None,
+    body_length: int,
+) -> str:
+    """The prompt of a chat, as text.
+
+    Args:
+        model: whose template to use.
+        fields: how to.
+        messages: of the chat.
+        tool_use: the tools that the template is told of.
+        body_length: of the request, in bytes.
+
+    Raises:
+        InvalidRequest: the messages do not suit the template, or the prompt is too long.
+    """
+    tokenizer = model.need_tokenizer("messages")
+    options: dict[str, Any] = dict(fields.chat_template_kwargs or {})
+    if fields.add_generation_prompt is not None or fields.continue_final_message:
+        options["add_generation_prompt"] = bool(fields.add_generation_prompt)
+
+    def render() -> str:
+        return tokenizer.apply_chat_template(
+            template_messages(messages),
+            chat_template=fields.chat_template,
+            continue_final_message=fields.continue_final_message,
+            tools=None if tool_use is None else tool_use.tools,
+            **options,
+        )
+
+    text = await aside(body_length, render)
+    model.check_length(text, "messages")  # a template may write more than it was given
+    return text
+
+
+async def tokenize(
+    model: ServedModel, text: str, param: str, add_special_tokens: bool = False
+) -> list[int]:
+    """Token ids of a text that `param` led to."""
+    tokenizer = model.need_tokenizer(param)
+    return await aside(len(text), lambda: tokenizer.encode(text, add_special_tokens))

@@ -1,0 +1,129 @@
+"""Endpoints beside OpenAI's, and its paths without prefix, on the plane without Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.tokenizer import Tokenizer
+from tests.deployments.fake_core import expected_tokens
+from tests.deployments.plane import MAX_MODEL_LEN, bundled_tokenizer, open_plane
+from tests.deployments.test_routes import PROMPT, echo, events
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+async def plane():
+    async with open_plane() as opened:
+        yield opened
+
+
+async def post(plane: Any, path: str, **body: Any) -> dict[str, Any]:
+    response = await plane.http.post(path, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def test_tokenize_a_prompt(plane):
+    ids = bundled_tokenizer().encode(PROMPT)
+    answer = await post(plane, "/tokenize", model="m", prompt=PROMPT)
+    assert answer == {
+        **{"count": 4, "max_model_len": MAX_MODEL_LEN, "tokens": ids, "token_strs": None}
+    }
+    answer = await post(plane, "/tokenize", prompt=PROMPT, return_token_strs=True)
+    assert answer["token_strs"] == ["one", "Ġtwo", "Ġthree", "Ġfour"]
+    assert (await post(plane, "/tokenize", prompt=""))["tokens"] == []
+
+
+async def test_tokenize_tells_what_a_chat_is_charged(plane):
+    answer = await post(plane, "/tokenize", messages=CHAT)
+    assert answer["tokens"] == bundled_tokenizer().encode_chat(CHAT)
+    chat = await post(plane, "/v1/chat/completions", model="m", messages=CHAT, max_tokens=1)
+    assert answer["count"] == chat["usage"]["prompt_tokens"]
+    answer = await post(plane, "/tokenize", messages=CHAT, add_generation_prompt=False)
+    assert answer["tokens"] == bundled_tokenizer().encode_chat(CHAT, add_generation_prompt=False)
+
+
+async def test_tokenize_tells_what_tools_cost():
+    tool = {"type": "function", "function": {"name": "add"}}
+    tokenizer = Tokenizer(bundled_tokenizer()._backend, chat_template="{{ tools | tojson }}")
+    async with open_plane(tokenizer=tokenizer) as plane:
+        answer = await post(plane, "/tokenize", messages=CHAT, tools=[tool])
+    assert tokenizer.decode(answer["tokens"]).startswith('[{"type": "function"')
+
+
+async def test_detokenize_is_the_way_back(plane):
+    text = "<|im_start|>Grüße 🌍"
+    ids = (await post(plane, "/tokenize", prompt=text))["tokens"]
+    assert await post(plane, "/detokenize", model="m", tokens=ids) == {"prompt": text}
+    assert await post(plane, "/detokenize", tokens=[]) == {"prompt": ""}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": CHAT}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "long " * 50 * MAX_MODEL_LEN}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"messages": ["a"]}, "messages"),
+        ("/tokenize", {"messages": CHAT, "tools": [1]}, "tools"),
+        ("/tokenize", {"messages": CHAT, "chat_template": "{{ 1 }}"}, "chat_template"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [49152]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens"),
+        ("/generate", {"prompt": "a", "history_input": ["b"]}, "history_output"),
+        ("/generate", {"prompt": "a", "history_input": "b"}, "history_input"),
+        ("/generate", {"prompt": "a", "system_info": 1}, "system_info"),
+    ],
+)
+async def test_bad_fields_are_named(plane, path, body, param):
+    response = await plane.http.post(path, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def test_version_and_ping(plane):
+    assert (await plane.http.get("/version")).json()["version"][0].isdigit()
+    for method in ("GET", "POST"):
+        assert (await plane.http.request(method, "/ping")).status_code == 200
+    plane.table.set_members("Engine-m", [])
+    assert (await plane.http.get("/ping")).status_code == 503
+
+
+async def test_paths_without_prefix(plane):
+    answer = await post(plane, "/completions", model="m", prompt=PROMPT, max_tokens=3)
+    assert answer["choices"][0]["text"] == echo(PROMPT, 3)
+    answer = await post(plane, "/chat/completions", model="m", messages=CHAT, max_tokens=3)
+    assert answer["object"] == "chat.completion"
+
+
+async def test_generate_with_a_history(plane):
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        *[{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}],
+        {"role": "user", "content": "three"},
+    ]
+    prompt = bundled_tokenizer().encode_chat(chat)
+    expected = bundled_tokenizer().decode(expected_tokens(prompt, 20))
+    body = {"prompt": "three", "system_info": "Be brief.", "max_tokens": 20}
+    body |= {"history_input": ["one"], "history_output": ["two"]}
+    answer = await post(plane, "/generate", **body)
+    assert (answer["text"], answer["prompt"]) == (expected, "three")
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    parts = events((await plane.http.post("/generate_stream", json=body)).text)
+    assert "".join(part["text"] for part in parts) == expected
+
+
+async def test_generate_with_an_empty_history_goes_on_with_the_prompt(plane):
+    empty = {"system_info": "", "history_input": [], "history_output": []}
+    answer = await post(plane, "/generate", prompt=PROMPT, max_tokens=4, **empty)
+    assert answer["text"] == echo(PROMPT, 4)
+    async with open_plane(tokenizer=Tokenizer(bundled_tokenizer()._backend)) as bare:
+        response = await bare.http.post("/generate", json={"prompt": "a", "system_info": "b"})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "prompt")
+        assert "chat template" in error["message"]
