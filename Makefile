@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow test-faults bench bench-gpu bench-serving clean
+.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow test-faults test-soak bench bench-gpu bench-serving clean
 
 # Interpreter that .venv is made with; unset, the first of these that is 3.11 or 3.12.
 RIGHT_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -82,6 +82,12 @@ test-slow: install-dev ## Every golden prompt in every way to run the engine
 
 test-faults: install-dev ## Kill and stop processes of a server under load, and miss nothing
 	$(call step,pass the fault suite,$(PY) -m pytest -m faults tests/faults $(PYTEST_ARGS))
+
+# How long `make test-soak` goes on.
+SOAK_MINUTES ?= 30
+
+test-soak: install-dev ## Mixed traffic and random faults for SOAK_MINUTES, with an account of all
+	$(call step,pass the soak,$(PY) -m benchmarks.serving.soak --minutes $(SOAK_MINUTES))
 
 bench: install-dev ## Measure offline speed on this CPU beside transformers, and compare
 	$(PY) -m benchmarks.offline run --suite cpu --engines trunkline transformers

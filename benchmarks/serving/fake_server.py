@@ -18,8 +18,31 @@ _ROOT = Path(__file__).parents[2]
 _END_LIMIT_S = 60.0
 
 
+class FakeServer(dict[str, Any]):
+    """The line by which a server said that it is ready, and a way to talk to it."""
+
+    def __init__(self, ready: dict[str, Any], process: subprocess.Popen[str]) -> None:
+        super().__init__(ready)
+        self._process = process
+
+    def redeploy(self, **options: Any) -> None:
+        """Bring the application to other options, by a rolling update, and wait for its end.
+
+        Args:
+            options: those that change, by their names in this dictionary.
+
+        Raises:
+            RuntimeError: the server has ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(options) + "\n")
+        self._process.stdin.flush()
+        if not self._process.stdout.readline():
+            raise RuntimeError("the fake server has ended")
+
+
 @contextmanager
-def serve_fake(settings: Iterable[str], log: Path) -> Iterator[dict[str, Any]]:
+def serve_fake(settings: Iterable[str], log: Path) -> Iterator[FakeServer]:
     """Run `python -m benchmarks.serving.fake` and yield the line by which it says it is ready.
 
     Args:
@@ -46,7 +69,7 @@ def serve_fake(settings: Iterable[str], log: Path) -> Iterator[dict[str, Any]]:
             line = server.stdout.readline()
             if not line:
                 raise RuntimeError(f"the fake server did not start:\n{log.read_text()[-3000:]}")
-            yield json.loads(line)
+            yield FakeServer(json.loads(line), server)
         finally:
             server.stdin.close()
             server.wait(_END_LIMIT_S)

@@ -12,6 +12,7 @@ _ROLES = (
     ("engine_actor", re.compile(r"ray::EngineActor")),
     ("engine_replica", re.compile(r"ray::ServeReplica:[^:]*:Engine-")),
     ("haproxy", re.compile(r"\S*haproxy(\s|$)")),
+    ("haproxy_manager", re.compile(r"ray::HAProxyManager")),
     ("proxy", re.compile(r"ray::ProxyActor")),
     ("controller", re.compile(r"ray::ServeController")),
     ("node", re.compile(r"\S+ -m ray\.scripts\.scripts start")),
@@ -41,16 +42,26 @@ def read_cpu(root: int) -> dict[str, float]:
 def read_memory(root: int) -> dict[str, float]:
     """Role → MiB of anonymous memory in RAM, of `root` and its living descendants.
 
-    Without the pages of files, which come and go with what else the machine does. A process that
-    shares pages with others counts for all of them.
+    See `memory_by_process`; a process that shares pages with others counts for all of them.
     """
     mebibytes = dict.fromkeys([role for role, _ in _ROLES] + [OTHERS], 0.0)
+    for role, mib in memory_by_process(root).values():
+        mebibytes[role] += mib
+    return mebibytes
+
+
+def memory_by_process(root: int) -> dict[int, tuple[str, float]]:
+    """Process id → role, and MiB of anonymous memory in RAM, of `root` and its descendants.
+
+    Without the pages of files, which come and go with what else the machine does.
+    """
+    found = {}
     for pid in tree(root):
         with contextlib.suppress(OSError):  # it has ended, or is no process of this user
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             (kibibytes,) = re.findall(r"^Anonymous: +(\d+) kB$", rollup, re.MULTILINE)
-            mebibytes[_role(pid)] += int(kibibytes) / 1024
-    return mebibytes
+            found[pid] = _role(pid), int(kibibytes) / 1024
+    return found
 
 
 def find_processes(root: int, role: str) -> list[int]:

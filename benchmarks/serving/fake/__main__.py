@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -33,7 +34,7 @@ from benchmarks.serving.fake.core import (
 from benchmarks.serving.nodes import CPUS, NodePool
 from deployments.config import AppArgs
 from deployments.flags import FAST_PATH
-from deployments.launch import Plan, environment, is_ready
+from deployments.launch import SIDE_PORTS, Plan, environment, is_ready
 from deployments.leftovers import adopt_orphans, end_descendants
 from deployments.placement import POLICIES
 
@@ -57,6 +58,9 @@ def main(words: list[str] | None = None) -> None:
         _serve(options, folder, answers)
     except KeyboardInterrupt:
         pass
+    except Exception:
+        traceback.print_exc()  # now: Ray may end this process once its own have ended
+        raise
     finally:
         end_descendants(_END_LIMIT_S)
         shutil.rmtree(folder, ignore_errors=True)
@@ -65,6 +69,8 @@ def main(words: list[str] | None = None) -> None:
 def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
     """Start Ray and the application, tell that they are ready, and wait for the end."""
     plan = Plan(folder, "127.0.0.1", options.port or _free_port(), _NAME)
+    # Any will do here, and two servers that start at once would both find Serve's own free.
+    os.environ.update({name: str(_free_port()) for name in SIDE_PORTS})
     os.environ.update(environment(plan, folder))
     os.environ["PYTHONPATH"] = str(_ROOT)
     for name in FAST_PATH if options.flags == "default" else ():
@@ -73,7 +79,6 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
     from ray import serve
 
     from benchmarks.serving.fake.collect import collecting
-    from deployments.app import compose
 
     ray.init(
         address="local",
@@ -91,17 +96,26 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
     journal.mkdir(parents=True, exist_ok=True)
     start_core = StartFakeEngine(options.step_ms / 1e3, options.token_us / 1e6, journal)
     with _more_nodes(options, ray.get_runtime_context().gcs_address):
-        serve.run(
-            compose(_app_args(options), start_core),
-            logging_config={"enable_access_log": False},
-        )
+        _deploy(options, start_core)
         _wait_until_ready(plan)
         ready = _ready_line(options, plan, journal)
         with collecting(options.collect_s) if options.collect_s else nullcontext():
             print(json.dumps(ready), file=answers, flush=True)
-            sys.stdin.read()
+            for line in sys.stdin:  # options that change
+                vars(options).update(json.loads(line))
+                _deploy(options, start_core)
+                print("{}", file=answers, flush=True)
         serve.shutdown()
     ray.shutdown()
+
+
+def _deploy(options: argparse.Namespace, start_core: StartFakeEngine) -> None:
+    from ray import serve
+
+    from deployments.app import compose
+
+    app = compose(_app_args(options), start_core)
+    serve.run(app, logging_config={"enable_access_log": False})
 
 
 @contextmanager
@@ -151,13 +165,13 @@ def _app_args(options: argparse.Namespace) -> AppArgs:
         "max_queued_requests": options.max_queued_requests,
         "max_queued_tokens": options.max_queued_tokens,
         "max_estimated_wait_s": options.max_estimated_wait_s,
-        "graceful_shutdown_timeout_s": 1,
+        "graceful_shutdown_timeout_s": options.drain_s,
     }
     ingress = {
         "num_replicas": options.ingresses,
         "num_cpus": 1 + CPUS if options.nodes else 0.1,
         "max_concurrent_requests": options.max_concurrent_requests,
-        "graceful_shutdown_timeout_s": 1,
+        "graceful_shutdown_timeout_s": options.drain_s,
     }
     models = {_NAME: {"engine": engine, "deployment": deployment}}
     return AppArgs.model_validate({"models": models, "ingress": ingress})
@@ -198,6 +212,7 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-queued-tokens", type=int, help="of the engine with the fewest")
     parser.add_argument("--max-estimated-wait-s", type=float, help="for a first token")
     parser.add_argument("--max-concurrent-requests", type=int, default=1024, help="of an ingress")
+    parser.add_argument("--drain-s", type=float, default=1.0, help="for requests in an update")
     parser.add_argument("--routing-policy", choices=tuple(POLICIES), default="prefix_load")
     parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer is used")
     parser.add_argument(

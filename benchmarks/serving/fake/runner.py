@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.serving.journal import Admission, JournalWriter
+from engine.outputs import TokenLogprobs
 from engine.step import NewRow, StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ class FakeStep:
     due: float
     """Seconds of `time.monotonic()`."""
     token_ids: list[int]
-    joined: Sequence[tuple[str, int]]
+    logprobs: dict[int, TokenLogprobs]
+    joined: list[tuple[str, int]]
     """Requests that get a token and got none in the step before, and what number it has."""
     admitted: Sequence[Admission]
     journal: JournalWriter | None
@@ -34,7 +36,7 @@ class FakeStep:
         time.sleep(max(self.due - time.monotonic(), 0.0))
         if self.journal is not None:
             self.journal.write(self.due, time.thread_time(), self.joined, self.admitted)
-        return StepResult(self.token_ids)
+        return StepResult(self.token_ids, self.logprobs)
 
 
 @dataclass(slots=True)
@@ -43,8 +45,20 @@ class _Row:
 
     request_id: str
     prompt: list[int]
+    num_logprobs: int | None = None
+    """How many likeliest tokens to tell of beside the sampled one, if asked for any."""
     last_step: int = -1
     """Newest step that gave it a token."""
+
+    def token(self, position: int) -> int:
+        """Output token of this number."""
+        return self.prompt[position % len(self.prompt)]
+
+    def logprobs(self, position: int) -> TokenLogprobs:
+        """Made up: it was the likeliest, and the next ones are those of the output."""
+        count = self.num_logprobs or 0
+        tokens = [self.token(position), *(self.token(position + i) for i in range(count))]
+        return TokenLogprobs(tokens, [-0.25 * (1 + i) for i in (0, *range(count))], 1)
 
 
 class FakeRunner:
@@ -77,18 +91,20 @@ class FakeRunner:
         """Launch a step."""
         for new_row in plan.new_rows:
             self._rows[new_row.row] = _Row(
-                new_row.request_id, new_row.token_ids[: new_row.num_prompt_tokens]
+                new_row.request_id,
+                new_row.token_ids[: new_row.num_prompt_tokens],
+                new_row.params.logprobs,
             )
         prefilled = sum(count for count in plan.num_tokens if count > 1)
         begin = max(self._due, time.monotonic())
         self._due = begin + self._step_s + self._token_s * prefilled
-        tokens, joined = self._sample(plan)
-        admitted = _admissions(plan) if plan.new_rows else ()
-        return FakeStep(self._due, tokens, joined, admitted, self._journal)
+        step = FakeStep(self._due, [], {}, [], (), self._journal)
+        self._sample(plan, step)
+        if plan.new_rows:
+            step.admitted = _admissions(plan)
+        return step
 
-    def _sample(self, plan: StepPlan) -> tuple[list[int], list[tuple[str, int]]]:
-        tokens: list[int] = []
-        joined: list[tuple[str, int]] = []
+    def _sample(self, plan: StepPlan, step: FakeStep) -> None:
         for index, start, count, samples in zip(
             plan.rows, plan.starts, plan.num_tokens, plan.samples, strict=True
         ):
@@ -96,11 +112,12 @@ class FakeRunner:
                 continue
             row = self._rows[index]
             position = start + count - len(row.prompt)
-            tokens.append(row.prompt[position % len(row.prompt)])
+            step.token_ids.append(row.token(position))
+            if row.num_logprobs is not None:
+                step.logprobs[index] = row.logprobs(position)
             if row.last_step != plan.step - 1:
-                joined.append((row.request_id, position))
+                step.joined.append((row.request_id, position))
             row.last_step = plan.step
-        return tokens, joined
 
 
 def _admissions(plan: StepPlan) -> list[Admission]:
