@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from tests.deployments.fake_core import expected_tokens
@@ -29,9 +30,15 @@ ARGS = {
         "m": {
             "engine": {"max_num_seqs": 64},
             "deployment": {"num_replicas": 2, "num_cpus": 0.1, "graceful_shutdown_timeout_s": 5},
+            "tool_call_parser": "hermes",
+            "reasoning_parser": "qwen3",
         }
     },
-    "ingress": {"num_replicas": 2, "graceful_shutdown_timeout_s": 5},
+    "ingress": {
+        "num_replicas": 2,
+        "graceful_shutdown_timeout_s": 5,
+        "allow_request_chat_templates": True,
+    },
 }
 
 
@@ -154,6 +161,35 @@ async def test_metrics_are_exported(server):
         while missing := [name for name in wanted if name not in server.call("metrics")]:
             assert time.monotonic() < deadline, missing
             await asyncio.sleep(0.5)
+
+
+def test_openai_client_sees_calls_and_thinking(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    call = (
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1, "text": "} </tool_call"}}\n</tool_call>'
+    )
+    said = f"<think>hm</think>I add.\n{call}\n{call}§"
+    request = {
+        "model": "m",
+        "messages": [{"role": "user", "content": said}],
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+        "stop": "§",
+        "extra_body": {"chat_template": "{{ messages[0].content }}"},  # repeated by the fake core
+    }
+    choice = client.chat.completions.create(**request).choices[0]
+    calls = choice.message.tool_calls
+    assert (choice.message.content, choice.finish_reason) == ("I add.\n", "tool_calls")
+    assert choice.message.reasoning_content == "hm"
+    with client.chat.completions.stream(**request) as stream:
+        for _ in stream:
+            pass
+        streamed = stream.get_final_completion().choices[0]
+    assert (streamed.message.content, streamed.finish_reason) == ("I add.\n", "tool_calls")
+    for made in (calls, streamed.message.tool_calls):
+        assert [call.function.name for call in made] == ["add", "add"]
+        for call in made:
+            assert json.loads(call.function.arguments) == arguments
+        assert len({call.id for call in made}) == 2
 
 
 async def test_bad_requests_leave_the_server_well(server):
