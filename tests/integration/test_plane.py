@@ -165,9 +165,8 @@ async def test_metrics_are_exported(server):
 
 def test_openai_client_sees_calls_and_thinking(server):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    call = (
-        '<tool_call>\n{"name": "add", "arguments": {"a": 1, "text": "} </tool_call"}}\n</tool_call>'
-    )
+    arguments = {"a": 1, "text": "} </tool_call"}
+    call = f'<tool_call>\n{{"name": "add", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
     said = f"<think>hm</think>I add.\n{call}\n{call}§"
     request = {
         "model": "m",
