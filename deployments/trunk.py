@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from contextvars import Context
 from typing import Protocol
 
 import ray
 from ray.exceptions import ObjectRefStreamEndOfStreamError
 
+from deployments import watchdog
 from deployments.load_table import LoadTable
 from deployments.names import SERVE_NAMESPACE, engine_actor_name
 from deployments.wire import TrunkMessage, decode_trunk_message
@@ -195,10 +197,10 @@ class TrunkHub:
     async def _take_messages(self, engine_id: str, link: EngineLink) -> None:
         """Deliver and acknowledge until the end; TimeoutError when the engine falls silent."""
         unacknowledged, since = 0, self._loop.time()
-        async with asyncio.timeout(SILENCE_LIMIT_S) as silence:
+        async with _silence_limit() as silence:
             async for message in link.subscribe(self.subscriber_id):
                 now = self._loop.time()
-                silence.reschedule(now + SILENCE_LIMIT_S)
+                silence.end()
                 self._links[engine_id] = link
                 self._deliver(engine_id, decode_trunk_message(message))
                 unacknowledged += 1
@@ -227,3 +229,25 @@ class TrunkHub:
         for receiver in list(self._receivers.values()):
             if not self.connected(receiver.deployment):
                 receiver.strand()
+
+
+@asynccontextmanager
+async def _silence_limit() -> AsyncIterator[watchdog.Silence]:
+    """End the block by a TimeoutError when the engine has been silent for too long.
+
+    Not by a plain timeout: after this process itself has stood still, that would end before what
+    has come meanwhile is read, for all engines at once.
+    """
+    silence = watchdog.Silence()
+
+    async def look() -> None:
+        while silence.look() <= SILENCE_LIMIT_S:
+            await asyncio.sleep(watchdog.LOOK_S)
+        limit.reschedule(asyncio.get_running_loop().time())
+
+    async with asyncio.timeout(None) as limit:
+        watch = asyncio.create_task(look())
+        try:
+            yield silence
+        finally:
+            watch.cancel()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextvars import ContextVar
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from deployments import trunk
+from deployments import engine_actor, trunk, watchdog
 from deployments.failover import _is_loss
 from engine.errors import EngineDead
 from engine.outputs import TokenDelta, TokenLogprobs
@@ -148,6 +149,19 @@ async def test_a_silent_engine_is_lost(monkeypatch):
             engine._loop._on_step = lambda deltas, load: None  # it hangs
             await take(generation, tokens, 100)
         assert tokens["r"] == expected_tokens(PROMPT, 100)
+
+
+async def test_an_ingress_that_stood_still_takes_no_engine_for_lost(monkeypatch):
+    monkeypatch.setattr(trunk, "SILENCE_LIMIT_S", 0.3)
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.02)
+    monkeypatch.setattr(engine_actor, "HEARTBEAT_S", 0.05)
+    lost: list[str] = []
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        monkeypatch.setattr(plane.hub, "_lose", lambda engine_id, reason: lost.append(reason))
+        for _ in range(3):
+            time.sleep(0.6)
+            await asyncio.sleep(0.1)
+        assert not lost
 
 
 async def test_what_breaks_every_engine_is_given_up():
