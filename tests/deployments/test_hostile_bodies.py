@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import re
+from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import httpx
@@ -31,6 +35,17 @@ GOOD: dict[str, Any] = {
     "max_tokens": 2,
 }
 """Valid for every endpoint."""
+CALL = {"name": "f", "arguments": '{"a": 1}'}
+WITH_TOOLS: dict[str, Any] = {
+    "model": "m",
+    "messages": [
+        {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": CALL}]},
+        {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "hi"}]},
+    ],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    "tool_choice": "auto",
+    "max_tokens": 2,
+}
 FIELDS = sorted(
     {
         name
@@ -147,6 +162,28 @@ def test_every_field_with_every_nasty_value(target, path):
     for field in FIELDS:
         for value in NASTY:
             target.post(path, json.dumps({**GOOD, field: value}).encode())
+        target.still_serves()
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where there is something inside of a body."""
+    if path:
+        yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_place_in_a_chat_with_tools(target, stream):
+    good = target.request(method="POST", url="/v1/chat/completions", json=WITH_TOOLS)
+    assert good.status_code == 200
+    for path in places(WITH_TOOLS):
+        for value in NASTY:
+            body = copy.deepcopy({**WITH_TOOLS, "stream": stream})
+            inside = reduce(getitem, path[:-1], body)
+            inside[path[-1]] = value
+            target.post("/v1/chat/completions", json.dumps(body).encode())
         target.still_serves()
 
 
