@@ -22,7 +22,10 @@ _NO_SPLICE = "-e '/option splice-request/d'"
 packet (as httpx and OpenAI's client do) and waits for an unstreamed answer: the engine would go on
 generating it. Small bodies have nothing to gain from splicing anyway."""
 
-_LOOPBACK = r"-e 's/^\( *bind \)\*\{0,1\}:/\1127.0.0.1:/'"
+_LOOPBACK = " ".join(
+    rf"-e '/^{section}$/,/^ *bind / s/^\( *bind \)\*\{{0,1\}}:/\1127.0.0.1:/'"
+    for section in ("frontend prometheus", "listen stats")
+)
 """Serve puts the ports for statistics and metrics on all interfaces, whatever its host is. They ask
 for no password, and tell of every node."""
 

@@ -193,7 +193,9 @@ def test_haproxy_wrapper_mends_the_configuration(tmp_path, monkeypatch):
     config.write_text(
         "global\n    option splice-request\ndefaults\n    mode http\n"
         "    errorfile 502 /etc/500.http\n"
-        "    bind :9101\n  bind *:8404\n    bind 127.0.0.1:8000\n"
+        "frontend prometheus\n    bind :9101\n"
+        "frontend http_frontend\n    bind *:8000\n"
+        "listen stats\n  bind *:8404\n"
         "    http-request return status 404 content-type text/plain lf-string \"no '%[path]'\"\n"
     )
     wrapper = settings["RAY_SERVE_HAPROXY_BINARY_PATH"]
@@ -204,7 +206,9 @@ def test_haproxy_wrapper_mends_the_configuration(tmp_path, monkeypatch):
         "global\n    tune.rcvbuf.server 262144\n"
         "defaults\n    timeout http-request 10s\n    mode http\n"
         f"    errorfile 502 {tmp_path}/unavailable.http\n"
-        "    bind 127.0.0.1:9101\n  bind 127.0.0.1:8404\n    bind 127.0.0.1:8000\n"
+        "frontend prometheus\n    bind 127.0.0.1:9101\n"
+        "frontend http_frontend\n    bind *:8000\n"
+        "listen stats\n  bind 127.0.0.1:8404\n"
         "    http-request return status 503 default-errorfiles\n"
     )
     head, _, body = (tmp_path / "unavailable.http").read_bytes().partition(b"\r\n\r\n")
