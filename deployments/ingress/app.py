@@ -26,6 +26,7 @@ from deployments.ingress.info import (
     handle_ready,
     handle_version,
 )
+from deployments.ingress.metrics_page import handle_metrics
 from deployments.ingress.openapi import handle_openapi
 from deployments.ingress.served import ServedModels
 from deployments.ingress.simple import (
@@ -51,6 +52,7 @@ ROUTES: tuple[tuple[str, str, ModelsHandler], ...] = (
     ("GET", "/ping", handle_ready),
     ("POST", "/ping", handle_ready),
     ("GET", "/version", handle_version),
+    ("GET", "/metrics", handle_metrics),
     ("GET", "/openapi.json", handle_openapi),
     ("POST", "/generate", handle_generate),
     ("POST", "/generate_stream", handle_generate_stream),

@@ -17,7 +17,7 @@ from deployments.protocols.openai import ChatBody, CompletionBody
 from deployments.protocols.simple import BatchGenerateBody, GenerateBody
 from deployments.protocols.tokenize import DetokenizeBody, TokenizeBody
 
-_JSON, _EVENTS = "application/json", "text/event-stream"
+_JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
 _POSTS: dict[str, tuple[type[Body], str, tuple[str, ...]]] = {
     "/v1/chat/completions": (ChatBody, "Answer a chat.", (_JSON, _EVENTS)),
     "/v1/completions": (CompletionBody, "Go on with a text.", (_JSON, _EVENTS)),
@@ -36,6 +36,7 @@ _GETS = {
     "/ready": "Tell whether every model can be served.",
     "/ping": "Tell whether every model can be served.",
     "/version": "Tell which release this is.",
+    "/metrics": "Tell load and counts, for Prometheus.",
 }
 _TEXT_OR_NULL = {"type": ["string", "null"]}
 _ERROR = {
@@ -89,7 +90,8 @@ def openapi_document(served: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _get(path: str, summary: str) -> dict[str, Any]:
-    operation: dict[str, Any] = {"summary": summary, "responses": _responses((_JSON,))}
+    answers = (_TEXT,) if path == "/metrics" else (_JSON,)
+    operation: dict[str, Any] = {"summary": summary, "responses": _responses(answers)}
     if path in OPEN_PATHS:
         operation["security"] = [{}]
     if "{" in path:
@@ -109,7 +111,7 @@ def _post(body: type[Body], summary: str, answers: tuple[str, ...]) -> dict[str,
 
 
 def _responses(answers: tuple[str, ...]) -> dict[str, Any]:
-    contents: dict[str, Any] = {_JSON: {"schema": {"type": "object"}}, _EVENTS: {}}
+    contents: dict[str, Any] = {_JSON: {"schema": {"type": "object"}}, _EVENTS: {}, _TEXT: {}}
     error = {"schema": {"$ref": "#/components/schemas/Error"}}
     return {
         "200": {

@@ -16,6 +16,7 @@ from deployments.engine_state import SILENT_S
 from deployments.ingress.errors import model_not_found, overloaded, unavailable
 from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.ingress.message_style import MessageStyle
+from deployments.ingress.request_counts import RequestCounts
 from deployments.load_table import EngineView
 from deployments.watchdog import LoopLag
 from engine.errors import InvalidRequest
@@ -60,6 +61,7 @@ class ServedModel:
     style: MessageStyle = field(default_factory=MessageStyle)
     allow_request_chat_templates: bool = False
     logprobs: LogprobBudget = field(default_factory=LogprobBudget)
+    counts: RequestCounts = field(default_factory=RequestCounts)
     created: int = 0
     num_preparing: int = 0
     """Completions admitted and not yet started."""
@@ -170,7 +172,7 @@ class ServedModel:
         }
         requests = [request for job in jobs for request in job.requests.values()]
         memory = self.logprobs.hold(jobs, self.max_model_len, self.retry_after_s)
-        with memory, self.client.start(requests) as generation:
+        with memory, self.counts.follow(jobs), self.client.start(requests) as generation:
             async for deltas in generation:
                 pieces = []
                 for delta in deltas:

@@ -131,6 +131,8 @@ def check_answer(response: httpx.Response, sent: str) -> None:
         *events, last = [line for line in response.text.splitlines() if line]
         assert last == "data: [DONE]"
         assert all("error" not in json.loads(event.removeprefix("data: ")) for event in events)
+    elif kind == "text/plain":
+        assert response.request.url.path == "/metrics"
     else:
         assert kind == "application/json" and isinstance(response.json(), dict)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.ingress.request_counts import Histogram
 from engine.tokenizer import Tokenizer
 from tests.deployments.fake_core import expected_tokens
 from tests.deployments.plane import MAX_MODEL_LEN, bundled_tokenizer, open_plane
@@ -127,3 +129,49 @@ async def test_generate_with_an_empty_history_goes_on_with_the_prompt(plane):
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, "prompt")
         assert "chat template" in error["message"]
+
+
+def samples(text: str) -> dict[str, float]:
+    """Name and labels, those that name a process left out → value, as Prometheus' own client
+    reads them."""
+    return {
+        sample.name
+        + "".join(f" {k}={v}" for k, v in sorted(sample.labels.items()) if k != "ingress"): value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        for value in [sample.value]
+    }
+
+
+async def test_metrics(plane):
+    plane.model.name = 'a "model"\\'
+    await post(plane, "/v1/completions", model="m", prompt=PROMPT, max_tokens=3, n=2)
+    await post(plane, "/v1/completions", model="m", prompt=PROMPT, max_tokens=99, stop=" two")
+    await plane.idle()
+    response = await plane.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    found = {k.replace(' model_name=a "model"\\', ""): v for k, v in samples(response.text).items()}
+    assert found["trunkline_num_requests_running engine=e0"] == 0
+    assert found["trunkline_kv_cache_free_blocks engine=e0"] == 4096
+    assert found["trunkline_prompt_tokens_total"] == 8
+    assert found["trunkline_generation_tokens_total"] == 8
+    assert found["trunkline_request_success_total finished_reason=length"] == 2
+    assert found["trunkline_request_success_total finished_reason=stop"] == 1
+    assert found["trunkline_time_to_first_token_seconds_count"] == 2
+    assert found["trunkline_e2e_request_latency_seconds_bucket le=+Inf"] == 2
+    assert found["trunkline_request_time_per_output_token_seconds_sum"] > 0
+
+
+async def test_metrics_tell_how_requests_end():
+    async with open_plane(step_s=0.001, die_at_token=5) as plane:
+        body = {"model": "m", "prompt": PROMPT, "max_tokens": 50}
+        assert (await plane.http.post("/v1/completions", json=body)).status_code == 503
+        assert plane.model.counts.ended == {"error": 1}
+        assert plane.model.counts.latency_s.total == 0
+
+
+def test_a_histogram_counts_up_to_its_bounds():
+    histogram = Histogram((1, 2))
+    for value in (0.5, 1, 1.5, 2, 3):
+        histogram.add(value)
+    assert (histogram.counts, histogram.total) == ([2, 2, 1], 8)
