@@ -7,7 +7,10 @@ import logging
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError
 
+from deployments.ingress.errors import to_api_error
+from engine.errors import EngineDead, InvalidRequest
 from tests.deployments.plane import open_plane
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +55,23 @@ async def test_models_are_found_by_their_served_names_alone(name):
             response = await plane.http.post(path, json=body)
             error = response.json()["error"]
             assert (response.status_code, error["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("cause", "status", "message"),
+    [
+        (InvalidRequest("the prompt is too long.", "prompt"), 400, "The prompt is too long."),
+        (EngineDead("10.0.0.1 is gone"), 503, "The engine of the request was lost; try again."),
+        (KeyError("/secret"), 500, "The server failed to handle the request."),
+        (OSError(2, "No such file", "/secret"), 500, "The server failed to handle the request."),
+    ],
+)
+def test_errors_of_remote_calls_tell_nothing(cause, status, message):
+    """Ray wraps them with a traceback, an address and a process."""
+    trace = 'Traceback: File "/secret/x.py"'
+    error = RayTaskError("generate", trace, cause, pid=1, ip="10.0.0.1").as_instanceof_cause()
+    answer = to_api_error(error)
+    assert (answer.status, answer.message) == (status, message)
 
 
 async def test_prompts_and_answers_are_not_logged(caplog):
