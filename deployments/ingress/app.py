@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from deployments.config import IngressOptions
+from deployments.ingress.bodies import Bodies
 from deployments.ingress.chat import handle_chat
 from deployments.ingress.completions import handle_completion
 from deployments.ingress.errors import handle_http_exception
@@ -66,9 +67,9 @@ def build_asgi_app(models: ServedModels, options: IngressOptions) -> Starlette:
     Raises:
         ConfigError: there is something wrong with the API keys.
     """
-    limits = options.max_body_bytes, options.body_timeout_s
+    bodies = Bodies(options.max_body_bytes, options.body_timeout_s)
     routes = [
-        Route(path, Endpoint(partial(handler, models), *limits), methods=[method])
+        Route(path, Endpoint(partial(handler, models), bodies), methods=[method])
         for method, path, handler in ROUTES
     ]
     app = Starlette(

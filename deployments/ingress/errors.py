@@ -17,13 +17,6 @@ from engine.errors import EngineDead, InvalidRequest
 
 logger = logging.getLogger("ray.serve")
 
-_HEADERS_OF_STATUS = {
-    401: {"WWW-Authenticate": "Bearer"},
-    # The rest of the body is still to come, and nobody will read it.
-    408: {"Connection": "close"},
-    413: {"Connection": "close"},
-}
-
 
 class ApiError(Exception):
     """An answer other than success.
@@ -68,7 +61,7 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The HTTP answer."""
-        headers = dict(_HEADERS_OF_STATUS.get(self.status, ()))
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         if self.retry_after_s:
             headers["Retry-After"] = str(self.retry_after_s)
         return json_response(self.body(), self.status, headers)

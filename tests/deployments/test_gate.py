@@ -13,6 +13,7 @@ from ray._common.utils import import_attr
 from deployments.api_keys import KEY_VARIABLES
 from deployments.config import IngressOptions
 from deployments.flags import SERVE_MIDDLEWARE
+from deployments.ingress.bodies import AT_ONCE
 from deployments.ingress.gate import MAX_HEADER_BYTES, MAX_HEADERS, KeyUse
 from tests.deployments.plane import open_plane
 
@@ -68,6 +69,9 @@ class Exchange:
 
     def feed(self, body: bytes, more: bool) -> None:
         self._messages.put_nowait({"type": "http.request", "body": body, "more_body": more})
+
+    def leave(self) -> None:
+        self._messages.put_nowait({"type": "http.disconnect"})
 
     @property
     def status(self) -> int:
@@ -218,6 +222,34 @@ async def test_a_body_that_grows_too_long_is_read_no_further(plane):
         exchange.feed(b" " * 10_000, more=True)
     await asyncio.wait_for(exchange.task, 5)
     assert (exchange.status, exchange.num_received) == (413, 11)
+
+
+async def test_bodies_that_are_held_are_bounded_together():
+    options = IngressOptions(max_body_bytes=1024)
+    async with open_plane(options=options) as plane:
+        waiting = [Exchange(plane.app, {}) for _ in range(AT_ONCE)]
+        for exchange in waiting:
+            exchange.feed(b" " * 1024, more=True)
+        await asyncio.sleep(0)
+        refused = Exchange(plane.app, {})
+        refused.feed(b" ", more=True)
+        await asyncio.wait_for(refused.task, 5)
+        assert (refused.status, refused.code) == (429, "server_overloaded")
+        assert (refused.headers["connection"], refused.headers["retry-after"]) == ("close", "1")
+        # Places are given back by who is refused, leaves, is cut off, or has been answered.
+        waiting[0].feed(b" ", more=True)
+        waiting[1].leave()
+        waiting[2].task.cancel()
+        waiting[3].feed(b"", more=False)
+        await asyncio.wait([exchange.task for exchange in waiting[:4]], timeout=5)
+        assert (waiting[0].status, waiting[3].status) == (413, 400)
+        again = [Exchange(plane.app, {}) for _ in range(5)]
+        for exchange in again:
+            exchange.feed(b" " * 1024, more=True)
+        done, _ = await asyncio.wait([exchange.task for exchange in again], timeout=0.1)
+        assert done == {again[4].task} and again[4].status == 429
+        for exchange in (*waiting, *again):
+            exchange.task.cancel()
 
 
 async def test_a_slow_body_ends_with_408():
