@@ -26,13 +26,23 @@ class NodePool:
         count: of nodes.
         num_gpus: that each pretends to have.
         replace_after_s: seconds from the death of a node to the start of another.
+        namespace: network namespace of the first node, and its address there; the others are in
+            that of this process.
     """
 
-    def __init__(self, address: str, count: int, num_gpus: int, replace_after_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        count: int,
+        num_gpus: int,
+        replace_after_s: float,
+        namespace: tuple[str, str] | None = None,
+    ) -> None:
         self._words = ["--address", address, "--num-cpus", str(CPUS), "--num-gpus", str(num_gpus)]
         self._replace_after_s = replace_after_s
+        self._namespace = namespace
         self._end = threading.Event()
-        self._nodes = [self._start() for _ in range(count)]
+        self._nodes = [self._start(index) for index in range(count)]
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -52,10 +62,13 @@ class NodePool:
         for node in self._nodes:
             node.wait()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        store = ["--object-store-memory", str(_OBJECT_STORE_BYTES)]
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
-        return subprocess.Popen([*command, *self._words, *store], stdin=subprocess.DEVNULL)
+    def _start(self, index: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *self._words]
+        command += ["--object-store-memory", str(_OBJECT_STORE_BYTES)]
+        if self._namespace and index == 0:
+            name, ip = self._namespace
+            command = ["ip", "netns", "exec", name, *command, "--node-ip-address", ip]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def _run(self) -> None:
         died: dict[int, float] = {}
@@ -65,4 +78,4 @@ class NodePool:
                     continue
                 since = died.setdefault(node.pid, time.monotonic())
                 if time.monotonic() - since >= self._replace_after_s:
-                    self._nodes[index] = self._start()
+                    self._nodes[index] = self._start(index)

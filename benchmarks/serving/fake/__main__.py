@@ -86,6 +86,7 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
         namespace="serve",
+        _node_ip_address=options.ip,
         _temp_dir=str(folder),
     )
     serve.start(
@@ -125,7 +126,9 @@ def _more_nodes(options: argparse.Namespace, address: str) -> Iterator[None]:
         yield
         return
     engines_each = math.ceil(options.engines / options.nodes)
-    pool = NodePool(address, options.nodes, engines_each, options.replace_nodes_s)
+    pool = NodePool(
+        address, options.nodes, engines_each, options.replace_nodes_s, options.namespace
+    )
     try:
         with pool.kept():
             yield
@@ -191,6 +194,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _pair(text: str) -> tuple[str, str]:
+    name, _, ip = text.partition(":")
+    return name, ip
+
+
 def _parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.serving.fake", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -203,6 +211,13 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--replace-nodes-s", type=float, default=5.0, help="from a node's death to another"
+    )
+    parser.add_argument("--ip", help="of the head node, where others reach it")
+    parser.add_argument(
+        "--namespace",
+        type=_pair,
+        metavar="NAME:IP",
+        help="network namespace of one of the other nodes, and its address there",
     )
     parser.add_argument("--max-num-seqs", type=int, default=1024, help="rows of an engine's step")
     parser.add_argument("--max-num-batched-tokens", type=int, default=BATCHED_TOKENS)
