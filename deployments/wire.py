@@ -73,6 +73,7 @@ def merge_delta(into: TokenDelta, newer: TokenDelta) -> None:
     into.num_cached_tokens = max(into.num_cached_tokens, newer.num_cached_tokens)
     into.error = newer.error or into.error
     into.refused = newer.refused or into.refused
+    into.param = newer.param or into.param
 
 
 def _join(first: list[T] | None, second: list[T] | None) -> list[T] | None:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from engine.llm import LLM
     from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from engine.profile import StepRecord
+    from engine.runner.memory_plan import MemoryPlan, plan_memory
     from engine.sampling_params import SamplingParams
+    from engine.structured_outputs.params import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -25,11 +27,14 @@ __all__ = [
     "EngineDead",
     "InferenceEngine",
     "InvalidRequest",
+    "MemoryPlan",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "StepFailed",
     "StepRecord",
+    "StructuredOutputsParams",
+    "plan_memory",
 ]
 
 _HOMES = {
@@ -45,6 +50,9 @@ _HOMES = {
     "RequestMetrics": "outputs",
     "RequestOutput": "outputs",
     "StepRecord": "profile",
+    "MemoryPlan": "runner.memory_plan",
+    "plan_memory": "runner.memory_plan",
+    "StructuredOutputsParams": "structured_outputs.params",
 }
 
 

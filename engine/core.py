@@ -5,21 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, StepFailed
 from engine.failures import Failure, classify, drop_locals
-from engine.outputs import EngineLoad, TokenDelta
+from engine.outputs import EngineLoad, TokenDelta, failed, refusal
 from engine.profile import StepRecord, add_device_times
 from engine.request import EngineRequest, Request
 from engine.runner.build import EngineInfo, build_runner
+from engine.sampling.token_masks import TokenMasks
 from engine.scheduler.scheduler import Scheduler
 from engine.snapshot import EngineSnapshot
 from engine.startup import Stopwatch
 from engine.step import StepPlan, StepResult
+from engine.structured_outputs.constraints import Constraints
+from engine.structured_outputs.grammar import GrammarHost
+from engine.structured_outputs.messages import Setup
 
 MAX_FAILED_STEPS = 3
 """So many failed steps, with no good one between them, and the engine gives up."""
@@ -40,6 +44,13 @@ class PendingStep(Protocol):
 
     def result(self) -> StepResult:
         """Wait for the step and bring its tokens to the host."""
+
+
+class MaskedStep(PendingStep, Protocol):
+    """A step whose plan names masked rows: it is sampled when they have their masks."""
+
+    def sample(self, masks: TokenMasks | None) -> None:
+        """Launch the sampling."""
 
 
 class Runner(Protocol):
@@ -94,6 +105,13 @@ class EngineCore:
         ahead = config.async_scheduling
         self._one_step_ahead = self.info.device != "cpu" if ahead is None else ahead
         self._in_flight: LaunchedStep | None = None
+        setup = Setup(config.model, self.info.vocab_size, self.info.eos_token_ids)
+        self.constraints = Constraints(
+            GrammarHost(setup), self.info.eos_token_ids, self.info.device != "cpu"
+        )
+        self._refused: list[TokenDelta] = []
+        self._late_error: Exception | None = None
+        """Of a sampling that was launched after the step before it had been taken in."""
         self._failed_in_a_row = 0
         self._records: list[StepRecord] = []
         self._timers: list[tuple[torch.cuda.Event, torch.cuda.Event] | None] = []
@@ -101,7 +119,9 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._in_flight is not None or self.scheduler.has_work
+        if self._in_flight is not None or self.scheduler.has_work:
+            return True
+        return bool(self.constraints.waiting)
 
     def add(self, wire: EngineRequest) -> None:
         """Queue a request.
@@ -110,32 +130,48 @@ class EngineCore:
             InvalidRequest: it can never run here.
         """
         self._check(wire)
-        self.scheduler.add(Request.from_wire(wire, self.info.max_model_len))
+        request = Request.from_wire(wire, self.info.max_model_len)
+        if wire.params.structured_outputs is None:
+            self.scheduler.add(request)
+        else:
+            self.constraints.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests without another word; unknown ids are ignored."""
-        self.scheduler.abort(request_ids)
+        ids = list(request_ids)
+        self.scheduler.abort(ids)
+        if self.constraints.waiting:
+            self.constraints.abort(ids)
 
     def load(self) -> EngineLoad:
         """The load after the last step."""
-        return self.scheduler.load()
+        load = self.scheduler.load()
+        load.num_waiting += len(self.constraints.waiting)
+        load.waiting_tokens += sum(r.num_prompt_tokens for r in self.constraints.waiting)
+        return load
 
     def step(self) -> list[TokenDelta]:
         """Do one step and return what is new.
 
         One step ahead, step N+1 is launched before the tokens of step N are read: the device works
-        while the host updates.
+        while the host updates. Where outputs follow grammars, the sampling of step N+1 is launched
+        after that, as its masks depend on the tokens of step N; the forward pass runs meanwhile.
 
         Raises:
             StepFailed: the steps in flight are lost, and with them their requests, or for want of
                 memory only those that a second try would not help.
             Exception: anything else means that the engine cannot go on.
         """
+        if self.constraints.waiting:
+            self._admit_constrained()
         began = time.perf_counter()
         plan = self.scheduler.schedule()
         schedule_s = time.perf_counter() - began
         try:
-            step = self._launch(plan, schedule_s)
+            newest, step = self._launch(plan, schedule_s)
+            awaits_tokens = step is not None and step is not newest
+            if plan.masked and not awaits_tokens:
+                self._sample_masked(newest)
             launched = time.perf_counter()
             result = None if step is None else step.pending.result()
         except Exception as error:
@@ -145,14 +181,16 @@ class EngineCore:
                 raise
             raise self._lose_steps(error, kind) from error
         if step is None or result is None:
-            return []
+            return self._with_refused([])
         arrived = time.perf_counter()
         deltas = self.scheduler.update(step.plan, result)
         if result.token_ids:  # a step that samples nothing may not have run yet
             self._failed_in_a_row = 0
+        if plan.masked and awaits_tokens:
+            self._sample_late(newest)
         if self.runner.profiling:
             self._book(step, arrived - launched, time.perf_counter() - arrived)
-        return deltas
+        return self._with_refused(deltas)
 
     def start_profile(self) -> None:
         """Keep a record of every step from now on."""
@@ -173,7 +211,9 @@ class EngineCore:
         A step in flight is left as it is: to free the memory of a device that is lost may end the
         process.
         """
-        return self.scheduler.fail_all(error)
+        waiting = [failed(request.request_id, error) for request in self.constraints.waiting]
+        self.constraints.waiting.clear()
+        return self._with_refused(waiting + self.scheduler.fail_all(error))
 
     def snapshot(self) -> EngineSnapshot:
         """What the engine is at, for a crash dump; may be called while a step hangs."""
@@ -187,14 +227,61 @@ class EngineCore:
         """
         self.scheduler.check_invariants()
 
-    def _launch(self, plan: StepPlan, schedule_s: float) -> LaunchedStep | None:
-        """Launch a plan, unless it is empty; returns the step whose result is due."""
-        launched = None
+    def _launch(
+        self, plan: StepPlan, schedule_s: float
+    ) -> tuple[LaunchedStep | None, LaunchedStep | None]:
+        """Launch a plan, unless it is empty; returns its step, and the one whose result is due."""
+        if self._late_error is not None:
+            error, self._late_error = self._late_error, None
+            raise error
+        newest = due = None
         if plan.rows:
-            launched = LaunchedStep(plan, self.runner.execute(plan), schedule_s)
+            newest = due = LaunchedStep(plan, self.runner.execute(plan), schedule_s)
         if self._one_step_ahead:
-            launched, self._in_flight = self._in_flight, launched
-        return launched
+            due, self._in_flight = self._in_flight, newest
+        return newest, due
+
+    def _admit_constrained(self) -> None:
+        """Schedule the requests whose grammars have been compiled meanwhile."""
+        may_wait = self._in_flight is None and not self.scheduler.has_work
+        ready, unusable = self.constraints.take_ready(may_wait)
+        for request in ready:
+            try:
+                self.scheduler.add(request)
+            except InvalidRequest as error:
+                self._refused.append(refusal(request.request_id, error))
+        self._refused += [self._unusable(request, error) for request, error in unusable]
+
+    def _sample_masked(self, step: LaunchedStep | None) -> None:
+        """Launch the sampling of a step, all of whose requests' tokens so far are known."""
+        if step is None:
+            return
+        rows = self.scheduler.masked_rows(step.plan)
+        masks, errors = self.constraints.masks(rows, self.info.vocab_size)
+        if errors:
+            self._refused += [self._unusable(request, error) for request, error in errors]
+            self.scheduler.abort(request.request_id for request, _ in errors)
+        cast(MaskedStep, step.pending).sample(masks)
+
+    def _sample_late(self, step: LaunchedStep | None) -> None:
+        """The same, after tokens have been taken in that are to be told before any failure."""
+        try:
+            self._sample_masked(step)
+        except Exception as error:
+            self._late_error = error
+
+    def _unusable(self, request: Request, error: str) -> TokenDelta:
+        """The end of a request whose grammar is of no use, for the reason `error`."""
+        options = request.params.structured_outputs
+        param = "structured_outputs" if options is None else options.param
+        return refusal(request.request_id, InvalidRequest(f"{param} {error}", param))
+
+    def _with_refused(self, deltas: list[TokenDelta]) -> list[TokenDelta]:
+        """`deltas` after those that are still to be told."""
+        if not self._refused:
+            return deltas
+        refused, self._refused = self._refused, []
+        return refused + deltas
 
     def _lose_steps(self, error: Exception, kind: Failure) -> StepFailed:
         """Forget the steps in flight, free what they held, and tell what that means to whom."""
@@ -205,9 +292,10 @@ class EngineCore:
         if kind is Failure.OUT_OF_MEMORY:
             torch.cuda.empty_cache()  # does nothing without a GPU
             deltas = self.scheduler.retry_in_flight(OUT_OF_MEMORY_TOLD)
-            return StepFailed(OUT_OF_MEMORY.format(lost=len(deltas)), deltas)
+            message = OUT_OF_MEMORY.format(lost=len(deltas))
+            return StepFailed(message, self._with_refused(deltas))
         message = f"a step failed, and its requests with it: {type(error).__name__}: {error}"
-        return StepFailed(message, self.scheduler.fail_in_flight(FAILED_TOLD))
+        return StepFailed(message, self._with_refused(self.scheduler.fail_in_flight(FAILED_TOLD)))
 
     def _book(self, step: LaunchedStep, wait_s: float, update_s: float) -> None:
         plan, pending = step.plan, step.pending
@@ -235,6 +323,11 @@ class EngineCore:
                 f"the prompt has {num_prompt} tokens, but max_model_len is {limit} and at least "
                 "one token must be left to generate; shorten the prompt.",
                 "prompt",
+            )
+        if wire.params.structured_outputs is not None and not self.info.eos_token_ids:
+            raise InvalidRequest(
+                "the model has no end-of-sequence token, which structured outputs need.",
+                wire.params.structured_outputs.param,
             )
         self._check_vocabulary(wire.prompt_token_ids, "prompt")
         self._check_vocabulary(wire.params.stop_token_ids, "stop_token_ids")

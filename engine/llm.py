@@ -24,8 +24,8 @@ from engine.tokenizer import Tokenizer, has_tokenizer
 Message = Mapping[str, Any]
 """A chat message: `role`, `content` and what else the chat template reads."""
 
-Inbox = deque[tuple[Job, TextDelta] | StepFailed]
-"""What is new of the requests of one call, or how they were lost."""
+Inbox = deque[tuple[Job, TextDelta] | StepFailed | InvalidRequest]
+"""What is new of the requests of one call, how they were lost, or why one cannot be served."""
 
 
 class LLM:
@@ -81,7 +81,8 @@ class LLM:
             One output a prompt, in the prompts' order.
 
         Raises:
-            InvalidRequest: a prompt or an option cannot be served; nothing was run.
+            InvalidRequest: a prompt or an option cannot be served; nothing was run, but for a
+                grammar that proves to be of no use.
             StepFailed: a step with one of the requests failed, and all of them have ended. Others
                 go on, and so does the engine.
             EngineDead: the engine cannot go on, now or since an earlier call.
@@ -169,7 +170,7 @@ class LLM:
                     self._step()
                 while inbox:
                     item = inbox.popleft()
-                    if isinstance(item, StepFailed):
+                    if isinstance(item, Exception):
                         raise item
                     yield item
         finally:
@@ -193,6 +194,10 @@ class LLM:
             ) from error
         for delta in deltas:
             job, inbox = self._owners[delta.request_id]
+            if delta.refused:
+                inbox.append(InvalidRequest(delta.error or "", delta.param))
+                del self._owners[delta.request_id]
+                continue
             text = job.push(delta)
             if text.finish_reason is not None:
                 del self._owners[delta.request_id]

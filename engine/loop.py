@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from engine.errors import InvalidRequest, StepFailed
-from engine.outputs import EngineLoad, TokenDelta
+from engine.outputs import EngineLoad, TokenDelta, refusal
 from engine.request import EngineRequest
 from engine.snapshot import EngineSnapshot
 
@@ -179,8 +179,4 @@ class EngineLoop:
             try:
                 self._core.add(item)
             except InvalidRequest as error:
-                self._refused.append(_refusal(item.request_id, error))
-
-
-def _refusal(request_id: str, error: InvalidRequest) -> TokenDelta:
-    return TokenDelta(request_id, [], finish_reason="error", error=error.message, refused=True)
+                self._refused.append(refusal(item.request_id, error))

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from engine.errors import InvalidRequest
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 """Why a sequence ended; the first two are OpenAI's."""
 
@@ -41,6 +43,18 @@ class TokenDelta(msgspec.Struct, array_like=True, omit_defaults=True):
     """A sentence for the client when `finish_reason` is `error`."""
     refused: bool = False
     """The error is the request's own: it can never run on this engine."""
+    param: str | None = None
+    """The field that is to blame, when `refused`."""
+
+
+def failed(request_id: str, error: str) -> TokenDelta:
+    """Tells that a request has ended with an error of the engine's, a sentence for the client."""
+    return TokenDelta(request_id, [], finish_reason="error", error=error)
+
+
+def refusal(request_id: str, error: InvalidRequest) -> TokenDelta:
+    """Tells that a request cannot be served as it is."""
+    return TokenDelta(request_id, [], "error", error=error.message, refused=True, param=error.param)
 
 
 class EngineLoad(msgspec.Struct, array_like=True):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.structured_outputs.grammar import Matcher
 
 
 class EngineRequest(msgspec.Struct, array_like=True, kw_only=False):
@@ -74,6 +78,8 @@ class Request:
     """Prompt positions whose log-probabilities were handed out."""
     max_total_tokens: int = 0
     """Length at which the request ends for `length`."""
+    matcher: Matcher | None = None
+    """What its output follows, if it is to be of some form."""
     queued_since: float = field(default_factory=time.monotonic)
 
     @classmethod

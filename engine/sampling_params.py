@@ -7,6 +7,7 @@ from collections.abc import Sequence, Sized
 import msgspec
 
 from engine.errors import InvalidRequest
+from engine.structured_outputs.params import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for at each position."""
@@ -65,6 +66,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Log-probabilities of the sampled token and of this many likeliest ones."""
     prompt_logprobs: int | None = None
     """The same for each prompt token; such a prompt is always computed in full."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """The form that the output must have."""
 
     def __post_init__(self) -> None:
         """Normalise `stop` to a tuple and check every field."""
@@ -73,6 +76,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check_numbers(self)
         _check_stops(self)
         _check_logit_bias(self.logit_bias)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise InvalidRequest(
+                "structured_outputs must be StructuredOutputsParams.", "structured_outputs"
+            )
 
     @property
     def greedy(self) -> bool:

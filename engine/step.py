@@ -42,6 +42,9 @@ class StepPlan:
     new_blocks: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Row → (index in its block table, block ids to write from there)."""
     num_preempted: int = 0
+    masked: list[int] = field(default_factory=list)
+    """Places among the rows that sample whose tokens follow a grammar. If there are any, the step
+    is sampled when its masks are there: they depend on the tokens of the step before."""
 
     @property
     def total_tokens(self) -> int:

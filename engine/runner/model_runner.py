@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from engine.runner.cuda_graphs import StepGraphs
 from engine.runner.input_batch import MAX_PADDED_ROWS, InputBatch, StepInputs
 from engine.sampling.logprobs import prompt_logprobs, rows_at_a_time
 from engine.sampling.sampler import Sampler, SamplerOutput
+from engine.sampling.token_masks import TokenMasks
 from engine.step import NewRow, StepPlan, StepResult
 
 
@@ -22,16 +24,25 @@ from engine.step import NewRow, StepPlan, StepResult
 class PendingStep:
     """A launched step whose sampled tokens may still be on the device."""
 
-    output: SamplerOutput | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
-    tokens: torch.Tensor | None
+    output: SamplerOutput | None = None
+    tokens: torch.Tensor | None = None
     """Sampled tokens on the host, once `done` has happened; int64 [samples]."""
-    done: torch.cuda.Event | None
+    done: torch.cuda.Event | None = None
     """None on CPU."""
+    waiting_sample: Callable[[PendingStep, TokenMasks | None], None] | None = None
+    """Launches the sampling of a step that waits for its masks."""
     prepare_s: float = 0.0
     launch_s: float = 0.0
     timers: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
     """Before the first and after the last kernel, when profiling."""
+
+    def sample(self, masks: TokenMasks | None) -> None:
+        """Launch the sampling of a step that waits for its masks, before any other step."""
+        began = time.perf_counter()
+        if self.waiting_sample is not None:
+            self.waiting_sample(self, masks)
+        self.launch_s += time.perf_counter() - began
 
     def result(self) -> StepResult:
         """Wait for the step and bring its tokens to the host."""
@@ -108,10 +119,13 @@ class ModelRunner:
         if self._scored_prompts:
             scored = self._score_prompts(plan, hidden)
             hidden = hidden[inputs.sample_indices]
-        pending = self._sample(inputs, hidden[: len(inputs.samples.rows)], scored)
-        if first is not None:
-            pending.timers = first, self._event(timed=True)
-        pending.prepare_s, pending.launch_s = prepared - began, time.perf_counter() - prepared
+        pending = PendingStep(scored, prepare_s=prepared - began)
+        sample = partial(self._sample, inputs, hidden[: len(inputs.samples.rows)], first)
+        if plan.masked:
+            pending.waiting_sample = sample
+        else:
+            sample(pending)
+        pending.launch_s += time.perf_counter() - prepared
         return pending
 
     def _graph_for(self, plan: StepPlan) -> tuple[StepGraphs | None, int]:
@@ -161,25 +175,33 @@ class ModelRunner:
         )
         return hidden
 
+    @torch.inference_mode()
     def _sample(
         self,
         inputs: StepInputs,
         hidden: torch.Tensor,
-        scored: dict[int, list[TokenLogprobs]],
-    ) -> PendingStep:
-        if not inputs.samples.rows:
-            return PendingStep(None, scored, None, None)
-        logits = self.model.compute_logits(hidden)
-        output = self.sampler.sample(logits, inputs.samples)
-        self.batch.store_sampled(inputs, output.token_ids)
-        if not self._cuda:
-            return PendingStep(output, scored, output.token_ids, None)
-        # Fetched later, they would queue behind the step that is launched in between.
+        first: torch.cuda.Event | None,
+        pending: PendingStep,
+        masks: TokenMasks | None = None,
+    ) -> None:
+        """Launch the sampling of a step, whose first kernel came after `first`."""
+        if inputs.samples.rows:
+            logits = self.model.compute_logits(hidden)
+            output = pending.output = self.sampler.sample(logits, inputs.samples, masks)
+            self.batch.store_sampled(inputs, output.token_ids)
+            pending.tokens = output.token_ids
+            if self._cuda:
+                self._fetch(pending, output)
+        if first is not None:
+            pending.timers = first, self._event(timed=True)
+
+    def _fetch(self, pending: PendingStep, output: SamplerOutput) -> None:
+        """Copy what was sampled to the host: later, it would queue behind the next step."""
         if output.logprobs is not None:
             output.logprobs = output.logprobs.to_pinned()
-        tokens = torch.empty(len(output.token_ids), dtype=torch.int64, pin_memory=True)
-        tokens.copy_(output.token_ids, non_blocking=True)
-        return PendingStep(output, scored, tokens, self._event())
+        pending.tokens = torch.empty(len(output.token_ids), dtype=torch.int64, pin_memory=True)
+        pending.tokens.copy_(output.token_ids, non_blocking=True)
+        pending.done = self._event()
 
     def _score_prompts(
         self, plan: StepPlan, hidden: torch.Tensor

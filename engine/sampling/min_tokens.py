@@ -34,6 +34,8 @@ class MinTokens:
             ends |= self._eos_token_ids
         # Ids beyond the vocabulary cannot be sampled; as an index they would hit another row.
         stops = sorted(i for i in ends if i < self._vocab_size) if params.min_tokens else []
+        if params.structured_outputs is not None:
+            stops = []  # its masks see to it, as they know whether anything else is allowed
         self._stops.set(new.row, stops, [-torch.inf] * len(stops))
         self._first_free[new.row] = new.num_prompt_tokens + params.min_tokens
 

@@ -14,6 +14,7 @@ from engine.sampling.logprobs import LogprobTensors, gather_logprobs
 from engine.sampling.min_tokens import MinTokens
 from engine.sampling.penalties import Penalties
 from engine.sampling.rows import Batch, RowParameter, RowTable, to_device
+from engine.sampling.token_masks import TokenMasks
 from engine.sampling.truncation import Truncation
 from engine.step import NewRow
 
@@ -52,9 +53,9 @@ class Sampler:
     feature, so that a feature costs nothing where nobody uses it. What depends on sampled tokens is
     updated on the device: a step can be sampled before the host knows the tokens of the last one.
 
-    Order, as in vLLM: log-probabilities of the raw logits; logit bias, minimum length, penalties;
-    then the largest logit for greedy rows, and temperature, min_p, top_k, top_p and a Gumbel-max
-    draw for the others.
+    Order: log-probabilities of the raw logits; logit bias, minimum length, penalties, masks of
+    structured outputs; then the largest logit for greedy rows, and temperature, min_p, top_k, top_p
+    and a Gumbel-max draw for the others.
 
     Args:
         max_num_seqs: rows.
@@ -100,22 +101,28 @@ class Sampler:
         for feature in self._edits:
             feature.add_row(new_row)
 
-    def sample(self, logits: torch.Tensor, batch: Batch) -> SamplerOutput:
+    def sample(
+        self, logits: torch.Tensor, batch: Batch, masks: TokenMasks | None = None
+    ) -> SamplerOutput:
         """Draw one token a row, without waiting for the device.
 
         Args:
             logits: [batch, vocab] of any float type; float32 ones may be overwritten.
             batch: the row and position of each line of `logits`.
+            masks: tokens that some of the rows may draw.
         """
         self._table.upload()
         edits = [feature for feature in self._edits if feature.active(batch)]
+        is_edited = bool(edits) or masks is not None
         asked, raw = batch.members(self._num_top.keys()), logits
-        if edits or not batch.fused:
+        if is_edited or not batch.fused:
             logits = logits.float().contiguous()
-        if asked and edits and logits is raw:  # they are about to be changed
+        if asked and is_edited and logits is raw:  # they are about to be changed
             raw = logits.clone()
         for feature in edits:
             feature.apply(logits, batch)
+        if masks is not None:
+            masks.apply(logits)
         token_ids = self._draw_fused(logits, batch) if batch.fused else self._draw(logits, batch)
         if self._penalties in edits:
             self._penalties.update(token_ids, batch)

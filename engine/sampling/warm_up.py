@@ -10,6 +10,7 @@ import torch
 
 from engine.sampling.rows import Batch
 from engine.sampling.sampler import Sampler
+from engine.sampling.token_masks import TokenMasks
 from engine.sampling_params import SamplingParams
 from engine.step import NewRow
 
@@ -35,8 +36,15 @@ def sampling_warm_ups(
     """
     from engine.kernels.draw import LARGE_BATCH
 
+    yield partial(_mask_once, vocab_size, device)
     for rows, params in product((1, LARGE_BATCH), _REQUESTS):
         yield partial(_sample_once, params, rows, vocab_size, device, logits_dtype)
+
+
+def _mask_once(vocab_size: int, device: torch.device) -> None:
+    masks = TokenMasks.allocate([0], vocab_size, pin_memory=True)
+    masks.bits.fill_(-1)
+    masks.apply(torch.zeros((1, vocab_size), device=device))
 
 
 @torch.inference_mode()

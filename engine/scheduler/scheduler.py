@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, InvalidRequest
 from engine.kv_cache.block_allocator import BlockAllocator
 from engine.kv_cache.block_pool import InvariantViolation
-from engine.outputs import EngineLoad, TokenDelta
+from engine.outputs import EngineLoad, TokenDelta, failed
 from engine.request import Request, Status
 from engine.scheduler.delivery import Delivery
 from engine.scheduler.planner import StepPlanner
@@ -73,6 +73,8 @@ class Scheduler:
         self._token_budget = self._full_budget = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._requests: dict[str, Request] = {}
+        self._with_grammar: set[str] = set()
+        """Ids of the requests whose outputs follow a grammar."""
         self._in_flight: deque[ScheduledStep] = deque()
         self._last: ScheduledStep | None = None
 
@@ -99,6 +101,8 @@ class Scheduler:
                 "prompt",
             )
         self._requests[request.request_id] = request
+        if request.matcher is not None:
+            self._with_grammar.add(request.request_id)
         self._waiting.push(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -116,6 +120,10 @@ class Scheduler:
         if step.is_empty:
             return step.plan
         self._last = step.build()
+        if self._with_grammar:
+            self._last.plan.masked = [
+                place for place, r in enumerate(self._last.sampled) if r.matcher is not None
+            ]
         self._in_flight.append(self._last)
         return self._last.plan
 
@@ -136,12 +144,20 @@ class Scheduler:
         self._finish(finished)
         return deltas
 
+    def masked_rows(self, plan: StepPlan) -> list[tuple[int, Request]]:
+        """The places of `plan.masked` and their requests; of the step that was planned last."""
+        step = self._last
+        if step is None or step.plan is not plan:
+            raise InvariantViolation(f"step {plan.step} is not the last one")
+        return [(place, step.sampled[place]) for place in plan.masked]
+
     def fail_all(self, error: str) -> list[TokenDelta]:
         """End every request with `error` and forget the steps in flight and all cached blocks."""
-        deltas = [_failed(request_id, error) for request_id in self._requests]
+        deltas = [failed(request_id, error) for request_id in self._requests]
         for request in self._requests.values():
             request.status = Status.FINISHED
         self._requests.clear()
+        self._with_grammar.clear()
         self._waiting.clear()
         self._running.clear()
         self._in_flight.clear()
@@ -184,7 +200,7 @@ class Scheduler:
             self._planner.send_back(request)
         self._running.clear()
         self._blocks.pool.reset()
-        return [_failed(request.request_id, error) for request in lost]
+        return [failed(request.request_id, error) for request in lost]
 
     def load(self) -> EngineLoad:
         """The load now."""
@@ -246,9 +262,6 @@ class Scheduler:
                 self._waiting.discard(request)
             request.status = Status.FINISHED
             del self._requests[request.request_id]
+            self._with_grammar.discard(request.request_id)
         if left:
             self._running.drop_finished(left)
-
-
-def _failed(request_id: str, error: str) -> TokenDelta:
-    return TokenDelta(request_id, [], finish_reason="error", error=error)

@@ -19,11 +19,14 @@ def check_stop(
         (finish reason or None to go on, the stop token id unless it is the model's own).
     """
     params, length = request.params, len(request.token_ids)
-    if length - request.num_prompt_tokens >= params.min_tokens:
-        if token in eos_token_ids and not params.ignore_eos:
+    is_long_enough = length - request.num_prompt_tokens >= params.min_tokens
+    if token in eos_token_ids:
+        if is_long_enough and not params.ignore_eos:
             return "stop", None
-        if params.stop_token_ids and token in params.stop_token_ids:
-            return "stop", token
+        if params.structured_outputs is not None:
+            return "stop", None  # the grammar allowed it, and allows nothing after it
+    if is_long_enough and params.stop_token_ids and token in params.stop_token_ids:
+        return "stop", token
     if length >= request.max_total_tokens:
         return "length", None
     return GO_ON

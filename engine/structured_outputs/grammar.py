@@ -1,0 +1,192 @@
+"""Grammars as the engine sees them: processes that compile, and then give masks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import msgspec
+import numpy as np
+
+from engine.structured_outputs.messages import MaskRequest, RowState, RowStatus, Setup, encode
+from engine.structured_outputs.params import GrammarSource
+
+MASK_WAIT_S = 10.0
+"""Seconds after which a process that gives no mask is given up. Its processor time ends long
+before, unless the machine stands still."""
+RETRY_AFTER_S = 60.0
+"""A grammar that has failed is refused at once for so long."""
+TOO_MUCH = "takes too much time or memory to compile; make it simpler."
+TOO_SLOW = "takes too long to match; make it simpler."
+NOT_STARTED = "could not be compiled, as the engine cannot start the process for it; see its log."
+
+
+class GrammarHost:
+    """Starts processes for grammars, by way of one that has the library and the vocabulary.
+
+    That one starts when it is first needed, and ends with this object.
+
+    Args:
+        setup: of the processes.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process that starts the others runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def connect(self) -> Connection:
+        """A connection to a new process, which may still be about to start."""
+        if self._control is None or not self.alive:
+            self._control = self._start()
+        ours, theirs = socket.socketpair()
+        # Should that process have just ended, so does the connection.
+        with theirs, contextlib.suppress(BrokenPipeError):
+            socket.send_fds(self._control, [b"."], [theirs.fileno()])
+        return Connection(ours.detach())
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        setup = msgspec.json.encode(self.setup).decode()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",  # threads of a process are lost in what it forks
+        }
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "engine.structured_outputs.process", setup],
+                stdin=theirs.fileno(),
+                env=environment,
+            )
+        weakref.finalize(self, _end, ours, self._process)
+        return ours
+
+
+def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    """End the process: it does so by itself when its input ends, unless it is still starting."""
+    control.close()
+    process.terminate()
+    process.wait()
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Matcher:
+    """One output that a grammar follows. What it has come to is a function of the tokens alone."""
+
+    grammar: Grammar
+    matcher_id: int
+    num_sent: int = 0
+    """Output tokens that the grammar's process knows."""
+
+
+class Grammar:
+    """A grammar: first it compiles, then it gives masks or is of no use.
+
+    Args:
+        source: what to compile.
+        host: starts its process.
+    """
+
+    def __init__(self, source: GrammarSource, host: GrammarHost) -> None:
+        self.error: str | None = None
+        """Why it is of no use, to be read after the name of a field."""
+        self.compiling = True
+        self._retry_at = math.inf
+        self._host = host
+        self._ids = itertools.count()
+        self._live: set[int] = set()
+        self._ended: list[int] = []
+        self.connection = host.connect()
+        self._send(source)
+
+    @property
+    def may_be_retried(self) -> bool:
+        """Whether it is of no use but another try may go another way."""
+        return self.error is not None and time.monotonic() >= self._retry_at
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any output is matched, or waits to be."""
+        return bool(self._live)
+
+    def matcher(self) -> Matcher:
+        """Follow an output from its beginning."""
+        matcher = Matcher(self, next(self._ids))
+        self._live.add(matcher.matcher_id)
+        weakref.finalize(matcher, self._forget, matcher.matcher_id)
+        return matcher
+
+    def poll(self) -> bool:
+        """Whether it has been found out if the grammar can be compiled; does not wait."""
+        if self.compiling and self.connection.poll():
+            self.compiling = False
+            try:
+                if reason := self.connection.recv_bytes().decode():
+                    self._fail(f"is not usable: {reason}")
+            except (EOFError, OSError):
+                if self._host.alive:
+                    self._fail(TOO_MUCH)
+                else:
+                    self._fail(NOT_STARTED, retry_after_s=0.0)
+        return not self.compiling
+
+    def ask(self, rows: list[RowState]) -> None:
+        """Ask for masks; `collect` waits for them."""
+        ended, self._ended = self._ended, []
+        self._send(MaskRequest(rows, ended))
+
+    def collect(self, masks: np.ndarray) -> Sequence[int]:
+        """Receive what was asked for.
+
+        Args:
+            masks: contiguous int32 [rows, words]; filled.
+
+        Returns:
+            A `RowStatus` for each row; all are rejected, and `error` is set, when the process has
+            ended.
+        """
+        try:
+            if self.error is None and self.connection.poll(MASK_WAIT_S):
+                statuses = self.connection.recv_bytes()
+                self.connection.recv_bytes_into(masks.reshape(-1))
+                return statuses
+        except (EOFError, OSError):
+            pass
+        if self.error is None:
+            self._fail(TOO_SLOW)
+        return [RowStatus.REJECTED] * len(masks)
+
+    def close(self) -> None:
+        """End its process, now if it is idle."""
+        self.connection.close()
+
+    def _fail(self, error: str, retry_after_s: float = RETRY_AFTER_S) -> None:
+        self.error = error
+        self._retry_at = time.monotonic() + retry_after_s
+        self.close()
+
+    def _send(self, message: GrammarSource | MaskRequest) -> None:
+        with contextlib.suppress(OSError):  # the process has ended, and `poll` or `collect` tells
+            self.connection.send_bytes(encode(message))
+
+    def _forget(self, matcher_id: int) -> None:
+        self._live.discard(matcher_id)
+        self._ended.append(matcher_id)
