@@ -58,16 +58,15 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
     Raises:
         ConfigError: an option does not fit the model or the machine.
     """
-    if config.tensor_parallel_size > 1:
-        raise ConfigError("tensor_parallel_size above 1 is not supported yet; set it to 1.")
+    check_supported(config)
     source = resolve_model(config.model)
     shape = read_model_config(source)
-    device = _device(config)
+    device = choose_device(config)
     _check_stream(device)
     if device.type == "cpu":
         # Not torch's default: launchers such as Ray set OMP_NUM_THREADS to what they account for.
         torch.set_num_threads(config.cpu_threads or len(os.sched_getaffinity(0)))
-    dtype = _dtype(config, shape, device)
+    dtype = choose_dtype(config, shape, device)
     max_model_len = config.resolve_max_model_len(shape.max_position_embeddings)
     step_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
     with _memory_for(f"the weights of {config.model}", "take a smaller model or dtype"):
@@ -120,7 +119,22 @@ def _memory_for(what: str, remedy: str) -> Iterator[None]:
         raise ConfigError(f"there is no memory for {what}; {remedy}.") from error
 
 
-def _device(config: EngineConfig) -> torch.device:
+def check_supported(config: EngineConfig) -> None:
+    """Refuse what no engine can do yet.
+
+    Raises:
+        ConfigError: it is asked for.
+    """
+    if config.tensor_parallel_size > 1:
+        raise ConfigError("tensor_parallel_size above 1 is not supported yet; set it to 1.")
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """Where the engine is to run.
+
+    Raises:
+        ConfigError: on a GPU, and there is none.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda' but torch sees no GPU; set device to 'cpu' or 'auto'.")
     if config.device != "auto":
@@ -139,7 +153,8 @@ def _check_stream(device: torch.device) -> None:
         )
 
 
-def _dtype(config: EngineConfig, shape: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(config: EngineConfig, shape: ModelConfig, device: torch.device) -> torch.dtype:
+    """Type of the weights and of the cache."""
     name = config.dtype
     if name == "auto" and device.type == "cpu":
         name = "float32"

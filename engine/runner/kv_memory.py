@@ -67,11 +67,22 @@ def count_blocks(
     Raises:
         ConfigError: they hold less than one sequence of `max_model_len` tokens.
     """
+    memory = None if device.type == "cpu" else torch.cuda.mem_get_info(device)
+    return fit_blocks(config, layout, cache_bytes(config, memory), max_model_len)
+
+
+def fit_blocks(
+    config: EngineConfig, layout: CacheLayout, allowed_bytes: int, max_model_len: int
+) -> int:
+    """Blocks in so many bytes, or as many as the configuration says; the null block included.
+
+    Raises:
+        ConfigError: they hold less than one sequence of `max_model_len` tokens.
+    """
     num_blocks = config.num_kvcache_blocks
     if num_blocks == -1:
-        num_blocks = _cache_bytes(config, device) // layout.block_bytes
-    needed = math.ceil(max_model_len / layout.block_size) + 1  # one more: the null block
-    if num_blocks < needed:
+        num_blocks = allowed_bytes // layout.block_bytes
+    if num_blocks <= blocks_of_sequence(layout, max_model_len):  # one more: the null block
         raise ConfigError(
             f"the KV cache has room for {max(num_blocks - 1, 0) * layout.block_size} tokens, less "
             f"than one sequence of max_model_len = {max_model_len}; lower max_model_len or raise "
@@ -80,18 +91,29 @@ def count_blocks(
     return num_blocks
 
 
+def blocks_of_sequence(layout: CacheLayout, num_tokens: int) -> int:
+    """Blocks that a sequence of so many tokens takes."""
+    return math.ceil(num_tokens / layout.block_size)
+
+
+def cache_bytes(config: EngineConfig, gpu_memory: tuple[int, int] | None) -> int:
+    """Bytes that the KV cache may take.
+
+    Args:
+        config: of the engine.
+        gpu_memory: bytes that are free, and bytes in all; None on a CPU.
+    """
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    if gpu_memory is None:
+        return DEFAULT_CPU_CACHE_BYTES
+    free, total = gpu_memory
+    return max(0, int(total * config.gpu_memory_utilization) - (total - free) - RESERVE_BYTES)
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; on CPU the system hands out their pages when they are first written, not now."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
-
-
-def _cache_bytes(config: EngineConfig, device: torch.device) -> int:
-    if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes
-    if device.type == "cpu":
-        return DEFAULT_CPU_CACHE_BYTES
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(total * config.gpu_memory_utilization) - (total - free) - RESERVE_BYTES)
