@@ -102,7 +102,11 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        **template_options: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several.
 
@@ -110,15 +114,27 @@ class LLM:
             messages: a list of messages, or a list of such lists.
             sampling_params: as for `generate`.
             use_tqdm: as for `generate`.
-            template_options: for `Tokenizer.apply_chat_template`, such as `chat_template`.
+            chat_template: Jinja source to use in place of the model's own.
+            add_generation_prompt: end the prompt with the start of the assistant's turn.
+            continue_final_message: go on with the last message; the option above must be false.
+            tools: JSON schemas of functions, for templates that know of tools.
+            chat_template_kwargs: what else the template reads, such as `enable_thinking`; an entry
+                replaces the option of its name.
 
         Raises:
-            InvalidRequest: as for `generate`, or the model has no chat template.
+            InvalidRequest: as for `generate`, or the template does not accept the messages.
         """
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
+        options: dict[str, Any] = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            **(chat_template_kwargs or {}),
+        }
         prompts: list[Prompt] = [
-            {"prompt_token_ids": self.tokenizer.encode_chat(each, **template_options)}
+            {"prompt_token_ids": self.tokenizer.encode_chat(each, **options)}
             for each in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)

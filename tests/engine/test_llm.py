@@ -56,6 +56,25 @@ def test_chat_uses_the_template_and_stops_at_its_end_token(llm):
     assert [o.text for o in two] == [one[0].text] * 2
 
 
+def test_chat_takes_the_options_of_templates(llm):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The capital"}]
+    greedy_params = SamplingParams(temperature=0.0, max_tokens=4)
+
+    def prompt(**options):
+        (output,) = llm.chat(messages, greedy_params, use_tqdm=False, **options)
+        return llm.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+
+    assert prompt().endswith("<|im_start|>assistant\n")
+    assert prompt(add_generation_prompt=False).endswith("The capital<|im_end|>\n")
+    continued = prompt(add_generation_prompt=False, continue_final_message=True)
+    assert continued.endswith("<|im_start|>assistant\nThe capital")
+    template = "{{ messages[1].content }} of {{ country }}{{ tools | length }}"
+    options = {"chat_template_kwargs": {"country": "France"}, "tools": [{"type": "function"}]}
+    assert prompt(chat_template=template, **options) == "The capital of France1"
+    with pytest.raises(InvalidRequest, match="excludes add_generation_prompt"):
+        prompt(continue_final_message=True)
+
+
 def test_stop_string_across_tokens_is_cut_and_the_engine_is_told(llm):
     full = greedy(llm, PARIS, max_tokens=30)
     assert len(full.tokens) == 30
