@@ -59,6 +59,11 @@ def event(value: Any) -> bytes:
     return b"data: " + to_json(value) + b"\n\n"
 
 
+def error_event(error: Exception) -> bytes:
+    """The event that tells of an error after a stream has begun."""
+    return event(to_api_error(error).body())
+
+
 class EventStream:
     """A `text/event-stream` answer: a response, as ASGI has it.
 
@@ -67,6 +72,8 @@ class EventStream:
         batches: gives what comes after it.
         write: the events that tell of a piece.
         last: the events that come after all pieces.
+        failed: the event that tells of an error; by default the error object.
+        done: what ends every stream.
     """
 
     def __init__(
@@ -75,11 +82,15 @@ class EventStream:
         batches: AsyncGenerator[list[Piece], None],
         write: Callable[[Piece], bytes],
         last: Callable[[], bytes],
+        failed: Callable[[Exception], bytes] = error_event,
+        done: bytes = DONE,
     ) -> None:
         self._first = first
         self._batches = batches
         self._write = write
         self._last = last
+        self._failed = failed
+        self._done = done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send to the end; what has piled up since the last write leaves in one write."""
@@ -89,8 +100,8 @@ class EventStream:
                 await self._send_pieces(send)
                 end = self._last()
             except Exception as error:
-                end = event(to_api_error(error).body())
-        await send({"type": "http.response.body", "body": end + DONE})
+                end = self._failed(error)
+        await send({"type": "http.response.body", "body": end + self._done})
 
     async def _send_pieces(self, send: Send) -> None:
         write = self._write
@@ -145,6 +156,13 @@ class Chunks:
         if self._continuous:
             return event({**self._begin, "choices": [choice], "usage": usage(self._jobs)})
         return self._head + to_json(choice) + self._tail
+
+    def chunk_with(self, choice: dict[str, Any], more: dict[str, Any]) -> bytes:
+        """One chunk with one choice, and more beside the choices."""
+        value = {**self._begin, **more, "choices": [choice]}
+        if self._usage or self._continuous:
+            value["usage"] = usage(self._jobs) if self._continuous else None
+        return event(value)
 
     def last(self) -> bytes:
         """The chunk with the usage, if it was asked for."""

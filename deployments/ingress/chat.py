@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -9,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.ingress.answers import (
+    Chunks,
     EventStream,
     header,
     new_id,
@@ -21,6 +23,7 @@ from deployments.ingress.message_style import MessageForm
 from deployments.ingress.messages import whole_message
 from deployments.ingress.prompts import render_chat, tokenize
 from deployments.ingress.served import ServedModel, ServedModels, build_jobs
+from deployments.ingress.token_ids import TokenIdChunks
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import prompt_logprobs
 from deployments.protocols.openai import ChatBody
@@ -34,7 +37,8 @@ async def handle_chat(
     """Answer a chat, streamed or whole."""
     body = await read_body(ChatBody, data)
     model = models.find(body.model)
-    params, tool_use = body.to_params(), body.tool_use()
+    tool_use = body.tool_use()
+    params = body.to_params()
     body.check_stream_options()
     body.check_template_options(model.allow_request_chat_templates)
     if model.style.hides_marks(tool_use):
@@ -42,7 +46,8 @@ async def handle_chat(
     answer_id = new_id("chatcmpl")
     with model.admission(1, params, "messages"):
         text = await render_chat(model, body, body.messages, tool_use, len(data))
-        form = model.style.form(tool_use, _thinking(body, text))
+        tells_reasoning = body.include_reasoning is not False
+        form = model.style.form(tool_use, _thinking(body, text), tells_reasoning)
         jobs = await build_jobs(
             model,
             answer_id,
@@ -51,21 +56,38 @@ async def handle_chat(
             priority=body.priority,
             cache_salt=body.cache_salt,
             param="messages",
+            keep_last=body.num_kept(model.max_model_len, params),
         )
     if body.stream:
         begin = header(answer_id, "chat.completion.chunk", body.model)
-        if form is None:
-            writer = ChatWriter(model, body, jobs, begin)
-        else:
-            writer = MessageWriter(model, body, jobs, begin, form)
-        return await open_stream(model, jobs, writer.write, writer.chunks.last)
+        return await _stream(model, body, jobs, begin, form)
     await model.finish(jobs)
     begin = header(answer_id, "chat.completion", body.model)
     choices = _choices(model, body, jobs[0], form)
     answer = {**begin, "choices": choices, "usage": usage(jobs)}
+    if body.return_token_ids:
+        answer["prompt_token_ids"] = jobs[0].prompt_token_ids
     if params.prompt_logprobs is not None:
         answer["prompt_logprobs"] = prompt_logprobs(jobs[0].output().prompt_logprobs)
     return json_response(answer)
+
+
+async def _stream(
+    model: ServedModel,
+    body: ChatBody,
+    jobs: Sequence[Job],
+    begin: dict[str, Any],
+    form: MessageForm | None,
+) -> EventStream:
+    telling = TokenIdChunks(body, jobs, begin, in_choice=False) if body.return_token_ids else None
+    chunks = telling or Chunks(body, jobs, begin)
+    writer = (
+        ChatWriter(model, body, chunks)
+        if form is None
+        else MessageWriter(model, body, chunks, form)
+    )
+    write = writer.write if telling is None else telling.noting(writer.write)
+    return await open_stream(model, jobs, write, chunks.last)
 
 
 def _thinking(body: ChatBody, prompt: str) -> bool | None:
@@ -85,13 +107,14 @@ def _choices(
         reason: str | None = output.finish_reason
         if form is not None:
             message, reason = whole_message(form, output)
-        choices.append(
-            {
-                "index": output.index,
-                "message": message,
-                "logprobs": choice_logprobs(model, body, output.logprobs),
-                "finish_reason": reason,
-                "stop_reason": output.stop_reason,
-            }
-        )
+        choice = {
+            "index": output.index,
+            "message": message,
+            "logprobs": choice_logprobs(model, body, output.logprobs),
+            "finish_reason": reason,
+            "stop_reason": output.stop_reason,
+        }
+        if body.return_token_ids:
+            choice["token_ids"] = output.token_ids
+        choices.append(choice)
     return choices

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from deployments.ingress.answers import Chunks
@@ -11,7 +10,6 @@ from deployments.ingress.messages import MessageDeltas
 from deployments.ingress.served import Piece, ServedModel
 from deployments.protocols.logprobs import chat_logprobs
 from deployments.protocols.openai import ChatBody
-from engine.job import Job
 from engine.outputs import Logprob
 
 
@@ -28,10 +26,8 @@ def choice_logprobs(
 class ChatWriter:
     """Writes the chunks of one answer."""
 
-    def __init__(
-        self, model: ServedModel, body: ChatBody, jobs: Sequence[Job], begin: dict[str, Any]
-    ) -> None:
-        self.chunks = Chunks(body, jobs, begin)
+    def __init__(self, model: ServedModel, body: ChatBody, chunks: Chunks) -> None:
+        self._chunks = chunks
         self._model = model
         self._body = body
         self._begun: set[int] = set()
@@ -68,21 +64,16 @@ class ChatWriter:
         }
         if stop_reason is not None:
             choice["stop_reason"] = stop_reason
-        return self.chunks.chunk(choice)
+        return self._chunks.chunk(choice)
 
 
 class MessageWriter(ChatWriter):
     """Writes the chunks of an answer that may hold more than content."""
 
     def __init__(
-        self,
-        model: ServedModel,
-        body: ChatBody,
-        jobs: Sequence[Job],
-        begin: dict[str, Any],
-        form: MessageForm,
+        self, model: ServedModel, body: ChatBody, chunks: Chunks, form: MessageForm
     ) -> None:
-        super().__init__(model, body, jobs, begin)
+        super().__init__(model, body, chunks)
         self._form = form
         self._messages: dict[int, MessageDeltas] = {}
 

@@ -18,6 +18,7 @@ from deployments.ingress.answers import (
 )
 from deployments.ingress.errors import json_response
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
+from deployments.ingress.token_ids import TokenIdChunks
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import completion_logprobs, prompt_logprobs
 from deployments.protocols.openai import CompletionBody
@@ -43,15 +44,26 @@ async def handle_completion(
             priority=body.priority,
             cache_salt=body.cache_salt,
             add_special_tokens=body.add_special_tokens,
+            keep_last=body.num_kept(model.max_model_len, params),
         )
         if body.echo:
             _write_prompts(model, jobs)
     begin = header(answer_id, "text_completion", body.model)
     if body.stream:
-        writer = _Writer(body, jobs, begin)
-        return await open_stream(model, jobs, writer.write, writer.chunks.last)
+        return await _stream(model, body, jobs, begin)
     await model.finish(jobs)
     return json_response({**begin, "choices": _choices(body, jobs), "usage": usage(jobs)})
+
+
+async def _stream(
+    model: ServedModel, body: CompletionBody, jobs: Sequence[Job], begin: dict[str, Any]
+) -> EventStream:
+    if body.return_token_ids:
+        chunks = TokenIdChunks(body, jobs, begin, in_choice=True)
+        write = chunks.noting(_Writer(body, chunks).write)
+        return await open_stream(model, jobs, write, chunks.last)
+    plain = Chunks(body, jobs, begin)
+    return await open_stream(model, jobs, _Writer(body, plain).write, plain.last)
 
 
 def _write_prompts(model: ServedModel, jobs: Sequence[Job]) -> None:
@@ -80,6 +92,9 @@ def _choices(body: CompletionBody, jobs: Sequence[Job]) -> list[dict[str, Any]]:
             }
             if output.logprobs is not None:
                 choice["logprobs"] = completion_logprobs(output.logprobs, body.logprobs or 0, 0)
+            if body.return_token_ids:
+                choice["prompt_token_ids"] = job.prompt_token_ids
+                choice["token_ids"] = output.token_ids
             if result.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs)
             choices.append(choice)
@@ -89,8 +104,8 @@ def _choices(body: CompletionBody, jobs: Sequence[Job]) -> list[dict[str, Any]]:
 class _Writer:
     """Writes the chunks of one answer."""
 
-    def __init__(self, body: CompletionBody, jobs: Sequence[Job], begin: dict[str, Any]) -> None:
-        self.chunks = Chunks(body, jobs, begin)
+    def __init__(self, body: CompletionBody, chunks: Chunks) -> None:
+        self._chunks = chunks
         self._body = body
         self._written: dict[int, int] = {}
         """Characters written so far, by choice."""
@@ -108,7 +123,7 @@ class _Writer:
         logprobs = delta.logprobs and completion_logprobs(
             delta.logprobs, self._body.logprobs or 0, so_far
         )
-        return self.chunks.chunk(
+        return self._chunks.chunk(
             {
                 "index": index,
                 "text": text,

@@ -14,6 +14,7 @@ from deployments.protocols.reasoning import (
 from deployments.protocols.tool_calls import ToolUse
 from deployments.protocols.tool_parsers import TOOL_CALL_PARSERS, guess_parser
 from deployments.protocols.tool_parsers.base import ToolCallParser
+from deployments.protocols.tool_parsers.listed import ListedCallsParser
 from engine.tokenizer import Tokenizer
 
 
@@ -43,21 +44,28 @@ class MessageStyle:
             frozenset(map(tokenizer.token_text, tokenizer.special_ids)),
         )
 
-    def form(self, tool_use: ToolUse | None, thinking: bool | None) -> MessageForm | None:
+    def form(
+        self, tool_use: ToolUse | None, thinking: bool | None, tells_reasoning: bool = True
+    ) -> MessageForm | None:
         """How to read the answer to a request; None when its text is the message.
 
         Args:
             tool_use: what the request says of tools.
             thinking: what the prompt says of thinking, see `thinking_in_prompt`.
+            tells_reasoning: whether the message says what the model thought.
         """
+        if tool_use is not None and tool_use.is_forced:
+            return MessageForm(ListedCallsParser, tool_use, None, None)
         calls = self.calls if tool_use is not None else None
         if calls is None and self.reasoning is None:
             return None
-        return MessageForm(calls, tool_use, self.reasoning, thinking)
+        return MessageForm(calls, tool_use, self.reasoning, thinking, tells_reasoning)
 
     def hides_marks(self, tool_use: ToolUse | None) -> bool:
         """Whether special tokens must stay in the text, as some of them are what is looked for."""
         marks = {OPENING, CLOSING} if self.reasoning is not None else set()
+        if tool_use is not None and tool_use.is_forced:
+            return False  # then none of them is written
         if tool_use is not None and self.calls is not None:
             marks |= {self.calls.opening, self.calls.closing}
         return not marks.isdisjoint(self.special_texts)
@@ -71,6 +79,12 @@ class MessageForm:
     tool_use: ToolUse | None
     reasoning: type[ReasoningParser] | None
     thinking: bool | None
+    tells_reasoning: bool = True
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the client has named the function to call, so that the model decided nothing."""
+        return self.tool_use is not None and self.tool_use.choice == "named"
 
     @property
     def parallel(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import Any, Literal
 
 from deployments.ingress.message_style import MessageForm
 from deployments.protocols.message_events import (
@@ -38,21 +38,21 @@ def whole_message(form: MessageForm, output: CompletionOutput) -> tuple[dict[str
         del calls[1:]
     text = "".join(content)
     message: dict[str, Any] = {"role": "assistant", "content": text or None}
-    if thought:
+    if thought and form.tells_reasoning:
         message |= _reasoning("".join(thought))
     if calls:
         message["tool_calls"] = calls
     elif not thought:
         message["content"] = text
-    return message, _finish_reason(output.finish_reason, bool(calls))
+    return message, _finish_reason(form, output.finish_reason, bool(calls))
 
 
 class MessageDeltas:
     """Writes one completion as the deltas of a stream."""
 
     def __init__(self, form: MessageForm) -> None:
+        self._form = form
         self._parser = form.parser()
-        self._parallel = form.parallel
         self._num_begun = 0
         self._num_broken = 0
 
@@ -63,14 +63,14 @@ class MessageDeltas:
 
     def finish_reason(self, reason: FinishReason | None) -> str | None:
         """OpenAI's `finish_reason` of the completion so far."""
-        return _finish_reason(reason, self._num_begun > self._num_broken)
+        return _finish_reason(self._form, reason, self._num_begun > self._num_broken)
 
     def _delta(self, event: Event) -> dict[str, Any] | None:
         match event:
             case Text(text):
                 return {"content": text}
             case Reasoning(text):
-                return _reasoning(text)
+                return _reasoning(text) if self._form.tells_reasoning else None
             case CallBegin(name):
                 self._num_begun += 1
                 change = _new_call(name)
@@ -79,7 +79,7 @@ class MessageDeltas:
             case CallBroken():
                 self._num_broken += 1  # what has been sent of it cannot be taken back
                 return None
-        if self._num_begun > 1 and not self._parallel:
+        if self._num_begun > 1 and not self._form.parallel:
             return None
         return {"tool_calls": [{"index": self._num_begun - 1, **change}]}
 
@@ -97,5 +97,9 @@ def _reasoning(text: str) -> dict[str, Any]:
     return {"reasoning_content": text, "reasoning": text}
 
 
-def _finish_reason(reason: FinishReason | None, has_calls: bool) -> str | None:
-    return "tool_calls" if has_calls and reason == "stop" else reason
+def _finish_reason(
+    form: MessageForm, reason: FinishReason | None, has_calls: bool
+) -> FinishReason | Literal["tool_calls"] | None:
+    """`stop` where the client named the function: OpenAI's way to say who decided."""
+    decided = has_calls and reason == "stop" and not form.is_named
+    return "tool_calls" if decided else reason

@@ -36,7 +36,7 @@ async def render_chat(
 
     def render() -> str:
         return tokenizer.apply_chat_template(
-            template_messages(messages),
+            template_messages(messages, fields.chat_template or tokenizer.chat_template),
             chat_template=fields.chat_template,
             continue_final_message=fields.continue_final_message,
             tools=None if tool_use is None else tool_use.tools,

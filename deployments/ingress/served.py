@@ -188,7 +188,7 @@ class ServedModel:
     def _failure(self, delta: TokenDelta) -> Exception:
         message = delta.error or "The engine failed."
         if delta.refused:
-            return InvalidRequest(message)
+            return InvalidRequest(message, delta.param)
         return unavailable(message, self.retry_after_s)
 
     async def finish(self, jobs: Sequence[Job]) -> None:
@@ -236,8 +236,11 @@ async def build_jobs(
     cache_salt: str | None = None,
     param: str = "prompt",
     add_special_tokens: bool = True,
+    keep_last: int | None = None,
 ) -> list[Job]:
     """Check and tokenize prompts; errors name `param`.
+
+    Of each prompt its last `keep_last` tokens are kept.
 
     Raises:
         InvalidRequest: a prompt or option cannot be served.
@@ -250,7 +253,7 @@ async def build_jobs(
         return [
             Job.build(
                 f"{request_id}-{index}" if len(prompts) > 1 else request_id,
-                _engine_prompt(model, prompt, add_special_tokens),
+                _engine_prompt(model, prompt, add_special_tokens, keep_last),
                 params,
                 priority,
                 model.tokenizer,
@@ -271,10 +274,18 @@ async def build_jobs(
     return jobs
 
 
-def _engine_prompt(model: ServedModel, prompt: str | list[int], add_special_tokens: bool) -> Prompt:
+def _engine_prompt(
+    model: ServedModel,
+    prompt: str | list[int],
+    add_special_tokens: bool,
+    keep_last: int | None,
+) -> Prompt:
     if not isinstance(prompt, str):
-        return {"prompt_token_ids": prompt}
-    if add_special_tokens:
+        return {"prompt_token_ids": prompt if keep_last is None else prompt[-keep_last:]}
+    if add_special_tokens and keep_last is None:
         return prompt
     tokenizer = model.need_tokenizer("add_special_tokens")
-    return {"prompt": prompt, "prompt_token_ids": tokenizer.encode(prompt, False)}
+    ids = tokenizer.encode(prompt, add_special_tokens)
+    if keep_last is not None and keep_last < len(ids):
+        return {"prompt_token_ids": ids[-keep_last:]}
+    return {"prompt": prompt, "prompt_token_ids": ids}

@@ -28,7 +28,6 @@ _VLLM_ONLY = {
     "structured_outputs": _NOTHING,
     "response_format": ({"type": "text"},),
     "logits_processors": _NOTHING,
-    "truncate_prompt_tokens": (),
     "allowed_token_ids": _NOTHING,
     "bad_words": _NOTHING,
 }
@@ -48,6 +47,26 @@ class GenerationBody(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    """So many tokens are kept of a prompt, its last ones; -1 keeps what leaves room for the
+    output."""
+
+    def num_kept(self, max_model_len: int, params: SamplingParams) -> int | None:
+        """How many tokens are kept of a prompt, or None for all.
+
+        Raises:
+            InvalidRequest: `truncate_prompt_tokens` is out of range.
+        """
+        kept = self.truncate_prompt_tokens
+        if kept == -1:
+            return max(1, max_model_len - (params.max_tokens or 1))
+        if kept is not None and not 0 < kept < max_model_len:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens must be -1, or from 1 to {max_model_len - 1}.",
+                "truncate_prompt_tokens",
+            )
+        return kept
 
     def check_stream_options(self) -> None:
         """Refuse options that do not go with whether a stream was asked for.
@@ -145,6 +164,7 @@ class ChatBody(TemplateFields, GenerationBody):
     top_logprobs: int | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     def to_params(self) -> SamplingParams:
         """Sampling options; without a limit the answer may fill the model's context.
@@ -175,7 +195,7 @@ class ChatBody(TemplateFields, GenerationBody):
             InvalidRequest: the fields on tools are wrong, or ask for what is not supported.
         """
         use = read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
-        if use is not None and use.choice != "auto":
+        if use is not None and use.is_forced:
             raise InvalidRequest(
                 "tool_choice must be none or auto: this server cannot force a call yet.",
                 "tool_choice",

@@ -12,6 +12,10 @@ from engine.errors import InvalidRequest
 MAX_NAME_LENGTH = 256
 """In characters. (OpenAI takes 64.)"""
 
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+_SAYS_WHAT = frozenset(("type", "$ref", "anyOf", "oneOf", "allOf"))
+"""Keywords with which a schema says what kind of value it is for."""
+
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
@@ -28,6 +32,24 @@ class ToolUse:
     def names(self) -> frozenset[str]:
         """Of the functions."""
         return frozenset(tool["function"]["name"] for tool in self.tools)
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the answer must be calls, and so is written as `schema` has it."""
+        return self.choice != "auto"
+
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of a list of calls, which `ListedCallsParser` reads.
+
+        Raises:
+            InvalidRequest: functions define different schemas under one name.
+        """
+        shared: dict[str, dict[str, Any]] = {}
+        calls = [_call_schema(tool["function"], shared) for tool in self.tools]
+        schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+        if self.choice == "named" or not self.parallel:
+            schema["maxItems"] = 1
+        return {**schema, **shared}
 
 
 def read_tool_use(
@@ -101,17 +123,52 @@ def _read_choice(
     )
 
 
-def template_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _call_schema(function: dict[str, Any], shared: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Schema of a call; definitions that it refers to by `#/` move to `shared`."""
+    schema = dict(function.get("parameters") or _NO_PARAMETERS)
+    for place in ("$defs", "definitions"):
+        definitions = schema.pop(place, None)
+        for name, definition in (definitions if isinstance(definitions, dict) else {}).items():
+            if shared.setdefault(place, {}).setdefault(name, definition) != definition:
+                raise InvalidRequest(
+                    f"tools define different schemas as {place}/{name}; rename one of them.",
+                    "tools",
+                )
+    if _SAYS_WHAT.isdisjoint(schema):
+        schema["type"] = "object"
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, "arguments": schema},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def template_messages(
+    messages: Sequence[dict[str, Any]], template: str | None
+) -> list[dict[str, Any]]:
     """Messages as chat templates expect them, which is not quite OpenAI's form.
 
     Templates are written for `transformers`, where the arguments of calls are objects, not texts,
     and assistant messages always have a content. Qwen3's looks for `reasoning_content`, which
-    newer clients call `reasoning`.
+    newer clients call `reasoning`. And few know the role `developer`, OpenAI's for `system`.
+
+    Args:
+        messages: of the chat.
+        template: that they are for.
 
     Raises:
         InvalidRequest: the calls in a message are malformed.
     """
-    return [_of_assistant(m) if m.get("role") == "assistant" else m for m in messages]
+    role = "developer" if "developer" in (template or "") else "system"
+    return [_for_template(message, role) for message in messages]
+
+
+def _for_template(message: dict[str, Any], developer: str) -> dict[str, Any]:
+    role = message.get("role")
+    if role == "assistant":
+        return _of_assistant(message)
+    return {**message, "role": developer} if role == "developer" else message
 
 
 def _of_assistant(message: dict[str, Any]) -> dict[str, Any]:

@@ -245,6 +245,26 @@ async def test_templates_get_tools_and_calls_as_they_expect_them():
 
 
 @pytest.mark.parametrize(
+    ("template", "role"),
+    [("{{ messages[0].role }}", "system"), ("{{ messages[0].role }}{# developer #}", "developer")],
+)
+async def test_developers_speak_as_the_system_to_templates_that_know_none(template, role):
+    async with open_plane(tokenizer=repeater(template)) as plane:
+        messages = [{"role": "developer", "content": "x"}]
+        body = {"model": "m", "messages": messages}
+        body["max_tokens"] = len(bundled_tokenizer().encode(role))
+        assert (await whole(plane, body))["message"]["content"] == role
+
+
+async def test_thinking_may_be_left_out(plane):
+    plane.model.style = MessageStyle.of(plane.model.tokenizer, None, "qwen3")
+    body = saying("<think>hm</think>yes", tools=None, include_reasoning=False)
+    assert (await whole(plane, body))["message"] == {"role": "assistant", "content": "yes"}
+    message = joined((await streamed(plane, body))[0])
+    assert (message["reasoning"], message["content"]) == ("", "yes")
+
+
+@pytest.mark.parametrize(
     ("change", "param"),
     [
         ({"tools": "x"}, "tools"),
