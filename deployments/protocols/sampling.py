@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from deployments.protocols.body import Body
+from deployments.protocols.structured_outputs import FormFields
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
 
@@ -30,7 +30,7 @@ _COPIED = (
 )
 
 
-class SamplingFields(Body):
+class SamplingFields(FormFields):
     """Null means the default; ranges, and the elements of lists and mappings, are checked by
     `SamplingParams`."""
 
@@ -67,6 +67,8 @@ class SamplingFields(Body):
         } | more
         if self.logit_bias:
             given["logit_bias"] = _by_token(self.logit_bias)
+        if form := self.asked_form():
+            given["structured_outputs"] = form
         return SamplingParams(**given)
 
 
