@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
 import yaml
+from pydantic import BaseModel, Field
 
 from tests.integration.server import ROOT, free_ports
 
@@ -107,12 +110,126 @@ def test_openai_client_completes_with_logprobs(client):
     assert max(choice.logprobs.token_logprobs) <= 0
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_openai_client_gets_the_call_that_it_asks_for(client, named):
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer"}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }
+    tools = [
+        {"type": "function", "function": {"name": "forecast", "parameters": parameters}},
+        {"type": "function", "function": {"name": "now"}},
+    ]
+    choice = {"type": "function", "function": {"name": "forecast"}} if named else "required"
+    request = {"model": MODEL, "messages": QUESTION, "tools": tools, "tool_choice": choice}
+    request |= {"temperature": 0, "parallel_tool_calls": False, "max_tokens": 100}
+    whole = client.chat.completions.create(**request).choices[0]
+    assert whole.finish_reason == ("stop" if named else "tool_calls")
+    (call,) = whole.message.tool_calls
+    assert call.function.name == "forecast" or not named
+    made = json.loads(call.function.arguments)
+    if call.function.name == "forecast":
+        assert set(made) == {"city", "days"} and made["city"] in ("Paris", "Rome")
+    with client.chat.completions.stream(**request) as stream:
+        for _ in stream:
+            pass
+        streamed = stream.get_final_completion().choices[0].message.tool_calls
+    assert [(c.function.name, c.function.arguments) for c in streamed] == [
+        (call.function.name, call.function.arguments)
+    ]
+
+
 def test_openai_client_sees_errors_as_its_own(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=-1)
     assert caught.value.param == "temperature"
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="none", messages=QUESTION)
+
+
+class Person(BaseModel):
+    """What an answer is to look like; every part of it is bounded, so that it ends."""
+
+    name: str = Field(max_length=20)
+    age: int = Field(ge=0, le=150)
+    moods: list[Literal["calm", "loud", "odd"]] = Field(max_length=3)
+
+
+INVENT = [{"role": "user", "content": "Invent a person."}]
+
+
+def parsed(client: openai.OpenAI, seed: int) -> Person:
+    """An answer in the form of `Person`, streamed under an odd seed."""
+    options: dict[str, Any] = {
+        "model": MODEL,
+        "messages": INVENT,
+        "response_format": Person,
+        "temperature": 1.0,
+        "seed": seed,
+    }
+    if seed % 2:
+        with client.chat.completions.stream(**options) as stream:
+            answer = stream.get_final_completion()
+    else:
+        answer = client.chat.completions.parse(**options)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "stop"
+    assert choice.message.parsed is not None
+    return choice.message.parsed
+
+
+def parse_among_neighbours(client: openai.OpenAI, seeds: Sequence[int]) -> list[Person]:
+    """Answers in a form, among 16 free ones whose text they must not change."""
+
+    def ask(number: int) -> str:
+        answer = client.completions.create(
+            model=MODEL, prompt=f"Count on: {number}, {number + 1},", max_tokens=24, temperature=0
+        )
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(32) as pool:
+        before = list(pool.map(ask, range(16)))
+        neighbours = pool.map(ask, range(16))
+        people = list(pool.map(lambda seed: parsed(client, seed), seeds))
+        assert list(neighbours) == before
+    return people
+
+
+def test_openai_client_parses_answers_of_a_form(client):
+    people = parse_among_neighbours(client, range(6))
+    assert len({person.model_dump_json() for person in people}) > 1
+
+
+@pytest.mark.slow
+def test_all_of_200_answers_have_their_form(client):
+    assert len(parse_among_neighbours(client, range(200))) == 200
+
+
+def test_every_way_to_ask_for_a_form(client):
+    def ask(**form: Any) -> str:
+        answer = client.completions.create(
+            model=MODEL, prompt="The sky is", max_tokens=30, extra_body=form
+        )
+        return answer.choices[0].text
+
+    assert ask(guided_choice=["blue", "grün"]) in ("blue", "grün")
+    assert re.fullmatch(r"[0-9]{4}", ask(structured_outputs={"regex": "[0-9]{4}"}))
+    assert ask(guided_grammar='root ::= "ab" | "cd"') in ("ab", "cd")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_forms_that_cannot_be_kept_are_refused_by_name(client, stream):
+    for field, form in {
+        "guided_regex": "(a",  # found out by the engine
+        "structured_outputs": {"json": {"uniqueItems": True}},  # by the ingress
+    }.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(
+                model=MODEL, prompt="a", stream=stream, extra_body={field: form}
+            )
+        assert caught.value.param == field
 
 
 def test_seed_fixes_the_answer(client):
