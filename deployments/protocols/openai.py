@@ -188,15 +188,9 @@ class ChatBody(TemplateFields, GenerationBody):
         """What the model may call, or None when it may call nothing.
 
         Raises:
-            InvalidRequest: the fields on tools are wrong, or ask for what is not supported.
+            InvalidRequest: the fields on tools are wrong.
         """
-        use = read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
-        if use is not None and use.is_forced:
-            raise InvalidRequest(
-                "tool_choice must be none or auto: this server cannot force a call yet.",
-                "tool_choice",
-            )
-        return use
+        return read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def _renamed(self, error: InvalidRequest) -> InvalidRequest:
         """The same error under the name that the client used."""

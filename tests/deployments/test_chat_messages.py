@@ -10,10 +10,14 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import jsonschema
 import pytest
 import tokenizers
 
 from deployments.ingress.message_style import MessageStyle
+from deployments.protocols.tool_calls import read_tool_use
+from deployments.wire import decode_submissions
+from engine.errors import InvalidRequest
 from engine.tokenizer import Tokenizer
 from tests.deployments.plane import Plane, bundled_tokenizer, open_plane
 
@@ -158,6 +162,60 @@ async def test_logprobs_come_with_calls(plane):
     assert (await streamed(plane, body))[1] == "tool_calls"
 
 
+LISTED = '[{"name":"add","arguments":{"a":1}},{"name":"add","arguments":{}}]'
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [("required", "tool_calls"), ({"type": "function", "function": {"name": "add"}}, "stop")],
+)
+async def test_calls_that_must_be(plane, monkeypatch, choice, reason):
+    plane.model.style = MessageStyle.of(plane.model.tokenizer, "hermes", "qwen3")
+    seen = []
+    submit = plane.actors["e0"].submit
+    monkeypatch.setattr(plane.actors["e0"], "submit", lambda d: (seen.append(d), submit(d))[1])
+    body = saying(LISTED, tool_choice=choice)
+    whole_answer = await whole(plane, body)
+    assert (whole_answer["message"]["content"], whole_answer["finish_reason"]) == (None, reason)
+    made = [call["function"] for call in whole_answer["message"]["tool_calls"]]
+    deltas, streamed_reason = await streamed(plane, body)
+    assert streamed_reason == reason
+    for calls in (made, joined(deltas)["calls"]):
+        assert named(calls) == [("add", {"a": 1}), ("add", {})]
+    (submission,) = decode_submissions(seen[0])
+    form = submission.request.params.structured_outputs
+    schema = json.loads(form.json)
+    names = [c["properties"]["name"]["const"] for c in schema["items"]["anyOf"]]
+    assert names == (["add"] if reason == "stop" else ["get_weather", "add"])
+
+
+def test_the_form_of_calls_that_must_be():
+    parameters = {
+        "properties": {"x": {"$ref": "#/$defs/X"}},
+        "$defs": {"X": {"type": "integer"}},
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}, ADD]
+    use = read_tool_use(tools, "required", None)
+    schema = use.schema()
+    assert "maxItems" not in schema
+    jsonschema.validate([{"name": "f", "arguments": {"x": 1}}], schema)
+    jsonschema.validate([{"name": "add", "arguments": {}}] * 2, schema)
+    for wrong in (
+        *([], {}, [{"name": "f"}], [{"name": "g", "arguments": {}}]),
+        [{"name": "f", "arguments": {"x": "a"}}],
+        [{"name": "f", "arguments": [1]}],
+        [{"name": "add", "arguments": {"x": 1}}],
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+    assert read_tool_use(tools, "required", False).schema()["maxItems"] == 1
+    choice = {"type": "function", "function": {"name": "add"}}
+    assert read_tool_use(tools, choice, None).schema()["maxItems"] == 1
+    other = {"name": "h", "parameters": {"$defs": {"X": {"type": "string"}}}}
+    with pytest.raises(InvalidRequest, match=r"\$defs/X"):
+        read_tool_use([*tools, {"type": "function", "function": other}], "required", None).schema()
+
+
 async def test_thinking_is_told_apart(plane):
     plane.model.style = MessageStyle.of(plane.model.tokenizer, "hermes", "qwen3")
     body = saying(f"<think>\nhm <b>\n</think>\n\nSo:\n{CALL_2}")
@@ -279,6 +337,19 @@ async def test_thinking_may_be_left_out(plane):
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice"),
         ({"tool_choice": 1}, "tool_choice"),
+        (
+            {
+                "tool_choice": "required",
+                "tools": [
+                    {"type": "function", "function": {"name": "a", "parameters": {"not": 1}}}
+                ],
+            },
+            "tools",
+        ),
+        (
+            {"tool_choice": "required", "response_format": {"type": "json_object"}},
+            "response_format",
+        ),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ({"functions": [{"name": "a"}]}, "functions"),
         ({"messages": [{"role": "assistant", "tool_calls": 1}]}, "messages"),
