@@ -70,7 +70,7 @@ def compose(args: AppArgs, start_core: StartCore) -> serve.Application:
 
 def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.Application:
     options, engine = model.deployment, model.engine
-    resources = _engine_resources(engine, options)
+    resources = engine_resources(engine, options, has_gpus())
     deployment = serve.deployment(EngineReplica).options(
         name=deployment_name(name),
         ray_actor_options={"num_cpus": REPLICA_CPUS},
@@ -123,11 +123,19 @@ def _size(num_replicas: int, scaling: Autoscaling | None) -> dict[str, Any]:
     return {"autoscaling_config": AutoscalingConfig(**values)}
 
 
-def _engine_resources(engine: EngineConfig, options: DeploymentOptions) -> dict[str, float]:
-    """What the engine actor takes of a node; resources of zero are left out."""
+def engine_resources(
+    engine: EngineConfig, options: DeploymentOptions, has_gpus: bool
+) -> dict[str, float]:
+    """What the engine actor takes of a node; resources of zero are left out.
+
+    Args:
+        engine: options of the engine.
+        options: of its deployment.
+        has_gpus: whether there are GPUs where it is to run.
+    """
     num_gpus = options.num_gpus
     if num_gpus is None:
-        on_gpu = engine.device == "cuda" or (engine.device == "auto" and _has_gpus())
+        on_gpu = engine.device == "cuda" or (engine.device == "auto" and has_gpus)
         num_gpus = engine.tensor_parallel_size if on_gpu else 0
     resources = {"CPU": options.num_cpus, "GPU": num_gpus}
     if options.accelerator_type:
@@ -136,7 +144,7 @@ def _engine_resources(engine: EngineConfig, options: DeploymentOptions) -> dict[
     return {name: amount for name, amount in resources.items() if amount}
 
 
-def _has_gpus() -> bool:
+def has_gpus() -> bool:
     """Whether the cluster (before there is one: this machine) has a GPU."""
     if ray.is_initialized():
         return bool(ray.cluster_resources().get("GPU", 0) > 0)

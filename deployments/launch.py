@@ -20,14 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from deployments.api_keys import KEY_VARIABLES, keys_in_environment
-from deployments.config import AppArgs
 from deployments.flags import FAST_PATH, LONG_STREAMS, ONE_MACHINE, SERVE_MIDDLEWARE
 from deployments.haproxy import haproxy_binary, haproxy_settings
 from deployments.leftovers import adopt_orphans, end_descendants
+from deployments.serve_config import parse_values, read_values
 from engine.errors import ConfigError
 
 SIDE_PORTS = {
@@ -67,15 +64,24 @@ class Plan:
 
 
 def main() -> int:
-    """Run the server until it is told to stop; returns the exit status."""
+    """Run the server that the words of the command line ask for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deployments.launch", description=__doc__)
     parser.add_argument("config", nargs="?", default="serve_config.yaml", type=Path)
     try:
-        plan = read_plan(parser.parse_args().config)
-        check_port_free(plan)
+        return launch(parser.parse_args().config)
     except ConfigError as error:
         print(f"trunkline: {error}", file=sys.stderr)
         return 1
+
+
+def launch(config: Path) -> int:
+    """Run the server until it is told to stop; returns the exit status.
+
+    Raises:
+        ConfigError: the configuration is wrong, or the port taken.
+    """
+    plan = read_plan(config)
+    check_port_free(plan)
     folder = Path(tempfile.mkdtemp(prefix="trunkline-"))
     try:
         return _serve(plan, folder)
@@ -89,34 +95,14 @@ def read_plan(config: Path) -> Plan:
     Raises:
         ConfigError: it is not there, not valid, or names a model that is not there.
     """
-    try:
-        values = yaml.safe_load(config.read_text())
-        host = str(values["http_options"]["host"])
-        port = int(values["http_options"].get("port", 8000))
-        arguments = next(
-            app.get("args") or {}
-            for app in values["applications"]
-            if app["import_path"] == "deployments.app:build"
-        )
-        args = AppArgs(**arguments)
-    except OSError as error:
-        raise ConfigError(f"cannot read {config}: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{config} is not valid YAML: {error}") from None
-    except ValidationError as error:
-        raise ConfigError(f"{config}: {_explain(error)}") from None
-    except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
-        raise ConfigError(
-            f"{config} must have applications, one of them with the import_path "
-            "deployments.app:build, and http_options with a host (127.0.0.1 for this machine "
-            "alone, 0.0.0.0 for whoever reaches it)."
-        ) from None
+    checked = parse_values(read_values(config), config)
+    args = checked.args
     for options in args.models.values():
         options.check()
     _check_keys_arrive()
     has_keys = args.ingress.check().has_keys
     limit_s = args.ingress.graceful_shutdown_timeout_s
-    return Plan(config, host, port, next(iter(args.models)), has_keys, limit_s)
+    return Plan(config, checked.host, checked.port, next(iter(args.models)), has_keys, limit_s)
 
 
 def _check_keys_arrive() -> None:
@@ -278,13 +264,6 @@ def _ready_text(plan: Plan, seconds: float) -> str:
         f"\ntrunkline: ready in {seconds:.0f} s on {plan.url}; try\n\n"
         f"curl -N {plan.url}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n"
         f"  -d '{json.dumps(body)}'\n"
-    )
-
-
-def _explain(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
-        for e in error.errors()
     )
 
 

@@ -1,0 +1,166 @@
+"""A configuration file, and what the command line changes of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deployments.config import ModelOptions
+from deployments.serve_config import app_entry, parse_args, read_values
+from engine.config import BUNDLED_MODEL
+from engine.errors import ConfigError
+
+DEFAULT_FILE = Path("serve_config.yaml")
+
+
+def read_settings(options: argparse.Namespace) -> tuple[Path, dict[str, Any], bool]:
+    """The configuration that the options of `serve` or `check` ask for.
+
+    Returns:
+        The file that it comes from, its values, and whether they differ from the file's.
+
+    Raises:
+        ConfigError: the file is not there or not valid, or a setting cannot be applied.
+    """
+    path = options.config or DEFAULT_FILE
+    is_default = options.config is None and not path.exists()
+    values = _default_values() if is_default else read_values(path)
+    changed = is_default
+    for name in ("host", "port"):
+        if (given := getattr(options, name, None)) is not None:
+            _group(values, "http_options")[name] = given
+            changed = True
+    if options.model is not None:
+        entry = app_entry(values, path)
+        kept = {k: v for k, v in _group(entry, "args").items() if k.startswith("ingress")}
+        entry["args"] = {"model": _absolute(options.model), **kept}
+        changed = True
+    if options.settings:
+        apply_settings(values, app_entry(values, path), options.settings)
+    return path, values, changed or bool(options.settings)
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Dotted keys and their values, of words such as `engine.max_num_seqs=8`.
+
+    Raises:
+        ConfigError: a word is not of this form.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[key] = value
+        if not equals or not key.strip("."):
+            raise ConfigError(f"--set {setting} must have the form KEY=VALUE.")
+    return found
+
+
+def apply_settings(values: dict[str, Any], entry: dict[str, Any], settings: Iterable[str]) -> None:
+    """Put settings where they belong in a configuration.
+
+    Args:
+        values: of the whole file.
+        entry: the application's part of it.
+        settings: `http_options.…`, `ingress.…`, `models.NAME.…`, and for the only model also
+            without the first two: `engine.…`, `deployment.…`.
+
+    Raises:
+        ConfigError: a setting begins with none of these.
+    """
+    arguments = _group(entry, "args")
+    models = arguments.get("models") or {}
+    for key, value in parse_settings(settings).items():
+        first, _, rest = key.partition(".")
+        if first == "http_options" and rest:
+            _put(values, key, value)
+        elif first == "ingress" and rest:
+            _put(arguments, key, value)
+        elif first == "models":
+            name = _served_name(rest, models)
+            _put(_group(models, name), rest.removeprefix(f"{name}."), value)
+        elif first in ModelOptions.model_fields:
+            _put(_only_model(models, arguments, key), key, value)
+        else:
+            raise ConfigError(
+                f"--set {key}: begin with engine, deployment, ingress, http_options or models.NAME."
+            )
+
+
+def _only_model(models: dict[str, Any], arguments: dict[str, Any], key: str) -> dict[str, Any]:
+    if len(models) > 1:
+        raise ConfigError(
+            f"--set {key}: there are several models; write models.NAME.{key}, with a NAME of "
+            f"{', '.join(models)}."
+        )
+    return _group(models, next(iter(models))) if models else arguments
+
+
+def _served_name(rest: str, models: dict[str, Any]) -> str:
+    """The model that a key is about; names may have dots of their own."""
+    names = [name for name in models if rest.startswith(f"{name}.")]
+    if not names:
+        raise ConfigError(f"--set models.{rest}: models are {', '.join(models) or 'not named'}.")
+    return max(names, key=len)
+
+
+def _put(place: dict[str, Any], key: str, value: Any) -> None:
+    *groups, last = key.split(".")
+    for group in groups:
+        place = _group(place, group)
+    place[last] = value
+
+
+def _group(place: dict[str, Any], name: str) -> dict[str, Any]:
+    """The table of this name, made if there is none."""
+    if place.get(name) is None:
+        place[name] = {}
+    group = place[name]
+    if not isinstance(group, dict):
+        raise ConfigError(f"{name} must be a table of settings, got {group!r}.")
+    return group
+
+
+def _absolute(model: str) -> str:
+    """A path that holds in whatever folder Ray's processes run."""
+    path = Path(model).expanduser()
+    return str(path.absolute()) if path.exists() and model != BUNDLED_MODEL else model
+
+
+def _default_values() -> dict[str, Any]:
+    """What is served where there is no file: the bundled model, to this machine alone."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "127.0.0.1", "port": 8000, "keep_alive_timeout_s": 90},
+        "logging_config": {"enable_access_log": False},
+        "applications": [
+            {
+                "name": "trunkline",
+                "route_prefix": "/",
+                "import_path": "deployments.app:build",
+                "args": {"model": BUNDLED_MODEL},
+            }
+        ],
+    }
+
+
+def local_model(model: str | None, settings: Iterable[str]) -> tuple[str, ModelOptions]:
+    """A model to run in this process, and the name that requests give it.
+
+    Args:
+        model: None takes the bundled one.
+        settings: such as `engine.max_num_seqs=8`.
+
+    Raises:
+        ConfigError: a setting does not fit.
+    """
+    arguments = {"model": model or BUNDLED_MODEL, **parse_settings(settings)}
+    ((name, options),) = parse_args(arguments, "--set").models.items()
+    options.check()
+    return name, options
