@@ -29,6 +29,7 @@ from deployments.ingress.info import (
 )
 from deployments.ingress.metrics_page import handle_metrics
 from deployments.ingress.openapi import handle_openapi
+from deployments.ingress.responses import handle_responses
 from deployments.ingress.served import ServedModels
 from deployments.ingress.simple import (
     handle_batch_generate,
@@ -42,6 +43,7 @@ ModelsHandler = Callable[[ServedModels, Request, bytes], Awaitable[ASGIApp]]
 ROUTES: tuple[tuple[str, str, ModelsHandler], ...] = (
     ("POST", "/v1/completions", handle_completion),
     ("POST", "/v1/chat/completions", handle_chat),
+    ("POST", "/v1/responses", handle_responses),
     ("POST", "/completions", handle_completion),
     ("POST", "/chat/completions", handle_chat),
     ("POST", "/tokenize", handle_tokenize),

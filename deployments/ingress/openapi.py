@@ -14,6 +14,7 @@ from deployments.ingress.gate import OPEN_PATHS
 from deployments.ingress.served import ServedModels
 from deployments.protocols.body import Body
 from deployments.protocols.openai import ChatBody, CompletionBody
+from deployments.protocols.responses import ResponsesBody
 from deployments.protocols.simple import BatchGenerateBody, GenerateBody
 from deployments.protocols.tokenize import DetokenizeBody, TokenizeBody
 
@@ -21,6 +22,7 @@ _JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
 _POSTS: dict[str, tuple[type[Body], str, tuple[str, ...]]] = {
     "/v1/chat/completions": (ChatBody, "Answer a chat.", (_JSON, _EVENTS)),
     "/v1/completions": (CompletionBody, "Go on with a text.", (_JSON, _EVENTS)),
+    "/v1/responses": (ResponsesBody, "Answer an input.", (_JSON, _EVENTS)),
     "/chat/completions": (ChatBody, "Answer a chat.", (_JSON, _EVENTS)),
     "/completions": (CompletionBody, "Go on with a text.", (_JSON, _EVENTS)),
     "/tokenize": (TokenizeBody, "Tell the tokens of a prompt or a chat.", (_JSON,)),

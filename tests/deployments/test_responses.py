@@ -1,0 +1,332 @@
+"""`/v1/responses` on the plane without Ray; OpenAI's own types say whether an answer is one.
+
+As in the tests of chats, the model repeats the last message up to a mark.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
+
+from deployments.ingress.message_style import MessageStyle
+from deployments.wire import decode_submissions
+from engine.errors import EngineDead
+from tests.deployments.plane import MAX_MODEL_LEN, Plane, open_plane
+from tests.deployments.test_chat_messages import END, repeater
+from tests.deployments.test_hostile_bodies import NASTY, Target, places, target  # noqa: F401
+
+PATH = "/v1/responses"
+EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+UNKEPT = {"type": "string", "pattern": "a", "minLength": 3}
+FORMAT = {"type": "json_schema", "name": "thing", "schema": SCHEMA, "strict": True}
+ITEMS: list[dict[str, Any]] = [
+    {"role": "developer", "content": "Be brief."},
+    {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "one"}]},
+    {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "why"}]},
+    {
+        "type": "message",
+        "id": "msg_1",
+        "status": "completed",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": "two", "annotations": []}],
+    },
+    {"role": "user", "content": "three"},
+]
+
+
+@pytest.fixture
+async def plane():
+    async with open_plane(tokenizer=repeater()) as opened:
+        yield opened
+
+
+def saying(answer: str, **more: Any) -> dict[str, Any]:
+    return {"model": "m", "input": answer + END, "stop": END, **more}
+
+
+def extras(value: Any, where: str = "") -> set[str]:
+    """Fields that OpenAI's types do not know."""
+    found: set[str] = set()
+    if isinstance(value, BaseModel):
+        found |= {f"{where}.{name}" for name in value.model_extra or ()}
+        for name in type(value).model_fields:
+            found |= extras(getattr(value, name), f"{where}.{name}")
+    if isinstance(value, list):
+        for item in value:
+            found |= extras(item, where)
+    return found
+
+
+def check_response(value: dict[str, Any]) -> Response:
+    response = Response.model_validate(value, strict=True)
+    assert extras(response) <= {".store"}
+    return response
+
+
+async def whole(plane: Plane, body: dict[str, Any]) -> Response:
+    answer = await plane.http.post(PATH, json=body)
+    assert answer.status_code == 200, answer.text
+    return check_response(answer.json())
+
+
+async def streamed(plane: Plane, body: dict[str, Any]) -> list[Any]:
+    answer = await plane.http.post(PATH, json={**body, "stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = []
+    for block in answer.text.removesuffix("\n\n").split("\n\n"):
+        name, data = block.split("\n")
+        value = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {value['type']}"
+        assert value["sequence_number"] == len(events)
+        event = EVENT.validate_python(value)
+        assert extras(event) <= {".response.store"}
+        events.append(event)
+    return events
+
+
+async def refused(plane: Plane, **body: Any) -> dict[str, Any]:
+    answer = await plane.http.post(PATH, json={"model": "m", "input": "hi", **body})
+    assert answer.status_code == 400, answer.text
+    return answer.json()["error"]
+
+
+async def test_a_text_is_answered(plane):
+    body = saying("one two three", instructions="Be brief.", metadata={"k": "v"}, user="u")
+    response = await whole(plane, body | {"temperature": 0.0, "top_p": 0.5, "store": True})
+    assert response.output_text == "one two three"
+    assert response.status == "completed" and response.completed_at >= response.created_at
+    assert response.id.startswith("resp_")
+    assert (response.instructions, response.metadata, response.user) == (
+        *("Be brief.", {"k": "v"}, "u"),
+    )
+    assert (response.temperature, response.top_p) == (0.0, 0.5)
+    assert response.model_extra == {"store": False}
+    usage = response.usage
+    assert usage.output_tokens >= 3
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens
+    assert usage.output_tokens_details.reasoning_tokens == 0
+
+
+async def test_events_come_in_openais_order(plane):
+    events = await streamed(plane, saying("one two three"))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    num_deltas = kinds.count("output_text.delta")
+    assert num_deltas >= 2
+    assert kinds == [
+        *("created", "in_progress", "output_item.added", "content_part.added"),
+        *["output_text.delta"] * num_deltas,
+        *("output_text.done", "content_part.done", "output_item.done", "completed"),
+    ]
+    done = events[-1].response
+    assert "".join(e.delta for e in events if hasattr(e, "delta")) == done.output_text
+    assert done.output_text == "one two three"
+    assert events[0].response.status == "in_progress" and events[0].response.output == []
+    assert events[0].response.id == done.id
+    assert events[2].item.status == "in_progress" and events[2].item.content == []
+    assert events[-2].item == done.output[0]
+    again = await whole(plane, saying("one two three"))
+    assert (again.output_text, again.usage.output_tokens) == (
+        *("one two three", done.usage.output_tokens),
+    )
+
+
+async def test_an_answer_that_is_cut_off_is_incomplete(plane):
+    body = saying("one two three four", max_output_tokens=2)
+    response = await whole(plane, body)
+    assert (response.status, response.output[0].status) == ("incomplete", "incomplete")
+    assert response.incomplete_details.reason == "max_output_tokens"
+    assert response.usage.output_tokens == 2 and response.completed_at is None
+    last = (await streamed(plane, body))[-1]
+    assert last.type == "response.incomplete"
+    assert last.response.incomplete_details.reason == "max_output_tokens"
+
+
+async def test_thinking_is_an_item_of_its_own(plane):
+    plane.model.style = MessageStyle.of(plane.model.tokenizer, None, "qwen3")
+    body = saying("<think>one two</think>three")
+    response = await whole(plane, body)
+    thought, message = response.output
+    assert thought.content[0].text == "one two" and message.content[0].text == "three"
+    details = response.usage.output_tokens_details
+    assert 2 <= details.reasoning_tokens < response.usage.output_tokens
+    events = await streamed(plane, body)
+    added = [e for e in events if e.type == "response.output_item.added"]
+    assert [(e.item.type, e.output_index) for e in added] == [("reasoning", 0), ("message", 1)]
+    deltas = [e.delta for e in events if e.type == "response.reasoning_text.delta"]
+    assert "".join(deltas) == "one two"
+    assert events[-1].response.output_text == "three"
+    response = await whole(plane, {**body, "max_output_tokens": 4})
+    assert [item.type for item in response.output] == ["reasoning"]  # it never got to a message
+    assert response.output[0].status == "incomplete"
+
+
+async def test_an_empty_answer_is_an_empty_message(plane):
+    response = await whole(plane, saying(""))
+    assert [item.type for item in response.output] == ["message"]
+    assert response.output_text == ""
+
+
+async def test_items_become_the_messages_of_a_chat():
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %};{% endfor %}" + END
+    )
+    async with open_plane(tokenizer=repeater(template)) as plane:
+        body = {"model": "m", "input": ITEMS, "instructions": "Rhyme.", "stop": END}
+        response = await whole(plane, body)
+        expected = "system:Rhyme.;system:Be brief.;user:one;assistant:two(why);user:three;"
+        assert response.output_text == expected
+        own = [item.model_dump() for item in response.output]
+        again = await whole(plane, {**body, "input": [*ITEMS, *own, ITEMS[-1]]})
+        assert again.output_text == f"{expected}assistant:{expected};user:three;"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("previous_response_id", "resp_1"),
+        ("conversation", "conv_1"),
+        ("conversation", {"id": "conv_1"}),
+        ("background", True),
+        ("prompt", {"id": "pmpt_1"}),
+        ("tools", [{"type": "web_search"}]),
+        ("tools", [{"type": "function", "name": "f", "parameters": {}}]),
+        ("tool_choice", "required"),
+        ("truncation", "auto"),
+        ("top_logprobs", 2),
+        ("include", ["message.output_text.logprobs"]),
+        ("reasoning", {"effort": "high"}),
+        ("n", 2),
+        ("max_tokens", 5),
+        ("max_output_tokens", 0),
+        ("max_output_tokens", "5"),
+        ("temperature", -1),
+        ("metadata", {"k": 1}),
+        ("metadata", {"k": "v" * 513}),
+        ("metadata", {str(i): "v" for i in range(17)}),
+        ("text", {"verbosity": "low"}),
+        ("text", {"format": {"type": "xml"}}),
+        ("text", {"format": {"type": "json_schema", "schema": {}}}),
+        ("text", {"format": {**FORMAT, "schema": UNKEPT}}),
+        ("guided_regex", "a"),
+        ("input", []),
+        ("input", ["hi"]),
+        ("input", [{"role": "tool", "content": "hi"}]),
+        ("input", [{"role": "user"}]),
+        ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]),
+        ("input", [{"type": "item_reference", "id": "msg_1"}]),
+        ("input", [{"type": "function_call_output", "call_id": "1", "output": "2"}]),
+        ("input", "one " * 2 * MAX_MODEL_LEN),
+    ],
+)
+async def test_what_cannot_be_done_is_refused(plane, field, value):
+    more = {"text": {"format": {"type": "json_object"}}} if field == "guided_regex" else {}
+    error = await refused(plane, **{field: value}, **more)
+    assert error["param"] == field and error["type"] == "invalid_request_error"
+
+
+async def test_what_asks_for_nothing_is_accepted(plane):
+    more = {"background": False, "tools": [], "tool_choice": "auto", "truncation": "disabled"}
+    more |= {"reasoning": None, "include": ["reasoning.encrypted_content"], "conversation": None}
+    more |= {"stream_options": {"include_obfuscation": False}, "text": {"verbosity": "medium"}}
+    assert (await whole(plane, saying("one", **more))).output_text == "one"
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"json_object": True}),
+        (FORMAT, {"json": json.dumps(SCHEMA, separators=(",", ":"))}),
+    ],
+)
+async def test_the_form_of_the_answer_reaches_the_engine(plane, monkeypatch, form, expected):
+    seen = []
+    (actor,) = plane.actors.values()
+    submit = actor.submit
+
+    async def spy(data: bytes) -> None:
+        seen.extend(decode_submissions(data))
+        await submit(data)
+
+    monkeypatch.setattr(actor, "submit", spy)
+    response = await whole(plane, saying("one", text={"format": form}))
+    asked = seen[0].request.params.structured_outputs
+    assert asked is None if expected is None else vars_of(asked) == expected
+    assert response.text.format.model_dump(by_alias=True, exclude_none=True) == form
+
+
+def vars_of(params: Any) -> dict[str, Any]:
+    names = ("json", "json_object")
+    return {name: value for name in names if (value := getattr(params, name)) is not None}
+
+
+async def test_an_engine_that_is_lost_ends_the_stream_with_an_event(monkeypatch):
+    async with open_plane(tokenizer=repeater(), step_s=0.002) as plane:
+        run = plane.model.client.start
+
+        def break_off(requests: Any) -> Any:
+            return Broken(run(requests))
+
+        monkeypatch.setattr(plane.model, "client", BrokenClient(plane.model.client, break_off))
+        events = await streamed(plane, saying("one two three four five"))
+    assert events[-1].type == "response.failed"
+    assert events[-1].response.status == "failed"
+    assert events[-1].response.error.code == "server_error"
+    assert events[-1].response.output_text
+
+
+class BrokenClient:
+    """A client whose generations break off."""
+
+    def __init__(self, client: Any, start: Any) -> None:
+        self._client = client
+        self.start = start
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+class Broken:
+    """A generation that is lost after its third batch."""
+
+    def __init__(self, generation: Any) -> None:
+        self._generation = generation
+
+    def __enter__(self) -> Any:
+        self._inner = self._generation.__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> Any:
+        return self._generation.__exit__(*reason)
+
+    def abort(self, ids: list[str]) -> None:
+        self._inner.abort(ids)
+
+    async def __aiter__(self) -> Any:
+        count = 0
+        async for deltas in self._inner:
+            yield deltas
+            if (count := count + 1) == 3:
+                raise EngineDead("gone")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_place_with_every_nasty_value(target, stream):  # noqa: F811
+    good = {"model": "m", "input": ITEMS, "text": {"format": {"type": "text"}}}
+    good |= {"max_output_tokens": 2, "metadata": {"k": "v"}, "stream": stream}
+    assert target.request(method="POST", url=PATH, json=good).status_code == 200
+    for path in places(good):
+        for value in NASTY:
+            body = copy.deepcopy(good)
+            reduce(getitem, path[:-1], body)[path[-1]] = value  # type: ignore[index]
+            target.post(PATH, json.dumps(body).encode())
+    target.still_serves()
