@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ KEY_VARIABLES = ("TRUNKLINE_API_KEYS", "VLLM_API_KEY")
 The second is vLLM's own, so that a server that was closed there is not open here."""
 CHECK_PERIOD_S = 5.0
 """How often it is looked whether the file of keys has changed."""
+_COMMENT = re.compile(r"(?:^|\s)#")
+"""How one begins: a `#` within a word belongs to the key, of which a part must not be one too."""
 
 
 class ApiKey(msgspec.Struct, frozen=True):
@@ -117,7 +120,7 @@ def keys_in_environment(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def read_key_file(path: Path) -> list[ApiKey]:
-    """Read a file with a key on each line, which settings may follow, as in
+    """Read a file with a key on each line, which settings and a comment may follow, as in
 
         # key                 settings
         sk-0c9a24b1ce         name=alice requests_per_minute=600 max_concurrent_requests=32
@@ -136,7 +139,7 @@ def read_key_file(path: Path) -> list[ApiKey]:
         raise _unreadable(path, error) from None
     keys: dict[bytes, ApiKey] = {}
     for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split()
+        words = _COMMENT.split(line, maxsplit=1)[0].split()
         if not words:
             continue
         try:

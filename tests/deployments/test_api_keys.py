@@ -52,6 +52,14 @@ def test_file_has_a_key_a_line_with_settings(tmp_path):
     ]
 
 
+def test_a_sharp_within_a_key_is_part_of_it(tmp_path):
+    keys = read_key_file(Path(write(tmp_path, "sk-a#b\nsk-c# name=c#d\t#x\n#sk-e\n\t # sk-f")))
+    assert [(k.digest, k.name) for k in keys] == [
+        (hashlib.sha256(b"sk-a#b").digest(), ""),
+        (hashlib.sha256(b"sk-c#").digest(), "c#d"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
