@@ -67,9 +67,11 @@ class Constraints:
         ready: list[Request] = []
         refused: list[tuple[Request, str]] = []
         waiting, self.waiting, has_room = self.waiting, deque(), True
+        for grammar in self._grammars.values():
+            grammar.poll()
         for request in waiting:
-            has_room = has_room and self._place(request)
-            if request.matcher is None or not request.matcher.grammar.poll():
+            has_room = self._place(request, has_room) and has_room
+            if request.matcher is None or request.matcher.grammar.compiling:
                 self.waiting.append(request)
             elif error := request.matcher.grammar.error:
                 refused.append((request, error))
@@ -127,8 +129,8 @@ class Constraints:
             unwanted = [*unwanted, *params.stop_token_ids]
         return RowState(matcher.matcher_id, tokens, unwanted)
 
-    def _place(self, request: Request) -> bool:
-        """Give a request its grammar; False if there is no room for one more."""
+    def _place(self, request: Request, has_room: bool) -> bool:
+        """Give a request its grammar; False if that is a new one for which there is no room."""
         options = request.params.structured_outputs
         if request.matcher is not None or options is None:
             return True
@@ -137,7 +139,7 @@ class Constraints:
         if grammar is not None and grammar.may_be_retried:
             grammar = None
         if grammar is None:
-            if not self._make_room():
+            if not has_room or not self._make_room():
                 return False
             grammar = self._grammars[source] = Grammar(source, self._host)
         self._grammars.move_to_end(source)
@@ -146,7 +148,7 @@ class Constraints:
 
     def _make_room(self) -> bool:
         """Whether one more grammar may be compiled; drops the one unused for longest if need be."""
-        if sum(not grammar.poll() for grammar in self._grammars.values()) >= MAX_COMPILING:
+        if sum(grammar.compiling for grammar in self._grammars.values()) >= MAX_COMPILING:
             return False
         if len(self._grammars) < MAX_GRAMMARS:
             return True

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import numpy as np
 from engine.structured_outputs.messages import MaskRequest, RowState, RowStatus, Setup, encode
 from engine.structured_outputs.params import GrammarSource
 
-MASK_WAIT_S = 10.0
+MASK_WAIT_S = 10
 """Seconds after which a process that gives no mask is given up. Its processor time ends long
 before, unless the machine stands still."""
 RETRY_AFTER_S = 60.0
@@ -58,6 +59,7 @@ class GrammarHost:
         # Should that process have just ended, so does the connection.
         with theirs, contextlib.suppress(BrokenPipeError):
             socket.send_fds(self._control, [b"."], [theirs.fileno()])
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", MASK_WAIT_S, 0))
         return Connection(ours.detach())
 
     def _start(self) -> socket.socket:
@@ -134,8 +136,8 @@ class Grammar:
         weakref.finalize(matcher, self._forget, matcher.matcher_id)
         return matcher
 
-    def poll(self) -> bool:
-        """Whether it has been found out if the grammar can be compiled; does not wait."""
+    def poll(self) -> None:
+        """Find out whether it is still `compiling`; does not wait."""
         if self.compiling and self.connection.poll():
             self.compiling = False
             try:
@@ -146,7 +148,6 @@ class Grammar:
                     self._fail(TOO_MUCH)
                 else:
                     self._fail(NOT_STARTED, retry_after_s=0.0)
-        return not self.compiling
 
     def ask(self, rows: list[RowState]) -> None:
         """Ask for masks; `collect` waits for them."""
@@ -164,13 +165,11 @@ class Grammar:
             ended.
         """
         try:
-            if self.error is None and self.connection.poll(MASK_WAIT_S):
+            if self.error is None:
                 statuses = self.connection.recv_bytes()
                 self.connection.recv_bytes_into(masks.reshape(-1))
                 return statuses
-        except (EOFError, OSError):
-            pass
-        if self.error is None:
+        except (EOFError, OSError):  # it has ended, or the time is over
             self._fail(TOO_SLOW)
         return [RowStatus.REJECTED] * len(masks)
 
