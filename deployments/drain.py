@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -52,6 +53,7 @@ def _drain_and_interrupt(limit_s: float) -> None:
 
 async def _drain(limit_s: float) -> None:
     """Return when no request is under way any more, or after so many seconds."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # handles tell of their making
     handles = [
         serve.get_deployment_handle(INGRESS, name)
         for name, app in serve.status().applications.items()

@@ -182,7 +182,7 @@ def _serve(plan: Plan, folder: Path) -> int:
             time.sleep(0.2)
         _shut_down(server, stop, plan.drain_limit_s)
     finally:
-        end_descendants(LEFTOVERS_S)
+        end_descendants(LEFTOVERS_S if stop.asked < 2 else 0.0)
     return 0 if stop.asked else server.returncode or 1
 
 
