@@ -15,6 +15,7 @@ import platform
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,8 +29,12 @@ from engine.snapshot import EngineSnapshot
 
 logger = logging.getLogger("trunkline.crash")
 
-KEPT_DUMPS = 8
-"""In a folder; older ones are deleted."""
+FIRST_DUMPS = 4
+"""The oldest in a folder that are kept: where engines die again and again, the cause is there."""
+LAST_DUMPS = 8
+"""The newest that are kept; those between are deleted."""
+PART_LIMIT_S = 60.0
+"""A dump that has been written for longer was left by a process that was killed meanwhile."""
 PREFIX = "trunkline-crash-"
 PACKAGES = ("trunkline", "torch", "triton", "ray", "transformers", "flash-attn")
 MAX_MESSAGE = 1000
@@ -39,7 +44,7 @@ _HARMLESS = ("CUDA error", "CUDA out of memory", "Triton Error [CUDA]")
 
 
 def write_crash_dump(folder: str | None, reason: str, **details: Any) -> Path | None:
-    """Write a dump, delete old ones, and log where it is; what fails on the way is logged.
+    """Write a dump, delete what is too many, and log where it is; what fails on the way is logged.
 
     Args:
         folder: None takes that of Ray's logs, which the dashboard shows.
@@ -50,25 +55,25 @@ def write_crash_dump(folder: str | None, reason: str, **details: Any) -> Path | 
         The file; None if it could not be written.
     """
     now = datetime.now(UTC)
-    dump = {
-        "reason": reason,
-        "time": now.isoformat(),
-        "pid": os.getpid(),
-        "versions": versions(),
-        **details,
-    }
     try:
+        dump = {
+            "reason": reason,
+            "time": now.isoformat(),
+            "pid": os.getpid(),
+            "versions": versions(),
+            **details,
+        }
         place = Path(folder) if folder else default_folder()
         place.mkdir(parents=True, exist_ok=True)
         path = place / f"{PREFIX}{now:%Y%m%dT%H%M%S.%f}-{os.getpid()}.json"
         part = path.with_suffix(".part")
         part.write_text(json.dumps(msgspec.to_builtins(dump, enc_hook=str), indent=1))
         part.rename(path)
-        _delete_old(place)
     except Exception:
         logger.exception("no crash dump could be written")
         return None
     logger.error("crash dump (%s): %s", reason, path)
+    _tidy(place)
     return path
 
 
@@ -123,7 +128,10 @@ def thread_stacks() -> dict[str, list[str]]:
     }
 
 
-def _delete_old(folder: Path) -> None:
-    """Keep the newest; their names sort by time."""
-    for path in sorted(folder.glob(f"{PREFIX}*.json"))[:-KEPT_DUMPS]:
-        path.unlink(missing_ok=True)
+def _tidy(folder: Path) -> None:
+    """Keep the first and the last dumps, whose names sort by time, and what is being written."""
+    parts = folder.glob(f"{PREFIX}*.part")
+    with contextlib.suppress(OSError):  # others tidy here too
+        left = [part for part in parts if time.time() - part.stat().st_mtime > PART_LIMIT_S]
+        for path in sorted(folder.glob(f"{PREFIX}*.json"))[FIRST_DUMPS:-LAST_DUMPS] + left:
+            path.unlink(missing_ok=True)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import msgspec
 import pytest
 import torch
 
 from deployments.crash_dump import (
-    KEPT_DUMPS,
+    FIRST_DUMPS,
+    LAST_DUMPS,
+    PART_LIMIT_S,
+    PREFIX,
     describe_error,
     describe_state,
     write_crash_dump,
@@ -44,15 +49,35 @@ def test_versions_and_details_are_there(tmp_path):
     assert (dump["reason"], dump["more"], "T" in dump["time"]) == ("exception", {"a": [1]}, True)
 
 
-def test_the_last_ones_are_kept(tmp_path):
-    paths = [write_crash_dump(str(tmp_path), f"number {i}") for i in range(KEPT_DUMPS + 3)]
-    assert sorted(tmp_path.iterdir()) == paths[-KEPT_DUMPS:]
+def test_the_first_and_the_last_ones_are_kept(tmp_path):
+    count = FIRST_DUMPS + LAST_DUMPS + 3
+    paths = [write_crash_dump(str(tmp_path), f"number {i}") for i in range(count)]
+    assert sorted(tmp_path.iterdir()) == paths[:FIRST_DUMPS] + paths[-LAST_DUMPS:]
+
+
+def test_what_a_killed_process_has_begun_is_deleted(tmp_path):
+    left, fresh = tmp_path / f"{PREFIX}1.part", tmp_path / f"{PREFIX}2.part"
+    for part in (left, fresh):
+        part.write_text("")
+    long_ago = time.time() - 2 * PART_LIMIT_S
+    os.utime(left, (long_ago, long_ago))
+    dump = write_crash_dump(str(tmp_path), "stall")
+    assert set(tmp_path.iterdir()) == {fresh, dump}
 
 
 def test_a_folder_that_cannot_be_written_is_no_second_failure(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     assert write_crash_dump(str(tmp_path / "file"), "exception") is None
     assert "no crash dump" in caplog.text
+
+
+def test_neither_is_a_version_that_cannot_be_told(tmp_path, monkeypatch, caplog):
+    def fail(package):
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr("importlib.metadata.version", fail)
+    assert write_crash_dump(str(tmp_path), "exception") is None
+    assert "stale file handle" in caplog.text
 
 
 @pytest.mark.parametrize(
