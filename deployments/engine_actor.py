@@ -184,12 +184,14 @@ class EngineActor:
 
         A replica that stops reading is killed, if it has said which process it is.
         """
-        while not (self._report.dead and not self._report.ended):
+        told = False  # of the engine's end
+        while not told or self._report.ended:
             self._guard.note_reading(replica_pid)
             await self._report_ready.wait()
             self._report_ready.clear()
             report, self._report = self._report, EngineReport([], self._load)
             self._report.dead = report.dead
+            told = report.dead is not None
             report.load = self._load
             report.progress_age_s = time.monotonic() - self._loop.last_progress
             yield encode(report)

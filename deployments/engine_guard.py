@@ -71,34 +71,48 @@ class EngineGuard:
 
     def end(self, error: BaseException) -> None:
         """End the engine, as its loop has died of an exception."""
-        self._end(f"{type(error).__name__}: {error}", "exception", error=describe_error(error))
+        try:
+            message = f"{type(error).__name__}: {error}"
+        except Exception:  # it cannot be told as a text
+            message = type(error).__name__
+        self._end(message, "exception", lambda: {"error": describe_error(error)})
 
     async def run(self) -> None:
         """Look, until the engine ends or this is cancelled."""
         while not self._over:
             await asyncio.sleep(watchdog.LOOK_S)
             if self._steps.stalled(self._loop.last_progress, lambda: self._loop.compiling):
-                message = (
-                    f"no step has ended for {self._steps.limit_s:.0f} s; where steps may rightly "
-                    "take longer, raise stall_limit_s or lower max_num_batched_tokens"
-                )
-                self._end(message, "stall", error=message, threads=thread_stacks())
+                self._end_hung()
             elif self._replica_pid and self._replica.look() > DEAF_LIMIT_S:
                 logger.error("the replica has read no report for %.0f s; killing it", DEAF_LIMIT_S)
                 watchdog.kill_process(self._replica_pid)
                 self._replica_pid = 0  # Ray ends this process with its owner
 
-    def _end(self, message: str, reason: str, **details: Any) -> None:
+    def _end_hung(self) -> None:
+        message = (
+            f"no step has ended for {self._steps.limit_s:.0f} s; where steps may rightly take "
+            "longer, raise stall_limit_s or lower max_num_batched_tokens"
+        )
+        self._end(message, "stall", lambda: {"error": message, "threads": thread_stacks()})
+
+    def _end(self, message: str, reason: str, describe: Callable[[], dict[str, Any]]) -> None:
         """Leave a dump, tell everyone, and end the process once they have heard."""
         if self._over:
             return
         self._over = True
+        try:
+            self._dump(reason, describe)
+        except Exception:  # it must end all the same: its requests wait
+            logger.exception("no crash dump could be written")
+        finally:
+            asyncio.get_running_loop().call_later(watchdog.EXIT_DELAY_S, watchdog.end_process)
+            self._tell(message)
+
+    def _dump(self, reason: str, describe: Callable[[], dict[str, Any]]) -> None:
         try:
             state = describe_state(self._loop.snapshot())
         except Exception:  # the loop may be in the midst of changing it
             logger.exception("its state could not be read")
             state = None
         engine = self._config.model_dump(mode="json")
-        write_crash_dump(self._dump_folder, reason, engine=engine, state=state, **details)
-        self._tell(message)
-        asyncio.get_running_loop().call_later(watchdog.EXIT_DELAY_S, watchdog.end_process)
+        write_crash_dump(self._dump_folder, reason, engine=engine, state=state, **describe())

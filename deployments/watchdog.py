@@ -56,8 +56,11 @@ def end_process() -> None:
 
 
 def kill_process(pid: int) -> None:
-    """End a process of this machine that may be stopped, or may have ended."""
-    with contextlib.suppress(ProcessLookupError):
+    """End a process of this machine that may be stopped, or may have ended.
+
+    What cannot be ended, as its id belongs to another user's process now, is left.
+    """
+    with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)
 
 
@@ -66,7 +69,7 @@ def ask_for_stacks(pid: int) -> None:
 
     Works while no thread can run Python, but not while the process is stopped.
     """
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGUSR2)
 
 

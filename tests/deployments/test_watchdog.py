@@ -126,6 +126,20 @@ def test_a_process_that_was_stopped_itself_accuses_nobody(clock):
     assert silence.seconds == 0.0
 
 
+KILL, ASK = watchdog.kill_process, watchdog.ask_for_stacks
+"""The true ones."""
+
+
+@pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
+@pytest.mark.parametrize("send", [KILL, ASK])
+def test_a_process_that_cannot_be_reached_hinders_nothing(send, error, monkeypatch):
+    def fail(pid: int, number: int) -> None:
+        raise error
+
+    monkeypatch.setattr("os.kill", fail)
+    send(4711)
+
+
 def test_the_limit_of_a_cpu_follows_its_speed():
     info = {"device": "cpu", "startup_seconds": {"warm-up": 0.1}, "max_num_batched_tokens": 1024}
     assert stall_limit(info) == CPU_STALL_LIMIT_S
@@ -155,6 +169,28 @@ async def test_a_hanging_step_is_told_on_trunk_and_watch_and_ends_the_process(
     assert "self._end.wait(30)" in stack[-2] + stack[-3]
     assert not any(secret in text for secret in ("40961", "secret stop"))
     hang[1].set()
+    await actor.drain()
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("its message cannot be told")
+
+
+@pytest.mark.parametrize("broken", ["write_crash_dump", "describe_error", "describe_state"])
+async def test_an_engine_that_cannot_be_described_ends_all_the_same(broken, monkeypatch, ended):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(watchdog, "EXIT_DELAY_S", 0.0)
+    monkeypatch.setattr(engine_guard, broken, fail)
+    actor = EngineActor(EngineConfig(), FakeCore)
+    await actor.start()
+    watch = actor.watch()
+    await anext(watch)
+    actor._guard.end(Unspeakable())
+    assert [decode_report(data).dead async for data in watch][-1] == "Unspeakable"
+    await until(lambda: ended == ["itself"])
     await actor.drain()
 
 
