@@ -83,10 +83,11 @@ class DeploymentOptions(Options):
     """A dead engine ends its replica at once; this is for hung ones. (Serve's default is 10.)"""
     health_check_timeout_s: float = Field(default=10, gt=0)
     """The replica does no heavy work, so an answer takes milliseconds. (Serve's default is 30.)"""
-    stall_limit_s: float | None = Field(default=None, gt=0)
+    stall_limit_s: float | None = Field(default=None, ge=0)
     """An engine whose step lasts longer, without compiling anything, is taken to hang and replaced.
-    None takes 8 s on a GPU, and at least 60 s on a CPU; see `stall_limit` in
-    `deployments/watchdog.py`."""
+    None takes at least 8 s on a GPU, and at least 60 s on a CPU; see `stall_limit` in
+    `deployments/watchdog.py`. 0 is for debuggers: neither an engine nor its replica is ended then
+    for standing still."""
     crash_dump_dir: str | None = None
     """Folder for what an engine leaves when it dies; None takes that of Ray's logs."""
 
@@ -151,6 +152,9 @@ class IngressOptions(Options):
     means any."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """Longest request body; a longer one gets 413."""
+    max_held_body_bytes: int = Field(default=512 * 2**20, ge=1024)
+    """Of all bodies together that an ingress replica reads, or handles until the answer begins; a
+    request beyond it gets 429."""
     body_timeout_s: float = Field(default=60, gt=0)
     """How long a client may take to send its body; a slower one gets 408."""
     allow_request_chat_templates: bool = False
@@ -175,6 +179,12 @@ class IngressOptions(Options):
                     "https://chat.example.com, or * for all."
                 )
         return origins
+
+    @model_validator(mode="after")
+    def _longest_body_fits(self) -> IngressOptions:
+        if self.max_body_bytes > self.max_held_body_bytes:
+            raise ValueError("max_held_body_bytes must be at least max_body_bytes.")
+        return self
 
     def check(self) -> IngressOptions:
         """Find out now what would else fail in every replica.

@@ -19,7 +19,7 @@ from deployments.ingress.chat import handle_chat
 from deployments.ingress.completions import handle_completion
 from deployments.ingress.errors import handle_http_exception
 from deployments.ingress.exchange import Endpoint
-from deployments.ingress.gate import Gate, KeyLimits
+from deployments.ingress.gate import OPEN_PATHS, Gate, KeyLimits
 from deployments.ingress.info import (
     handle_health,
     handle_model,
@@ -69,11 +69,13 @@ def build_asgi_app(models: ServedModels, options: IngressOptions) -> Starlette:
     Raises:
         ConfigError: there is something wrong with the API keys.
     """
-    bodies = Bodies(options.max_body_bytes, options.body_timeout_s)
-    routes = [
-        Route(path, Endpoint(partial(handler, models), bodies), methods=[method])
-        for method, path, handler in ROUTES
-    ]
+    bodies = Bodies(options.max_body_bytes, options.max_held_body_bytes, options.body_timeout_s)
+    routes = []
+    for method, path, handler in ROUTES:
+        # Whoever comes without a key must not take room for bodies.
+        reads_body = method == "POST" and path not in OPEN_PATHS
+        endpoint = Endpoint(partial(handler, models), bodies, reads_body)
+        routes.append(Route(path, endpoint, methods=[method]))
     app = Starlette(
         routes=routes,
         middleware=_middleware(options),

@@ -8,28 +8,25 @@ from starlette.types import Receive, Scope
 
 from deployments.ingress.errors import ApiError, overloaded
 
-AT_ONCE = 64
-"""As many bodies of the greatest length may be in memory; shorter ones may be more."""
-
 
 class Bodies:
     """The request bodies that this process holds.
 
     Args:
         max_bytes: of one.
+        max_bytes_together: of all that are being read or handled.
         timeout_s: within which one must have come.
     """
 
-    def __init__(self, max_bytes: int, timeout_s: float) -> None:
+    def __init__(self, max_bytes: int, max_bytes_together: int, timeout_s: float) -> None:
         self.held = 0
-        """Bytes of all that are being read or answered."""
+        """Bytes of all that are being read or handled."""
         self._max_bytes = max_bytes
+        self._max_bytes_together = max_bytes_together
         self._timeout_s = timeout_s
 
-    async def read(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def read(self, scope: Scope, receive: Receive) -> HeldBody | None:
         """The body of a request, or None when the client left before its end.
-
-        It counts as held until it is given to `release`.
 
         Raises:
             ApiError: 413, it is too long; 408, it is too slow; 429, others fill the memory.
@@ -47,11 +44,7 @@ class Bodies:
                 code="body_too_slow",
             ) from None
 
-    def release(self, body: bytes) -> None:
-        """Count a body no longer."""
-        self.held -= len(body)
-
-    async def _read(self, receive: Receive) -> bytes | None:
+    async def _read(self, receive: Receive) -> HeldBody | None:
         chunks: list[bytes] = []
         size, more, body = 0, True, None
         try:
@@ -64,14 +57,34 @@ class Bodies:
                 self.held += len(chunks[-1])
                 if size > self._max_bytes:
                     raise _too_large(self._max_bytes)
-                if self.held > AT_ONCE * self._max_bytes:
+                if self.held > self._max_bytes_together:
                     raise overloaded(1)
                 more = message.get("more_body", False)
-            body = b"".join(chunks)
+            body = HeldBody(self, b"".join(chunks))
         finally:
             if body is None:
                 self.held -= size
         return body
+
+
+class HeldBody:
+    """A body that has come, and counts as held until it is released.
+
+    Args:
+        bodies: where it counts.
+        data: the body.
+    """
+
+    __slots__ = ("_bodies", "data")
+
+    def __init__(self, bodies: Bodies, data: bytes) -> None:
+        self.data = data
+        self._bodies = bodies
+
+    def release(self) -> None:
+        """Let go of the body; once more does nothing."""
+        self._bodies.held -= len(self.data)
+        self.data = b""
 
 
 def _check_announced_length(scope: Scope, limit: int) -> None:

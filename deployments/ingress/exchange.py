@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.ingress.bodies import Bodies
+from deployments.ingress.bodies import Bodies, HeldBody
 from deployments.ingress.errors import ApiError, to_api_error
 
 Handler = Callable[[Request, bytes], Awaitable[ASGIApp]]
@@ -24,17 +24,18 @@ class Endpoint:
     Args:
         handler: makes the response.
         bodies: takes in the requests' bodies.
+        reads_body: whether the handler needs the body; else what comes is dropped.
     """
 
-    def __init__(self, handler: Handler, bodies: Bodies) -> None:
+    def __init__(self, handler: Handler, bodies: Bodies, reads_body: bool = True) -> None:
         self._handler = handler
         self._bodies = bodies
+        self._reads_body = reads_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        request = Request(scope, receive)
         try:
-            body = await self._bodies.read(scope, receive)
+            body = await self._read(scope, receive)
         except ApiError as error:
             response = error.response()
             response.headers["Connection"] = "close"  # nobody reads the rest of the body
@@ -43,18 +44,25 @@ class Endpoint:
         if body is None:
             return
         try:
-            work = asyncio.ensure_future(_answer(self._handler, request, body, send))
+            work = asyncio.ensure_future(_answer(self._handler, Request(scope), body, send))
             await _run_until_disconnect(work, receive)
         finally:
-            self._bodies.release(body)
+            body.release()
+
+    async def _read(self, scope: Scope, receive: Receive) -> HeldBody | None:
+        if not self._reads_body:
+            return HeldBody(self._bodies, b"")
+        return await self._bodies.read(scope, receive)
 
 
-async def _answer(handler: Handler, request: Request, body: bytes, send: Send) -> None:
+async def _answer(handler: Handler, request: Request, body: HeldBody, send: Send) -> None:
     response: Any
     try:
-        response = await handler(request, body)
+        response = await handler(request, body.data)
     except Exception as error:
         response = to_api_error(error).response()
+    finally:
+        body.release()  # what it asked for has limits of its own, and a stream may last long
     await response(request.scope, request.receive, send)
 
 

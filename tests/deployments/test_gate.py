@@ -13,7 +13,6 @@ from ray._common.utils import import_attr
 from deployments.api_keys import KEY_VARIABLES
 from deployments.config import IngressOptions
 from deployments.flags import SERVE_MIDDLEWARE
-from deployments.ingress.bodies import AT_ONCE
 from deployments.ingress.gate import MAX_HEADER_BYTES, MAX_HEADERS, KeyUse
 from tests.deployments.plane import open_plane
 
@@ -51,12 +50,18 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 class Exchange:
     """One request, given to the application message by message."""
 
-    def __init__(self, app: Any, headers: dict[str, str], path: str = "/v1/completions") -> None:
+    def __init__(
+        self,
+        app: Any,
+        headers: dict[str, str],
+        path: str = "/v1/completions",
+        method: str = "POST",
+    ) -> None:
         self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.num_received = 0
         self.sent: list[dict[str, Any]] = []
         encoded = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
-        scope = {"type": "http", "method": "POST", "path": path, "query_string": b""}
+        scope = {"type": "http", "method": method, "path": path, "query_string": b""}
         scope |= {"headers": encoded, "root_path": "", "http_version": "1.1", "scheme": "http"}
         self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
 
@@ -225,9 +230,9 @@ async def test_a_body_that_grows_too_long_is_read_no_further(plane):
 
 
 async def test_bodies_that_are_held_are_bounded_together():
-    options = IngressOptions(max_body_bytes=1024)
+    options = IngressOptions(max_body_bytes=1024, max_held_body_bytes=8 * 1024)
     async with open_plane(options=options) as plane:
-        waiting = [Exchange(plane.app, {}) for _ in range(AT_ONCE)]
+        waiting = [Exchange(plane.app, {}) for _ in range(8)]
         for exchange in waiting:
             exchange.feed(b" " * 1024, more=True)
         await asyncio.sleep(0)
@@ -250,6 +255,33 @@ async def test_bodies_that_are_held_are_bounded_together():
         assert done == {again[4].task} and again[4].status == 429
         for exchange in (*waiting, *again):
             exchange.task.cancel()
+
+
+async def test_bodies_of_answers_that_have_begun_take_no_room():
+    options = IngressOptions(max_body_bytes=1024, max_held_body_bytes=1024)
+    async with open_plane(options=options, step_s=0.002) as plane:
+        body = {**COMPLETION, "max_tokens": 200, "stream": True, "user": "x" * 600}
+        streams = [Exchange(plane.app, {}) for _ in range(3)]
+        for stream in streams:
+            stream.feed(json.dumps(body).encode(), more=False)
+            await plane.until(lambda: stream.sent)  # noqa: B023
+            assert stream.status == 200 and not stream.task.done()
+        for stream in streams:
+            stream.leave()
+            await stream.task
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/ping"), ("GET", "/ping"), ("GET", "/health"), ("GET", "/v1/models")],
+)
+async def test_what_needs_no_body_waits_for_none(plane, method, path):
+    """Or slow bodies to paths that are open without a key would keep out those who have one."""
+    exchange = Exchange(plane.app, {"Transfer-Encoding": "chunked"}, path, method)
+    for _ in range(30):
+        exchange.feed(b" " * 10_000, more=True)
+    await asyncio.wait_for(exchange.task, 5)
+    assert exchange.status == 200
 
 
 async def test_a_slow_body_ends_with_408():
