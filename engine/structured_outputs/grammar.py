@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 import msgspec
 import numpy as np
 
+from engine.structured_outputs.mask_memory import MaskMemory
 from engine.structured_outputs.messages import MaskRequest, RowState, RowStatus, Setup, encode
 from engine.structured_outputs.params import GrammarSource
 
@@ -51,14 +52,14 @@ class GrammarHost:
         """Whether the process that starts the others runs."""
         return self._process is not None and self._process.poll() is None
 
-    def connect(self) -> Connection:
-        """A connection to a new process, which may still be about to start."""
+    def connect(self, memory: MaskMemory) -> Connection:
+        """A connection to a new process, which may still be about to start, and has the memory."""
         if self._control is None or not self.alive:
             self._control = self._start()
         ours, theirs = socket.socketpair()
         # Should that process have just ended, so does the connection.
         with theirs, contextlib.suppress(BrokenPipeError):
-            socket.send_fds(self._control, [b"."], [theirs.fileno()])
+            socket.send_fds(self._control, [b"."], [theirs.fileno(), memory.file])
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", MASK_WAIT_S, 0))
         return Connection(ours.detach())
 
@@ -112,11 +113,13 @@ class Grammar:
         """Why it is of no use, to be read after the name of a field."""
         self.compiling = True
         self._retry_at = math.inf
-        self._host = host
+        self._started = False
+        """Whether its process has: that says so by an empty message."""
         self._ids = itertools.count()
         self._live: set[int] = set()
         self._ended: list[int] = []
-        self.connection = host.connect()
+        self._memory = MaskMemory(host.setup.width)
+        self.connection = host.connect(self._memory)
         self._send(source)
 
     @property
@@ -138,27 +141,31 @@ class Grammar:
 
     def poll(self) -> None:
         """Find out whether it is still `compiling`; does not wait."""
-        if self.compiling and self.connection.poll():
-            self.compiling = False
-            try:
-                if reason := self.connection.recv_bytes().decode():
+        try:
+            while self.compiling and self.connection.poll():
+                reason = self.connection.recv_bytes().decode()
+                self.compiling = not self._started
+                self._started = True
+                if reason:
                     self._fail(f"is not usable: {reason}")
-            except (EOFError, OSError):
-                if self._host.alive:
-                    self._fail(TOO_MUCH)
-                else:
-                    self._fail(NOT_STARTED, retry_after_s=0.0)
+        except (EOFError, OSError):
+            self.compiling = False
+            if self._started:
+                self._fail(TOO_MUCH)
+            else:
+                self._fail(NOT_STARTED, retry_after_s=0.0)
 
     def ask(self, rows: list[RowState]) -> None:
         """Ask for masks; `collect` waits for them."""
         ended, self._ended = self._ended, []
+        self._memory.grow(len(rows))
         self._send(MaskRequest(rows, ended))
 
     def collect(self, masks: np.ndarray) -> Sequence[int]:
         """Receive what was asked for.
 
         Args:
-            masks: contiguous int32 [rows, words]; filled.
+            masks: int32 [rows, words]; filled.
 
         Returns:
             A `RowStatus` for each row; all are rejected, and `error` is set, when the process has
@@ -167,7 +174,7 @@ class Grammar:
         try:
             if self.error is None:
                 statuses = self.connection.recv_bytes()
-                self.connection.recv_bytes_into(masks.reshape(-1))
+                masks[:] = self._memory.rows(len(masks))
                 return statuses
         except (EOFError, OSError):  # it has ended, or the time is over
             self._fail(TOO_SLOW)

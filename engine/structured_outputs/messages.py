@@ -35,7 +35,7 @@ class RowState(msgspec.Struct, array_like=True):
 
 
 class MaskRequest(msgspec.Struct, array_like=True):
-    """Asks for masks. Answered by a frame of a `RowStatus` byte a row and one of the masks."""
+    """Asks for masks, in the shared memory. Answered by a `RowStatus` byte a row."""
 
     rows: list[RowState]
     ended: list[int]

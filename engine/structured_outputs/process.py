@@ -6,7 +6,7 @@ be stopped. Processor time is limited, not time, so that a busy machine refuses 
 
 Run as a program: `python -m engine.structured_outputs.process SETUP`, where standard input is
 a Unix socket. Each byte that comes there brings one end of another, on which a new process serves a
-grammar.
+grammar, and the memory for its masks.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 import xgrammar
 
 from engine.model_source import resolve_model
+from engine.structured_outputs.mask_memory import MaskMemory
 from engine.structured_outputs.messages import (
     MaskRequest,
     RowState,
@@ -115,21 +116,19 @@ class Matchers:
 
     Args:
         compiled: the grammar.
-        width: of the logits.
     """
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar, width: int) -> None:
+    def __init__(self, compiled: xgrammar.CompiledGrammar) -> None:
         self._compiled = compiled
-        self._width = width
         self._matchers: dict[int, xgrammar.GrammarMatcher] = {}
 
-    def fill(self, request: MaskRequest) -> tuple[list[RowStatus], np.ndarray]:
-        """Statuses, and the masks: int32 [rows, ceil(width / 32)], a 1 bit is an allowed token."""
+    def fill(self, request: MaskRequest, masks: np.ndarray) -> list[RowStatus]:
+        """Fill the masks, int32 [rows, ceil(vocab / 32)]; a 1 bit is an allowed token."""
         for matcher_id in request.ended:
             self._matchers.pop(matcher_id, None)
-        masks = xgrammar.allocate_token_bitmask(len(request.rows), self._width)
-        statuses = [self._fill(masks, place, row) for place, row in enumerate(request.rows)]
-        return statuses, masks.numpy()
+        masks.fill(-1)
+        bits = torch.from_numpy(masks)
+        return [self._fill(bits, place, row) for place, row in enumerate(request.rows)]
 
     def _fill(self, masks: torch.Tensor, place: int, row: RowState) -> RowStatus:
         matcher = self._matchers.get(row.matcher_id)
@@ -156,14 +155,18 @@ def _drop_unwanted(mask: np.ndarray, tokens: list[int]) -> None:
         mask[:] = before
 
 
-def serve_grammar(connection: Connection, vocabulary: Vocabulary, setup: Setup) -> None:
+def serve_grammar(
+    connection: Connection, memory: MaskMemory, vocabulary: Vocabulary, setup: Setup
+) -> None:
     """Compile what comes first, tell how that went, and give masks until nobody asks any more."""
+    connection.send_bytes(b"")  # it has begun: whatever happens from now on is the grammar's doing
     _limit_memory()
     source = decode_source(connection.recv_bytes())
     signal.setitimer(signal.ITIMER_PROF, setup.compile_cpu_s)  # its signal ends the process
     try:
-        matchers = Matchers(compile_grammar(source, vocabulary), setup.width)
-        matchers.fill(MaskRequest([RowState(-1, [], [])], [-1]))
+        matchers = Matchers(compile_grammar(source, vocabulary))
+        memory.grow(1)
+        matchers.fill(MaskRequest([RowState(-1, [], [])], []), memory.rows(1))
     except Exception as error:
         connection.send_bytes((_reason(error) or "it cannot be compiled").encode())
         return
@@ -176,11 +179,10 @@ def serve_grammar(connection: Connection, vocabulary: Vocabulary, setup: Setup) 
         budget = min(budget, setup.mask_cpu_s) + earned
         began = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, budget)
-        statuses, masks = matchers.fill(request)
+        statuses = matchers.fill(request, memory.rows(len(request.rows)))
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         budget = max(0.0, budget - (time.process_time() - began))
         connection.send_bytes(bytes(statuses))
-        connection.send_bytes(masks.tobytes())
 
 
 def _reason(error: Exception) -> str:
@@ -205,17 +207,19 @@ def main() -> None:
     vocabulary = Vocabulary(Tokenizer.load(resolve_model(setup.model)), setup)
     control = socket.socket(fileno=os.dup(sys.stdin.fileno()))
     while True:
-        data, sockets, _, _ = socket.recv_fds(control, 1, 1)
+        data, files, _, _ = socket.recv_fds(control, 1, 2)
         if not data:
             return
         if os.fork() == 0:
             control.close()
             os.close(sys.stdin.fileno())
             try:
-                serve_grammar(Connection(sockets[0]), vocabulary, setup)
+                memory = MaskMemory(setup.width, files[1])
+                serve_grammar(Connection(files[0]), memory, vocabulary, setup)
             finally:  # most often because nobody asks any more; whatever it is, the engine notices
                 os._exit(0)
-        os.close(sockets[0])
+        for file in files:
+            os.close(file)
 
 
 if __name__ == "__main__":

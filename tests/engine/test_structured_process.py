@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import regex
 from hypothesis import given, settings
@@ -33,15 +34,14 @@ class Output:
 
     def __init__(self, tools, source):
         self.process, self.tokenizer, vocabulary = tools
-        self.matchers = self.process.Matchers(
-            self.process.compile_grammar(source, vocabulary), WIDTH
-        )
+        self.matchers = self.process.Matchers(self.process.compile_grammar(source, vocabulary))
         self.tokens, self.num_sent = [], 0
 
     def allowed(self, unwanted=()):
         row = RowState(0, self.tokens[self.num_sent :], list(unwanted))
         self.num_sent = len(self.tokens)
-        (status,), masks = self.matchers.fill(MaskRequest([row], []))
+        masks = np.zeros((1, -(-WIDTH // 32)), dtype=np.int32)
+        (status,) = self.matchers.fill(MaskRequest([row], []), masks)
         assert status == RowStatus.MASKED
         words = masks[0].tolist()
         return {t for t in range(WIDTH) if words[t // 32] >> (t % 32) & 1}
@@ -163,10 +163,14 @@ def test_what_cannot_go_on_is_told(tools):
     process, tokenizer, vocabulary = tools
     grammar = process.compile_grammar(GrammarSource("regex", "ab"), vocabulary)
     (b,) = tokenizer.encode("b")
-    matchers = process.Matchers(grammar, WIDTH)
+    matchers = process.Matchers(grammar)
     rows = [RowState(0, [b], []), RowState(1, [], []), RowState(2, [EOS], [])]
-    statuses, _ = matchers.fill(MaskRequest(rows, []))
-    assert statuses == [RowStatus.REJECTED, RowStatus.MASKED, RowStatus.REJECTED]
+    masks = np.zeros((3, -(-WIDTH // 32)), dtype=np.int32)
+    assert matchers.fill(MaskRequest(rows, []), masks) == [
+        RowStatus.REJECTED,
+        RowStatus.MASKED,
+        RowStatus.REJECTED,
+    ]
 
 
 def test_a_vocabulary_that_cannot_spell_the_text_is_told(tools):
@@ -174,8 +178,9 @@ def test_a_vocabulary_that_cannot_spell_the_text_is_told(tools):
 
     info = xgrammar.TokenizerInfo([b"a", b"b", b""], stop_token_ids=[2])
     grammar = xgrammar.GrammarCompiler(info).compile_regex("ac")
-    matchers = tools[0].Matchers(grammar, 3)
-    assert matchers.fill(MaskRequest([RowState(0, [0], [])], []))[0] == [RowStatus.DEAD_END]
+    matchers = tools[0].Matchers(grammar)
+    asked = MaskRequest([RowState(0, [0], [])], [])
+    assert matchers.fill(asked, np.zeros((1, 1), dtype=np.int32)) == [RowStatus.DEAD_END]
 
 
 @pytest.mark.parametrize(
