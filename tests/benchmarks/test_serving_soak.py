@@ -1,0 +1,78 @@
+"""The account of a soak: what counts as right, refused, broken or lost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.serving.client import LOST, Exchange
+from benchmarks.serving.soak.memory import BASELINE, SAMPLES, MemoryWatch
+from benchmarks.serving.soak.outcome import Outcome, Sent, judge, read
+from benchmarks.serving.soak.scripts import CHAT, COMPLETIONS, Script, draw_scripts
+
+SCRIPT = Script("chat", CHAT, b"{}")
+BAD_SCRIPT = Script("bad", COMPLETIONS, b"{}", 400)
+CHOICE = {"index": 0, "text": "a b", "finish_reason": "length"}
+WHOLE = {"choices": [CHOICE], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+
+
+def streamed(*parts: dict[str, object], end: str = "data: [DONE]\n\n") -> Exchange:
+    body = "".join(f"data: {json.dumps(part)}\n\n" for part in parts) + end
+    return Exchange(10.0, 200, pieces=[(11.0, body.encode())])
+
+
+def unstreamed(body: dict[str, object], status: int = 200, **more: str) -> Exchange:
+    return Exchange(10.0, status, pieces=[(11.0, json.dumps(body).encode())], **more)
+
+
+def chunk(text: str, reason: str | None = None) -> dict[str, object]:
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}]}
+
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+
+
+def test_streamed_and_whole_answers_say_the_same():
+    assert read(streamed(chunk("a "), chunk("b", "length"), USAGE)) == read(unstreamed(WHOLE))
+
+
+@pytest.mark.parametrize(
+    ("exchange", "script", "left", "outcome"),
+    [
+        (unstreamed(WHOLE), SCRIPT, False, Outcome.COMPLETED),
+        (unstreamed(WHOLE), SCRIPT, True, Outcome.COMPLETED),
+        (unstreamed({"error": {}}, 429, retry_after="1"), SCRIPT, False, Outcome.REFUSED),
+        (unstreamed({"error": {}}, 503), SCRIPT, False, Outcome.LOST),
+        (unstreamed({"error": {}}, 400), BAD_SCRIPT, False, Outcome.REJECTED),
+        (unstreamed({"error": {}}, 400), SCRIPT, False, Outcome.LOST),
+        (unstreamed({"error": {}}, 500), SCRIPT, False, Outcome.LOST),
+        (streamed(chunk("a "), USAGE), SCRIPT, False, Outcome.WRONG),
+        (streamed(chunk("a b", "length"), USAGE, end=""), SCRIPT, False, Outcome.LOST),
+        (streamed({"error": {"message": "no"}}), SCRIPT, False, Outcome.LOST),
+        (Exchange(10.0, 200, error=LOST), SCRIPT, False, Outcome.LOST),
+        (Exchange(10.0, 200, error=LOST), SCRIPT, True, Outcome.LEFT),
+        (Exchange(19.5, 200, error=LOST), SCRIPT, False, Outcome.BROKEN),
+    ],
+)
+def test_every_request_is_accounted_for(exchange, script, left, outcome):
+    right = {SCRIPT: read(unstreamed(WHOLE))}
+    ended = exchange.sent + 2.0
+    found, why = judge(Sent(script, exchange, left, ended), right, [(20.0, 25.0)])
+    assert found == outcome and bool(why) == (outcome in (Outcome.WRONG, Outcome.LOST))
+
+
+def test_scripts_are_the_same_for_the_same_seed():
+    scripts = draw_scripts("m", 100, 2, seed=3)
+    assert scripts == draw_scripts("m", 100, 2, seed=3) != draw_scripts("m", 100, 2, seed=4)
+    assert {script.status for script in scripts} == {200, 400, 404}
+
+
+def test_memory_that_grows_is_told_from_memory_that_does_not():
+    watch = MemoryWatch()
+    for number in range(SAMPLES + 2):
+        filled = min(number, BASELINE - 1)
+        watch.take({1: ("ingress", 100.0 + 50 * filled), 2: ("haproxy", 100.0 + 15 * number)})
+    found = watch.summarise()
+    assert found["ingress"]["flat"] and found["ingress"]["growth"] == 0
+    assert not found["haproxy"]["flat"]
