@@ -1,13 +1,15 @@
 """Outputs that follow grammars, on a tiny random model: every way to run gives the same tokens."""
 
+import itertools
 import json
 import os
 
 import pytest
+import torch
 from jsonschema import validate
 
 from engine.core import EngineCore
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, StepFailed
 from engine.llm import LLM
 from engine.model_source import resolve_model
 from engine.request import EngineRequest
@@ -205,6 +207,36 @@ def test_useless_grammars_are_refused_and_others_go_on(make_core, alone, ahead):
     core.add(wire("huge-again", bad["huge"][0]))
     (end,) = deltas_of(core)
     assert end.refused
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_masked_samplings_that_fail_are_tried_again(make_core, alone, monkeypatch, ahead):
+    core = make_core(async_scheduling=ahead)
+    sampler = core.runner.sampler
+    sample, calls = sampler.sample, itertools.count()
+
+    def fail_at_times(logits, batch, masks=None):
+        if masks is not None and next(calls) in (2, 7):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sample(logits, batch, masks)
+
+    monkeypatch.setattr(sampler, "sample", fail_at_times)
+    tokens, failures = {}, 0
+    for each in mixed():
+        core.add(each)
+    while core.has_work:
+        try:
+            deltas = core.step()
+        except StepFailed as failure:
+            deltas, failures = failure.deltas, failures + 1
+        core.check_invariants()
+        for delta in deltas:
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            if delta.finish_reason == "error":  # a second time is one too many
+                del tokens[delta.request_id]
+    assert failures == 2
+    assert len(tokens) > 2
+    assert all(tokens[rid] == alone[rid][0] for rid in tokens)
 
 
 def test_what_waits_for_a_grammar_counts_and_can_be_aborted(make_core, alone):
