@@ -118,17 +118,19 @@ class EngineReplica:
         item = decode_submission(submission)
         request_id = item.request.request_id
         end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        first = self._ends.get(request_id)
         self._ends[request_id] = end
-        if not self._outbox:
-            # Ray takes a call for a child of the request in whose context it is made, and cancels
-            # it when that request is cancelled: with it would go the others of the batch.
-            asyncio.get_running_loop().call_soon(self._flush, context=contextvars.Context())
-        self._outbox.append(item)
+        if first is None:
+            self._enqueue(item)
+        elif not first.done():  # Serve calls again when it has not learned that a call had come
+            first.set_exception(EngineDead("the call was made again"))
         try:
             return await end
         finally:
-            if self._ends.pop(request_id, None) and end.cancelled():
-                self._actor.abort.remote([request_id])
+            if self._ends.get(request_id) is end:
+                del self._ends[request_id]
+                if end.cancelled():
+                    self._actor.abort.remote([request_id])
 
     async def check_health(self) -> None:
         """Raise when the engine is dead or silent; a step that hangs is its death."""
@@ -144,6 +146,13 @@ class EngineReplica:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(self._actor.drain.remote())], timeout=10)
+
+    def _enqueue(self, item: Submission) -> None:
+        if not self._outbox:
+            # Ray takes a call for a child of the request in whose context it is made, and cancels
+            # it when that request is cancelled: with it would go the others of the batch.
+            asyncio.get_running_loop().call_soon(self._flush, context=contextvars.Context())
+        self._outbox.append(item)
 
     def _flush(self) -> None:
         """Submit all that arrived in this turn of the event loop as one batch."""

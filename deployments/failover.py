@@ -95,6 +95,8 @@ class Flight:
         self._call: Any = None
         """Serve's of this try; None between tries."""
         self._watcher: asyncio.Task[None] | None = None
+        self._late_tokens: asyncio.Future[None] | None = None
+        """Waited for when Serve knows of the end before the last tokens are here."""
         self._next_try: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._num_prompt_logprobs = 0
@@ -118,15 +120,16 @@ class Flight:
         if not client.hub.connected(self.deployment):
             self.strand()
 
-    def add(self, delta: TokenDelta, engine_id: str) -> None:
-        """Take what an engine tells."""
+    def add(self, delta: TokenDelta, engine_id: str) -> bool:
+        """Take what an engine tells; False if another one has told of this try before."""
         self._speaker = self._speaker or engine_id
         if engine_id != self._speaker:
-            return
+            return False
         if delta.finish_reason == "error" and not delta.refused:
             self._fall(delta)
         else:
             self._take(delta)
+        return True
 
     def lose(self) -> None:
         """Go on elsewhere, as the engine is lost."""
@@ -149,6 +152,8 @@ class Flight:
     def land(self) -> None:
         """Tidy up after the request's end."""
         self._cancel_expiry()
+        if self._late_tokens is not None:
+            self._late_tokens.cancel()
         self._client.hub.unregister(self._try_id)
         self._client.table.release(self._try_id, self._computed_blocks())
 
@@ -267,9 +272,10 @@ class Flight:
         """See to it that a request whose Serve call has ended does not wait for ever."""
         error: Exception = EngineDead("the end of the output was lost; try again.")
         try:
-            await call
-            if not self._over:
-                await asyncio.sleep(LATE_TOKENS_S)
+            reason = await call
+            if not self._over and reason != "abort":  # nobody here has asked for that
+                self._late_tokens = asyncio.get_running_loop().create_future()
+                await asyncio.wait((self._late_tokens,), timeout=LATE_TOKENS_S)
         except Exception as failure:
             error = failure
         if self._over or call is not self._call:

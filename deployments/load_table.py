@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from deployments.backlog import Backlog
 from deployments.engine_state import EngineState
 from deployments.placement import Booking, Policy, PrefixLoad
+from engine.errors import EngineDead
 from engine.outputs import EngineLoad
 
 DEFAULT_POLICY = PrefixLoad()
@@ -99,15 +100,19 @@ class LoadTable:
 
         Args:
             limits: engine id → most requests that it holds, running and waiting.
-            booking: a request that is booked already moves; one that was released leaves no
-                booking.
+            booking: a request that is booked already moves.
             policy: chooses among those with room.
 
         Returns:
             The engine, or None when none has room; `on_room` tells when to try again.
+
+        Raises:
+            EngineDead: the request was released; it would run for nobody.
         """
         request_id = booking.request_id
         with self._lock:
+            if request_id in self._released:
+                raise EngineDead("the request has ended.")
             now = self._clock()
             self._drop(request_id)
             states = {i: self._state(i) for i in limits}
@@ -125,9 +130,8 @@ class LoadTable:
             self._bookings_made += 1
             state = states[chosen]
             state.last_booking = self._bookings_made
-            if request_id not in self._released:
-                state.book(request_id, num_tokens, booking.blocks, now)
-                self._placed[request_id] = chosen
+            state.book(request_id, num_tokens, booking.blocks, now)
+            self._placed[request_id] = chosen
             return chosen
 
     def expect(self, deployment: str, request_id: str, num_tokens: int) -> None:
@@ -155,11 +159,18 @@ class LoadTable:
             return self._placed.get(request_id)
 
     def refuse(self, request_id: str) -> None:
-        """Undo a booking that the engine turned away, and leave the engine alone for a moment."""
+        """Undo a booking that the engine turned away, and leave the engine alone for a moment.
+
+        Raises:
+            EngineDead: the engine has the request all the same, but cannot be told from a lost one.
+        """
         with self._lock:
             engine_id = self._placed.get(request_id)
             if engine_id in self._engines:
-                self._engines[engine_id].close(self._clock())
+                state = self._engines[engine_id]
+                if request_id not in state.bookings:
+                    raise EngineDead("the replica of the engine that runs the request was lost.")
+                state.close(self._clock())
             self._drop(request_id)
 
     def mark_down(self, engine_id: str) -> list[str]:

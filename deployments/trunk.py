@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import Context
@@ -25,9 +26,13 @@ ACKNOWLEDGED_MESSAGES = 8
 merges steps."""
 ACKNOWLEDGED_S = 1.0
 """Fewer are after this long, so that the engine knows that this process lives."""
-SILENCE_LIMIT_S = 8.0
+SILENCE_LIMIT_S = watchdog.SILENCE_LIMIT_S
 """An engine tells its load every second. One that has not for this long is taken for lost: its
 process hangs, or is stopped, or its node cannot be reached."""
+ABORT_LIMIT_S = 1.0
+"""A request that still runs so long after its abort is aborted again."""
+ABORTED_KEPT = 4096
+"""So many aborts are remembered."""
 RECONNECT_DELAY_S = 0.5
 """Pause before a trunk that broke is read anew."""
 
@@ -52,8 +57,8 @@ class Receiver(Protocol):
     def deployment(self) -> str:
         """Whose engines run the request."""
 
-    def add(self, delta: TokenDelta, engine_id: str) -> None:
-        """Take a delta that an engine sent."""
+    def add(self, delta: TokenDelta, engine_id: str) -> bool:
+        """Take a delta that an engine sent; False if that engine should not run the request."""
 
     def lose(self) -> None:
         """Learn that the request's engine is lost."""
@@ -116,6 +121,8 @@ class TrunkHub:
         self._receivers: dict[str, Receiver] = {}
         self._aborts: dict[str, list[str]] = {}
         """Request ids by engine, to be sent."""
+        self._aborted: OrderedDict[tuple[str, str], float] = OrderedDict()
+        """When engines were last told to end which requests."""
         self._deployments: list[str] = []
         self._loop = asyncio.get_running_loop()
         table.on_change(self._on_change)
@@ -142,12 +149,26 @@ class TrunkHub:
         engine_id = self._table.engine_of(request_id)
         if engine_id not in self._links:
             return False
+        self._abort_at(engine_id, request_id)
+        return True
+
+    def _abort_at(self, engine_id: str, request_id: str) -> None:
         if not self._aborts:
             # One call for all that end in this turn of the event loop, and none that Ray takes for
             # a child of a request that is being cancelled.
             self._loop.call_soon(self._send_aborts, context=Context())
         self._aborts.setdefault(engine_id, []).append(request_id)
-        return True
+        self._aborted[engine_id, request_id] = self._loop.time()
+        if len(self._aborted) > ABORTED_KEPT:
+            self._aborted.popitem(last=False)
+
+    def _abort_again(self, engine_id: str, request_id: str) -> None:
+        """Tell an engine that runs a request for nobody: the call that told it was lost, or Serve
+        has sent the request twice."""
+        told = self._aborted.get((engine_id, request_id))
+        if told is None or self._loop.time() - told > ABORT_LIMIT_S:
+            self._aborted.pop((engine_id, request_id), None)
+            self._abort_at(engine_id, request_id)
 
     def _send_aborts(self) -> None:
         aborts, self._aborts = self._aborts, {}
@@ -212,8 +233,9 @@ class TrunkHub:
         self._table.report(engine_id, message.load, message.reflected, message.heard)
         for delta in message.deltas:
             receiver = self._receivers.get(delta.request_id)
-            if receiver is not None:
-                receiver.add(delta, engine_id)
+            wanted = receiver is not None and receiver.add(delta, engine_id)
+            if not wanted and delta.finish_reason is None:
+                self._abort_again(engine_id, delta.request_id)
 
     def _lose(self, engine_id: str, reason: str) -> None:
         """Let others go on with what the lost engine left unfinished."""

@@ -20,8 +20,9 @@ from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import LoadTable
 from deployments.placement import Booking
 from deployments.trunk import TrunkHub
-from deployments.wire import decode_submission, encode
+from deployments.wire import decode_report, decode_submission, encode
 from engine.config import EngineConfig
+from engine.errors import EngineDead
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
 from tests.deployments.fake_core import FakeCore
@@ -91,6 +92,9 @@ class LocalHandle:
         self._actors = actors
         self.generate = SimpleNamespace(remote=lambda *args: LocalCall(self._generate(*args)))
         self.failure: Exception | None = None
+        self._ends: dict[tuple[str, str], asyncio.Future[str]] = {}
+        """By engine and request, as its replica has them."""
+        self._watchers = [asyncio.ensure_future(self._watch(i)) for i in actors]
 
     async def _generate(self, submission: bytes, booking: Booking) -> str:
         if self.failure is not None:
@@ -98,9 +102,20 @@ class LocalHandle:
         limits = dict.fromkeys(self._actors, 1000)
         while (chosen := self._table.book(limits, booking)) is None:
             await asyncio.sleep(0.01)
+        end = asyncio.get_running_loop().create_future()
+        self._ends[chosen, booking.request_id] = end
         await self._actors[chosen].submit(encode([decode_submission(submission)]))
-        await asyncio.Event().wait()
-        return ""
+        return await end
+
+    async def _watch(self, engine_id: str) -> None:
+        async for report in self._actors[engine_id].watch():
+            for notice in decode_report(report).ended:
+                end = self._ends.pop((engine_id, notice.request_id), None)
+                if end is not None and not end.done():
+                    end.set_result(notice.reason)
+        for (engine, _), end in self._ends.items():
+            if engine == engine_id and not end.done():
+                end.set_exception(EngineDead("it died"))
 
 
 class Plane:
@@ -162,6 +177,7 @@ async def open_plane(
     await plane.until(lambda: len(plane.hub.connected(DEPLOYMENT)) == num_engines)
     try:
         yield plane
+        await plane.until(lambda: not plane.client._watchers)  # every call has ended
     finally:
         await plane.http.aclose()
         for actor in actors.values():

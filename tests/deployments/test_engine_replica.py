@@ -17,7 +17,7 @@ from deployments import engine_replica, watchdog
 from deployments.engine_actor import EngineActor
 from deployments.engine_replica import EngineReplica
 from deployments.placement import Booking
-from deployments.wire import Submission, encode
+from deployments.wire import Submission, decode_submissions, encode
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.request import EngineRequest
@@ -218,3 +218,23 @@ async def test_replica_whose_engine_did_not_start_ends_without_another_error(loc
     with pytest.raises(RuntimeError, match="damaged"):
         await replica.__init__(EngineConfig(), {}, fail)
     await EngineReplica.__del__(replica)
+
+
+async def test_a_call_made_twice_runs_once_and_the_later_one_hears_of_the_end(local, monkeypatch):
+    submitted = []
+    real = EngineActor.submit
+
+    async def submit(self: EngineActor, batch: bytes) -> None:
+        submitted.append(len(decode_submissions(batch)))
+        await real(self, batch)
+
+    monkeypatch.setattr(EngineActor, "submit", submit)
+    replica = await start()
+    first = asyncio.ensure_future(replica.generate(submission("a"), Booking("a", 2)))
+    await asyncio.sleep(0)
+    second = asyncio.ensure_future(replica.generate(submission("a"), Booking("a", 2)))
+    with pytest.raises(EngineDead, match="made again"):
+        await first
+    assert await second == "length"
+    assert submitted == [1] and not replica._ends
+    await stop(replica)

@@ -12,6 +12,8 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from deployments import engine_actor, trunk, watchdog
 from deployments.failover import _is_loss
+from deployments.placement import Booking
+from deployments.wire import decode_submission, encode
 from engine.errors import EngineDead
 from engine.outputs import TokenDelta, TokenLogprobs
 from engine.request import EngineRequest
@@ -340,6 +342,43 @@ async def test_a_call_is_cancelled_only_where_no_engine_can_be_told(monkeypatch)
         with plane.client.start([request("s")]):
             await asyncio.sleep(0.02)  # it stands in line
         assert len(cancelled) == 1
+
+
+async def test_an_engine_that_runs_for_nobody_is_told_again(monkeypatch):
+    monkeypatch.setattr(trunk, "ABORT_LIMIT_S", 0.05)
+    async with open_plane(num_engines=1, step_s=0.005) as plane:
+        link, tokens = plane.links["e0"], dict[str, list[int]]()
+        abort = link.abort
+        monkeypatch.setattr(link, "abort", lambda request_ids: None)  # the call is lost
+        with plane.client.start([request("r", 100_000)]) as generation:
+            await take(generation, tokens, 5)
+        await asyncio.sleep(0.1)
+        assert plane.view()[0].load.num_running == 1
+        monkeypatch.setattr(link, "abort", abort)
+        await plane.idle()
+
+
+async def test_a_request_that_serve_sends_twice_runs_once():
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r", 100_000)]) as generation:
+            await take(generation, tokens, 5)
+            (other,) = plane.actors.keys() - {plane.table.engine_of("r")}
+            submission = decode_submission(generation._flights["r"]._submission)
+            await plane.actors[other].submit(encode([submission]))
+            loop = plane.actors[other]._loop
+            await plane.until(lambda: loop._num_received == 1 and not loop._core.has_work)
+            await take(generation, tokens, len(tokens["r"]) + 10)
+        assert tokens["r"] == expected_tokens(PROMPT, len(tokens["r"]))
+
+
+async def test_serve_sends_nothing_on_for_a_client_that_has_left():
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r", 100_000)]) as generation:
+            await take(generation, tokens, 5)
+        with pytest.raises(EngineDead):
+            plane.table.book(dict.fromkeys(plane.actors, 1000), Booking("r", 5))
 
 
 async def test_a_call_is_no_part_of_the_request_that_makes_it():

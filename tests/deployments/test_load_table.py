@@ -3,9 +3,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
+import pytest
+
 from deployments import load_table
 from deployments.load_table import LoadTable
 from deployments.placement import Booking, PrefixLoad
+from engine.errors import EngineDead
 from engine.outputs import EngineLoad
 
 ENGINES = dict.fromkeys("abcd", 100)
@@ -86,6 +89,16 @@ def test_silent_engine_gets_nothing_until_it_reports():
     assert table.book({"a": 100, "b": 40}, Booking("s", 100)) == "a"
 
 
+def test_engine_whose_step_is_overdue_gets_nothing_until_it_ends():
+    table = LoadTable()
+    table.report("a", EngineLoad(overdue=True))
+    table.report("b", EngineLoad())
+    assert {table.book(PAIR, Booking(f"r{i}", 100)) for i in range(8)} == {"b"}
+    assert table.book({"a": 100}, Booking("s", 100)) is None
+    table.report("a", EngineLoad())
+    assert table.book({"a": 100}, Booking("s", 100)) == "a"
+
+
 def test_silence_of_all_is_that_of_the_listener():
     clock = Clock()
     table = LoadTable(clock=clock)
@@ -150,12 +163,23 @@ def test_booking_after_the_release_leaves_nothing(monkeypatch):
     table = LoadTable()
     table.set_members("m", ["a"])
     table.release("r")
-    assert table.book({"a": 1}, Booking("r", 1)) == "a"
+    with pytest.raises(EngineDead):
+        table.book({"a": 1}, Booking("r", 1))
     assert table.engine_of("r") is None
     assert [view.num_booked for view in table.view("m")] == [0]
     for number in range(5):
         table.release(f"s{number}")
     assert list(table._released) == ["s3", "s4"]
+
+
+def test_a_request_that_an_engine_has_is_sent_to_no_other():
+    table = LoadTable()
+    table.set_members("m", ["a"])
+    assert table.book({"a": 1}, Booking("r", 1)) == "a"
+    table.report("a", EngineLoad(), reflected=["r"])
+    with pytest.raises(EngineDead):
+        table.refuse("r")
+    assert table.engine_of("r") == "a"
 
 
 def test_members_are_announced():
