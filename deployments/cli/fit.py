@@ -31,7 +31,10 @@ def free_resources(address: str) -> dict[str, Resources]:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise CommandError(f"no Ray cluster answers at {address} ({reason}).") from None
+        raise CommandError(
+            f"no Ray cluster answers at {address} ({reason}). One that asks for tokens wants "
+            "RAY_AUTH_MODE=token in the environment here too."
+        ) from None
     free = available_resources_per_node()
     return {
         node["NodeManagerAddress"]: free.get(node["NodeID"], {})

@@ -180,6 +180,13 @@ def _pids(class_name: str) -> dict[str, int]:
     }
 
 
+def _address() -> str:
+    """Where other processes reach the cluster."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def _metrics() -> str:
     """What Ray exports on this node."""
     import ray
@@ -197,7 +204,13 @@ def _details() -> str:
     return json.dumps(_get_global_client().get_serve_details(), default=str)
 
 
-COMMANDS = {"details": _details, "metrics": _metrics, "engine_pids": _engine_pids, "pids": _pids}
+COMMANDS = {
+    "address": _address,
+    "details": _details,
+    "metrics": _metrics,
+    "engine_pids": _engine_pids,
+    "pids": _pids,
+}
 
 if __name__ == "__main__":
     main()

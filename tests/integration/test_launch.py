@@ -286,6 +286,51 @@ def wait_for_engine(launched: Launched, condition: Any, timeout_s: float) -> boo
     return False
 
 
+def trunkline(*words: str, text: str = "") -> str:
+    """What a command of the command line writes to a pipe."""
+    command = [sys.executable, "-m", "deployments.cli", *words]
+    done = subprocess.run(
+        command, cwd=ROOT, input=text, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_command_line_completes_and_chats(launched, client):
+    options = ["--url", launched.url, "--temperature", "0", "--max-tokens", "12"]
+    answer = client.completions.create(
+        model=MODEL, prompt="Two, four,", temperature=0, max_tokens=12
+    )
+    assert trunkline("complete", "Two, four,", *options) == answer.choices[0].text + "\n"
+    said = trunkline("chat", *options, text="What is the capital of France?\n/exit\n")
+    assert "Paris" in said and ">" not in said
+
+
+def test_command_line_answers_a_batch(launched, tmp_path):
+    requests, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        {"custom_id": "chat", "url": "/v1/chat/completions", "body": {"messages": QUESTION}},
+        {
+            "custom_id": "text",
+            "url": "/v1/completions",
+            "body": {"prompt": "The capital of France is"},
+        },
+    ]
+    for line in lines:
+        line["body"] |= {"model": MODEL, "temperature": 0, "max_tokens": 12}
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines) + "no request\n")
+    said = trunkline("batch", str(requests), str(out), "--url", launched.url)
+    assert "2 answered, 0 refused, 1 bad lines" in said
+    found = {r["custom_id"]: r for r in map(json.loads, out.read_text().splitlines())}
+    for custom_id in ("chat", "text"):
+        response = found[custom_id]["response"]
+        assert response["status_code"] == 200 and "Paris" in json.dumps(response["body"])
+    assert found[None]["error"]["line"] == 3
+    before = out.read_bytes()
+    trunkline("batch", str(requests), str(out), "--url", launched.url)
+    assert out.read_bytes() == before
+
+
 def test_port_taken_is_said_clearly(launched):
     second = subprocess.run(
         [sys.executable, "-m", "deployments.launch", str(launched.config)],

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 
 from tests.deployments.fake_core import expected_tokens
 from tests.deployments.plane import bundled_tokenizer
-from tests.integration.server import Server
+from tests.integration.server import ROOT, Server
 
 pytestmark = pytest.mark.integration
 
@@ -189,6 +192,26 @@ def test_openai_client_sees_calls_and_thinking(server):
         for call in made:
             assert json.loads(call.function.arguments) == arguments
         assert len({call.id for call in made}) == 2
+
+
+@pytest.mark.parametrize("server", [True], ids=["fast-path"], indirect=True)
+def test_command_line_says_where_more_would_run(server):
+    """On the cluster of the server, which has taken its part of it."""
+    words = ["check", "serve_config.yaml", "--address", server.call("address")]
+    words += ["--set", "deployment.num_cpus=5", "--set", "deployment.num_replicas=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    name = "Engine-smollm2-135m-instruct"
+    assert re.search(rf"  {name} 1: on [\d.]+\n", done.stdout)  # of 8 CPUs, most are free
+    assert f"  {name} 2: waits for CPU 5.1 on one node" in done.stdout
 
 
 async def test_bad_requests_leave_the_server_well(server):
