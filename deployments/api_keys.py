@@ -32,7 +32,8 @@ class ApiKey(msgspec.Struct, frozen=True):
     Attributes:
         digest: SHA-256 of the key.
         name: who holds it, for messages; may be empty.
-        max_concurrent_requests: under way at once in an ingress replica; None: the common limit.
+        max_concurrent_requests: completions under way at once in an ingress replica; None: the
+            common limit.
         requests_per_minute: that an ingress replica takes; None: the common limit.
     """
 

@@ -143,8 +143,9 @@ class IngressOptions(Options):
     """Whether an ingress without any key refuses to start: for keys that come from the environment
     of the nodes, where they may be forgotten."""
     max_concurrent_requests_per_key: int | None = Field(default=None, ge=1)
-    """Requests of one key under way in one ingress replica; one more gets 429. A key in the file
-    may have a limit of its own. None sets no limit."""
+    """Completions of one key under way in one ingress replica, where requests for something else
+    count as one; one more gets 429. A key in the file may have a limit of its own. None sets no
+    limit."""
     requests_per_minute_per_key: float | None = Field(default=None, gt=0)
     """Requests of one key that one ingress replica takes in a minute, likewise."""
     cors_allow_origins: list[str] = []

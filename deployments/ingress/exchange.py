@@ -7,13 +7,17 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.ingress.bodies import Bodies, HeldBody
+from deployments.ingress.claims import Claims
 from deployments.ingress.errors import ApiError, to_api_error
 
 Handler = Callable[[Request, bytes], Awaitable[ASGIApp]]
 """From a request and its body to the response, which is an ASGI application."""
+PIECE_BYTES = 2**16
+"""Of a long answer, written at once."""
 
 
 class Endpoint:
@@ -57,13 +61,29 @@ class Endpoint:
 
 async def _answer(handler: Handler, request: Request, body: HeldBody, send: Send) -> None:
     response: Any
-    try:
-        response = await handler(request, body.data)
-    except Exception as error:
-        response = to_api_error(error).response()
-    finally:
-        body.release()  # what it asked for has limits of its own, and a stream may last long
-    await response(request.scope, request.receive, send)
+    with Claims(request.scope["key_use"]):
+        try:
+            response = await handler(request, body.data)
+        except Exception as error:
+            response = to_api_error(error).response()
+        finally:
+            body.release()  # what it asked for has limits of its own, and a stream may last long
+        if isinstance(response, Response):
+            send = _in_pieces(send)
+        await response(request.scope, request.receive, send)
+
+
+def _in_pieces(send: Send) -> Send:
+    """Waits for slow clients within a long answer: HTTP servers keep the whole of a message."""
+
+    async def send_pieces(message: Message) -> None:
+        body = message.get("body", b"")
+        while len(body) > PIECE_BYTES:
+            await send({"type": message["type"], "body": body[:PIECE_BYTES], "more_body": True})
+            body = body[PIECE_BYTES:]
+        await send({**message, "body": body} if "body" in message else message)
+
+    return send_pieces
 
 
 async def _run_until_disconnect(work: asyncio.Future[None], receive: Receive) -> None:

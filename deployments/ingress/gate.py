@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.api_keys import ApiKey, KeySource
 from deployments.ingress.errors import ApiError
+from engine.errors import InvalidRequest
 
 OPEN_PATHS = frozenset(("/health", "/ready", "/ping"))
 """What load balancers and Kubernetes ask, without a key."""
@@ -21,11 +23,15 @@ MAX_HEADER_BYTES = 32 * 1024
 class KeyUse:
     """What a key does in this process; a context manager around each of its requests."""
 
-    __slots__ = ("_filled_at", "_missing", "running")
+    __slots__ = ("_filled_at", "_missing", "key", "limit", "running")
 
     def __init__(self) -> None:
+        self.key: ApiKey | None = None
+        """As it was found last; None for requests without."""
+        self.limit: int | None = None
+        """Most that may be under way."""
         self.running = 0
-        """Requests under way."""
+        """Completions under way; a request counts as one until it says that it wants more."""
         self._missing = 0.0
         self._filled_at = -math.inf
 
@@ -34,6 +40,40 @@ class KeyUse:
 
     def __exit__(self, *_: object) -> None:
         self.running -= 1
+
+    @contextmanager
+    def hold(self, num_completions: int, param: str) -> Iterator[None]:
+        """Count all completions of a request, which counts as one already.
+
+        Args:
+            num_completions: of the request.
+            param: the field that asks for them.
+
+        Raises:
+            InvalidRequest: they alone are more than the key may have.
+            ApiError: 429, the key has too many now.
+        """
+        if self.limit is not None and num_completions > self.limit:
+            raise InvalidRequest(
+                f"the request asks for {num_completions} completions, but its API key may have "
+                f"{self.limit} at a time; ask for fewer.",
+                param,
+            )
+        self.check_room(num_completions - 1)
+        self.running += num_completions - 1
+        try:
+            yield
+        finally:
+            self.running -= num_completions - 1
+
+    def check_room(self, count: int) -> None:
+        """Check that so many more completions may be under way.
+
+        Raises:
+            ApiError: 429, they may not.
+        """
+        if self.key is not None and self.limit is not None and self.running + count > self.limit:
+            raise _too_many(self.key, f"may have {self.limit} completions under way at once", 1)
 
     def take_token(self, per_minute: float, now: float) -> float:
         """Take a token from a bucket that has room for those of a minute.
@@ -58,7 +98,7 @@ class KeyLimits:
     """What each key may do in this process, where it has no limits of its own.
 
     Args:
-        max_concurrent_requests: under way at once; None sets no limit.
+        max_concurrent_requests: completions under way at once; None sets no limit.
         requests_per_minute: that may begin; None sets no limit.
         now: clock, in seconds.
     """
@@ -84,12 +124,11 @@ class KeyLimits:
         if use is None:
             use = self._uses[key.digest] = KeyUse()
         own = key.max_concurrent_requests
-        limit = self._max_concurrent if own is None else own
-        if limit is not None and use.running >= limit:
-            raise _too_many(key, f"{limit} requests under way, as many as it may have", 1)
+        use.key, use.limit = key, self._max_concurrent if own is None else own
+        use.check_room(1)
         rate = self._per_minute if key.requests_per_minute is None else key.requests_per_minute
         if rate is not None and (wait := use.take_token(rate, self._now())) > 0:
-            raise _too_many(key, f"had its {rate:g} requests a minute", math.ceil(wait))
+            raise _too_many(key, f"has had its {rate:g} requests a minute", math.ceil(wait))
         return use
 
 
@@ -121,6 +160,7 @@ class Gate:
                 response.headers["Connection"] = "close"
             await response(scope, receive, send)
             return
+        scope["key_use"] = use
         with use:
             await self._app(scope, receive, send)
 
@@ -135,7 +175,8 @@ class Gate:
             raise _unauthorized("Send an API key in the header 'Authorization: Bearer KEY'.")
         key = self._source.find(token.strip())
         if key is None:
-            raise _unauthorized("The API key is not one of this server's.")
+            # LiteLLM knows by these first words that it is not the request that is wrong.
+            raise _unauthorized("Incorrect API key provided: it is not one of this server's.")
         return self._limits.admit(key)
 
 
@@ -177,7 +218,7 @@ def _too_many(key: ApiKey, what: str, wait_s: int) -> ApiError:
     who = f"The API key of '{key.name}'" if key.name else "This API key"
     return ApiError(
         429,
-        f"{who} has {what}; try again later.",
+        f"{who} {what}; try again later.",
         "rate_limit_error",
         code="rate_limit_exceeded",
         retry_after_s=wait_s,

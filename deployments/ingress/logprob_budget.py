@@ -11,7 +11,7 @@ from engine.job import Job
 
 
 class LogprobBudget:
-    """Counts what requests may come to while they run, alternatives included.
+    """Counts what requests may come to until they are answered, alternatives included.
 
     Args:
         limit: of all together; each takes about half a kilobyte until its answer is written.
@@ -23,7 +23,7 @@ class LogprobBudget:
 
     @contextmanager
     def hold(self, jobs: Sequence[Job], max_model_len: int, retry_after_s: int) -> Iterator[None]:
-        """Hold room for jobs while they run.
+        """Hold room for what jobs come to.
 
         Raises:
             InvalidRequest: the jobs alone may come to more than the limit.

@@ -13,6 +13,7 @@ from deployments.aside import run_aside
 from deployments.backlog import BacklogLimits
 from deployments.engine_client import EngineClient
 from deployments.engine_state import SILENT_S
+from deployments.ingress.claims import current_claims
 from deployments.ingress.errors import model_not_found, overloaded, unavailable
 from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.ingress.message_style import MessageStyle
@@ -80,16 +81,19 @@ class ServedModel:
 
         Raises:
             InvalidRequest: the request alone is more than this process takes.
-            ApiError: 429 when this process is full or too much waits already, 503 when there is no
-                engine.
+            ApiError: 429 when this process is full, the API key has too many, or too much waits
+                already, 503 when there is no engine.
         """
         num_requests = num_prompts * params.n
+        asking = param if num_prompts > 1 else "n"
         if num_requests > self.max_concurrent_requests:
             raise InvalidRequest(
                 f"the request asks for {num_requests} completions, but this server takes at most "
                 f"{self.max_concurrent_requests} at a time; ask for fewer.",
-                param if num_prompts > 1 else "n",
+                asking,
             )
+        claims = current_claims()
+        claims.enter_context(claims.key.hold(num_requests, asking))
         busy = self.client.num_running + self.num_preparing
         if busy + num_requests > self.max_concurrent_requests:
             raise overloaded(self.retry_after_s)
@@ -171,8 +175,10 @@ class ServedModel:
             for inner, request_id in enumerate(job.requests)
         }
         requests = [request for job in jobs for request in job.requests.values()]
+        # An answer is kept until it has been written.
         memory = self.logprobs.hold(jobs, self.max_model_len, self.retry_after_s)
-        with memory, self.counts.follow(jobs), self.client.start(requests) as generation:
+        current_claims().enter_context(memory)
+        with self.counts.follow(jobs), self.client.start(requests) as generation:
             async for deltas in generation:
                 pieces = []
                 for delta in deltas:

@@ -14,6 +14,7 @@ from deployments.api_keys import KEY_VARIABLES
 from deployments.config import IngressOptions
 from deployments.flags import SERVE_MIDDLEWARE
 from deployments.ingress.gate import MAX_HEADER_BYTES, MAX_HEADERS, KeyUse
+from tests.deployments.exchange import Exchange
 from tests.deployments.plane import open_plane
 
 COMPLETION = {"model": "m", "prompt": "hi", "max_tokens": 2}
@@ -45,50 +46,6 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     assert set(error) == {"message", "type", "param", "code"}
     assert SECRET not in response.text and SECRET not in str(response.headers)
     return error
-
-
-class Exchange:
-    """One request, given to the application message by message."""
-
-    def __init__(
-        self,
-        app: Any,
-        headers: dict[str, str],
-        path: str = "/v1/completions",
-        method: str = "POST",
-    ) -> None:
-        self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.num_received = 0
-        self.sent: list[dict[str, Any]] = []
-        encoded = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
-        scope = {"type": "http", "method": method, "path": path, "query_string": b""}
-        scope |= {"headers": encoded, "root_path": "", "http_version": "1.1", "scheme": "http"}
-        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
-
-    async def _receive(self) -> dict[str, Any]:
-        self.num_received += 1
-        return await self._messages.get()
-
-    async def _send(self, message: dict[str, Any]) -> None:
-        self.sent.append(message)
-
-    def feed(self, body: bytes, more: bool) -> None:
-        self._messages.put_nowait({"type": "http.request", "body": body, "more_body": more})
-
-    def leave(self) -> None:
-        self._messages.put_nowait({"type": "http.disconnect"})
-
-    @property
-    def status(self) -> int:
-        return self.sent[0]["status"]
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {k.decode(): v.decode() for k, v in self.sent[0]["headers"]}
-
-    @property
-    def code(self) -> str:
-        return json.loads(b"".join(m["body"] for m in self.sent[1:]))["error"]["code"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +106,7 @@ async def test_requests_under_way_of_a_key_are_bounded(tmp_path, common):
         response = await plane.http.post("/v1/completions", json=COMPLETION, headers=BEARER)
         assert (response.status_code, response.headers["retry-after"]) == (429, "1")
         error = error_of(response)
-        assert error["code"] == "rate_limit_exceeded" and "'alice' has 2" in error["message"]
+        assert error["code"] == "rate_limit_exceeded" and "'alice' may have 2" in error["message"]
         other = {"Authorization": "Bearer b"}
         response = await plane.http.post("/v1/completions", json=COMPLETION, headers=other)
         assert response.status_code == 200
