@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trunkline.actor")
 
-DEAF_LIMIT_S = 8.0
+DEAF_LIMIT_S = watchdog.SILENCE_LIMIT_S
 """A replica that has taken no report for this long, though they come every second, is stopped or
 hangs: new requests would be sent to it and wait there. Serve would take three failed health checks
 to replace it."""
@@ -55,6 +55,7 @@ class EngineGuard:
     ) -> None:
         self._config = config
         self._dump_folder = options.crash_dump_dir
+        self._off = options.off
         self._steps = StepWatch(options.stall_limit_s or watchdog.stall_limit(info))
         self._loop = loop
         self._tell = tell
@@ -69,6 +70,11 @@ class EngineGuard:
         self._replica_pid = replica_pid
         self._replica.end()
 
+    @property
+    def overdue(self) -> bool:
+        """Whether new requests had better go elsewhere, see `StepWatch.overdue`."""
+        return self._steps.overdue(self._loop.last_progress)
+
     def end(self, error: BaseException) -> None:
         """End the engine, as its loop has died of an exception."""
         try:
@@ -79,7 +85,7 @@ class EngineGuard:
 
     async def run(self) -> None:
         """Look, until the engine ends or this is cancelled."""
-        while not self._over:
+        while not (self._over or self._off):
             await asyncio.sleep(watchdog.LOOK_S)
             if self._steps.stalled(self._loop.last_progress, lambda: self._loop.compiling):
                 self._end_hung()

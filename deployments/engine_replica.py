@@ -15,7 +15,7 @@ from ray import serve
 from deployments import watchdog
 from deployments.crash_dump import describe_error, write_crash_dump
 from deployments.engine_actor import EngineActor, StartCore
-from deployments.metrics import EngineMetrics
+from deployments.metrics import EngineMetrics, harmless
 from deployments.names import engine_actor_name
 from deployments.placement import Booking
 from deployments.watchdog import Silence, WatchOptions
@@ -32,13 +32,14 @@ from engine.outputs import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 
-SILENCE_LIMIT_S = 8.0
+SILENCE_LIMIT_S = watchdog.SILENCE_LIMIT_S
 """An engine actor that has not reported for this long (it does so every second) is stopped, or
 nothing in it gets to run."""
-START_SILENCE_LIMIT_S = 60.0
+START_SILENCE_LIMIT_S = 600.0
 """An engine actor that gives no sign of life for this long while it starts is stopped, or hangs.
-Loading may take minutes, but other threads get to run meanwhile, if late: an import, or a compiler
-of kernels, may hold the interpreter for seconds."""
+No other thread runs while one loads a library: those of torch have gigabytes, which may take
+minutes from a cold network file system. No request waits for this engine yet, but one that is
+given up too early never starts."""
 UNREAD_OBJECTS = 2
 """Reports that the engine may send ahead; then it merges, and notices that nobody reads."""
 
@@ -74,7 +75,7 @@ class EngineReplica:
         self.info = await self._start()
         # Not before: loading may take minutes.
         self._silence = Silence()
-        self._metrics = EngineMetrics(self.info["model"])
+        self._record = harmless(EngineMetrics(self.info["model"]).record)
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._guard())]
 
     async def _start(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class EngineReplica:
             if sign.done() and not sign.exception():
                 silence.end()
                 sign = asyncio.ensure_future(self._actor.live.remote())
-            elif silence.look() > START_SILENCE_LIMIT_S:
+            elif silence.look() > START_SILENCE_LIMIT_S and not self._options.off:
                 ray.kill(self._actor)
                 raise EngineDead(
                     f"the engine, while it started, showed no life for {silence.seconds:.0f} s"
@@ -194,6 +195,8 @@ class EngineReplica:
 
     async def _guard(self) -> None:
         """Look whether the engine reports; if not, nothing in its process runs any more."""
+        if self._options.off:
+            return
         while self._silence.look() <= SILENCE_LIMIT_S:
             await asyncio.sleep(watchdog.LOOK_S)
         watchdog.ask_for_stacks(self.info["pid"])
@@ -207,23 +210,27 @@ class EngineReplica:
             end = self._ends.get(notice.request_id)
             if end is not None and not end.done():
                 end.set_result(notice.reason)
-        self._metrics.record(report)
+        self._record(report)
 
     def _die(self, message: str, reason: str, error: Exception | None = None) -> None:
         """Leave a dump of what is known here of an engine that cannot write one, and end."""
         if self._dead is not None:
             return
         self._dead = message
-        write_crash_dump(
-            self._options.crash_dump_dir,
-            reason,
-            engine=self._config.model_dump(mode="json"),
-            engine_pid=self.info["pid"],
-            last_load=msgspec.structs.asdict(self._load),
-            requests=list(self._ends),
-            error=describe_error(error) if error is not None else message,
-        )
-        self._end()
+        try:
+            write_crash_dump(
+                self._options.crash_dump_dir,
+                reason,
+                engine=self._config.model_dump(mode="json"),
+                engine_pid=self.info["pid"],
+                last_load=msgspec.structs.asdict(self._load),
+                requests=list(self._ends),
+                error=describe_error(error) if error is not None else message,
+            )
+        except Exception:  # it must end all the same: its requests wait
+            logger.exception("no crash dump could be written")
+        finally:
+            self._end()
 
     def _end(self) -> None:
         """Fail what is open and end both processes: Serve replaces a dead replica at once, while an

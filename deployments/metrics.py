@@ -5,7 +5,10 @@ Every call crosses into Ray's C++ core, so they are made once a report or a requ
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import ray.util.metrics
 from ray.serve.metrics import Counter, Gauge
@@ -13,6 +16,11 @@ from ray.serve.metrics import Counter, Gauge
 from deployments.wire import EngineReport
 from engine.outputs import EngineLoad
 
+logger = logging.getLogger("ray.serve")
+
+FAILURE_INTERVAL_S = 30.0
+"""Failures of a metric that are closer to each other are not logged."""
+T = TypeVar("T")
 _TAGS = ("model_name",)
 
 
@@ -22,6 +30,22 @@ def _gauge(name: str, description: str) -> Gauge:
 
 def _counter(name: str, description: str, *more_tags: str) -> Counter:
     return Counter(f"trunkline_{name}", description=description, tag_keys=_TAGS + more_tags)
+
+
+def harmless(record: Callable[[T], None]) -> Callable[[T], None]:
+    """`record`, but what goes wrong in it is only logged: nothing depends on a metric."""
+    next_log = 0.0
+
+    def wrapped(value: T) -> None:
+        nonlocal next_log
+        try:
+            record(value)
+        except Exception:
+            if (now := time.monotonic()) >= next_log:
+                next_log = now + FAILURE_INTERVAL_S
+                logger.exception("a metric could not be recorded")
+
+    return wrapped
 
 
 def lag_gauge(process: str) -> Callable[[float], None]:
@@ -34,7 +58,7 @@ def lag_gauge(process: str) -> Callable[[float], None]:
         description="Longest time within ten seconds by which an event loop came late.",
         tag_keys=("process",),
     )
-    return lambda seconds: gauge.set(seconds, {"process": process})
+    return harmless(lambda seconds: gauge.set(seconds, {"process": process}))
 
 
 class EngineMetrics:

@@ -19,14 +19,20 @@ LOOK_S = 0.5
 """How often a watchdog looks."""
 EXIT_DELAY_S = 0.5
 """Time for the last messages of a process to leave before it ends."""
-GPU_STALL_LIMIT_S = 8.0
-"""A step on a GPU that lasts longer hangs: the largest takes below half a second on a fast GPU and
-a few on a slow one. With this its requests are at work elsewhere within 10 s."""
+SILENCE_LIMIT_S = 8.0
+"""What shows no life for longer is taken for lost, whoever looks at whom: ingress, replica, engine
+and step. With this, requests are at work elsewhere within the 10 s that are promised."""
+GPU_STALL_LIMIT_S = SILENCE_LIMIT_S
+"""A step on a GPU may rightly last this long, and longer where the start has shown so: the largest
+takes below half a second on a fast GPU, but many on a slow one with a large model."""
 CPU_STALL_LIMIT_S = 60.0
-"""A step on a CPU may rightly last this long, and longer where the start has shown so."""
-CPU_MARGIN = 5.0
-"""How much slower than at the start the largest step on a CPU may be for each of its tokens: it
-attends over long contexts, and others want the cores."""
+"""The same on a CPU."""
+STEP_MARGIN = 5.0
+"""How much slower than at the start the largest step may be: it attends over long contexts, and
+others want the device."""
+OVERDUE_SHARE = 0.3
+"""An engine whose step has lasted for more than this share of its limit is given no new requests,
+2.4 s on most GPUs. The largest step at the speed of the start takes 1 / `STEP_MARGIN` of it."""
 WARM_UP_TOKENS = 16
 """Tokens that the stage `warm-up` of a start computes at once. Fewer at a time cost more for each,
 so that its seconds are more than these tokens would take as a part of the largest step."""
@@ -48,6 +54,11 @@ class WatchOptions:
 
     stall_limit_s: float | None = None
     crash_dump_dir: str | None = None
+
+    @property
+    def off(self) -> bool:
+        """Whether an engine and its replica let each other stand still, as under a debugger."""
+        return self.stall_limit_s == 0
 
 
 def end_process() -> None:
@@ -76,24 +87,26 @@ def ask_for_stacks(pid: int) -> None:
 def stall_limit(info: Mapping[str, Any]) -> float:
     """Seconds after which a step counts as hung, compilation apart.
 
-    On a CPU it follows from what the engine can do: the seconds that each token took at the start
-    times the tokens of the largest step, with a margin.
+    It follows from what the engine can do, with a margin: on a GPU from the seconds of the largest
+    step, which the start runs; on a CPU from those of each token of a small one times the tokens of
+    the largest.
 
     Args:
         info: fields of the engine's `EngineInfo`.
     """
+    stages: Mapping[str, float] = info["startup_seconds"]
     if info["device"] != "cpu":
-        return GPU_STALL_LIMIT_S
-    token_s: float = info["startup_seconds"].get("warm-up", 0.0) / WARM_UP_TOKENS
+        return max(GPU_STALL_LIMIT_S, STEP_MARGIN * stages.get("largest step", 0.0))
+    token_s = stages.get("warm-up", 0.0) / WARM_UP_TOKENS
     largest_step: int = info["max_num_batched_tokens"]
-    return max(CPU_STALL_LIMIT_S, CPU_MARGIN * token_s * largest_step)
+    return max(CPU_STALL_LIMIT_S, STEP_MARGIN * token_s * largest_step)
 
 
 class Silence:
     """Seconds for which something that is looked at has shown no life.
 
-    Between two looks only so much counts as lies between them when all is well: a process that was
-    held up itself, stopped and continued say, could not have noticed life.
+    To be looked at every `LOOK_S`: between two looks no more than twice that counts, as a process
+    that was held up itself, stopped and continued say, could not have noticed life.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -107,7 +120,7 @@ class Silence:
         self._last_look = self._clock()
 
     def look(self, counts: bool = True) -> float:
-        """Add the time since the last look if it counts; returns `seconds`. Every `LOOK_S`."""
+        """Add the time since the last look if it counts; returns `seconds`."""
         now = self._clock()
         if counts:
             self.seconds += min(now - self._last_look, 2 * LOOK_S)
@@ -144,6 +157,15 @@ class StepWatch:
         is_compiling = compiling()
         compiled_s = self._compilation.look(is_compiling)
         return self._step.look(not is_compiling) > self.limit_s or compiled_s > COMPILE_LIMIT_S
+
+    def overdue(self, progress: float) -> bool:
+        """Whether a step has lasted longer than it should, though it may still end.
+
+        Args:
+            progress: as for `stalled`.
+        """
+        late = self._step.seconds > OVERDUE_SHARE * self.limit_s
+        return late and progress == self._progress
 
 
 class LoopLag:

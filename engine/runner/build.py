@@ -91,6 +91,7 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
                 for each in compiled:
                     each.result()
             torch.cuda.empty_cache()  # what follows is measured: alone, and always the same
+            stopwatch.lap("kernels")
             _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
         stopwatch.lap("largest step")
     num_blocks = _fill_memory(runner, config, layout, step_tokens, max_model_len, stopwatch)

@@ -17,6 +17,7 @@ from deployments import engine_replica, watchdog
 from deployments.engine_actor import EngineActor
 from deployments.engine_replica import EngineReplica
 from deployments.placement import Booking
+from deployments.watchdog import WatchOptions
 from deployments.wire import Submission, decode_submissions, encode
 from engine.config import EngineConfig
 from engine.errors import EngineDead
@@ -79,9 +80,11 @@ class Replica(EngineReplica):
         """Only Serve can call one that is a coroutine."""
 
 
-async def start(start_core: Callable[[EngineConfig], Any] = FakeCore) -> EngineReplica:
+async def start(
+    start_core: Callable[[EngineConfig], Any] = FakeCore, stall_limit_s: float | None = None
+) -> EngineReplica:
     replica = Replica.__new__(Replica)
-    await replica.__init__(EngineConfig(), {}, start_core)
+    await replica.__init__(EngineConfig(), {}, start_core, WatchOptions(stall_limit_s))
     return replica
 
 
@@ -132,12 +135,54 @@ async def test_report_that_cannot_be_read_ends_the_replica(local, monkeypatch):
     await stop(replica)
 
 
-async def test_a_silent_engine_is_killed_and_the_replica_ends(local, monkeypatch, tmp_path):
-    async def silence(_: EngineActor, replica_pid: int) -> AsyncIterator[bytes]:
-        await asyncio.Event().wait()
-        yield b""
+async def never(_: EngineActor, replica_pid: int = 0) -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
 
-    monkeypatch.setattr(EngineActor, "watch", silence)
+
+async def test_a_replica_that_cannot_write_a_dump_ends_all_the_same(local, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(EngineActor, "watch", never)
+    monkeypatch.setattr(engine_replica, "write_crash_dump", fail)
+    monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.1)
+    replica = await start()
+    await until(lambda: local[-2:] == [("killed", replica.info["pid"]), "itself"])
+    await stop(replica)
+
+
+async def test_without_watchdogs_everything_may_stand_still(local, monkeypatch):
+    async def stopped(_: EngineActor) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(EngineActor, "watch", never)
+    monkeypatch.setattr(EngineActor, "live", stopped)
+    monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.1)
+    monkeypatch.setattr(engine_replica, "START_SILENCE_LIMIT_S", 0.1)
+    replica = await start(partial(load_slowly, seconds=0.3), stall_limit_s=0)
+    await asyncio.sleep(0.3)
+    await replica.check_health()
+    assert local == []
+    await stop(replica)
+
+
+async def test_metrics_that_fail_end_no_request(local, monkeypatch, caplog):
+    def fail(_: Any) -> None:
+        raise RuntimeError("no metrics agent")
+
+    monkeypatch.setattr(engine_replica, "EngineMetrics", lambda _: SimpleNamespace(record=fail))
+    replica = await start()
+    ends = [replica.generate(submission(name), Booking(name, 2)) for name in ("a", "b")]
+    assert await asyncio.gather(*ends) == ["length", "length"]
+    await replica.check_health()
+    assert caplog.text.count("RuntimeError: no metrics agent") == 1
+    assert local == []
+    await stop(replica)
+
+
+async def test_a_silent_engine_is_killed_and_the_replica_ends(local, monkeypatch, tmp_path):
+    monkeypatch.setattr(EngineActor, "watch", never)
     monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.1)
     replica = await start()
     call = asyncio.ensure_future(replica.generate(submission("a", 10**6), Booking("a", 2)))
