@@ -113,9 +113,9 @@ class EngineActor:
         self._guard = EngineGuard(self._config, self._options, info, self._loop, self._on_end)
         self._ticker = asyncio.create_task(self._tick())
         self._watcher = asyncio.create_task(self._guard.run())
-        self._tasks = [self._ticker, self._watcher, asyncio.create_task(self._lag.run())]
-        for task in self._tasks:
+        for task in (self._ticker, self._watcher):
             task.add_done_callback(self._on_task_end)
+        self._measurer = asyncio.create_task(self._lag.run())
         return {**info, "pid": os.getpid()}
 
     async def live(self) -> None:
@@ -169,6 +169,7 @@ class EngineActor:
                     break
                 deltas = await subscriber.mailbox.take()
                 subscriber.last_sent = time.monotonic()
+                self._load.overdue = self._guard.overdue
                 yield encode(TrunkMessage(deltas, self._load, *subscriber.take_news()))
         finally:
             if subscriber.reader == me:

@@ -74,9 +74,9 @@ class EngineState:
         return self.sent * exp((self.last_sent - now) / LATELY_S)
 
     def in_reach(self, attended: float) -> bool:
-        """Whether it lives, as far as this process knows after so many seconds of attention."""
+        """Whether it lives and moves, as far as is known after so many seconds of attention."""
         silent = self.heard_at is not None and attended - self.heard_at > SILENT_S
-        return not self.down and not silent
+        return not (self.down or silent or self.load.overdue)
 
     def has_room(self, max_requests: int, now: float) -> bool:
         """Whether it would take one more request, as far as this process knows."""

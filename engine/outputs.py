@@ -82,6 +82,8 @@ class EngineLoad(msgspec.Struct, array_like=True):
     """Requests that had reached the engine, refused ones included, when this was its load."""
     prefilled_tokens: int = 0
     """Prompt tokens computed so far, or found in the prefix cache."""
+    overdue: bool = False
+    """A step lasts longer than any should. Known only while it runs, so by who sends the load."""
 
 
 @dataclass(slots=True)

@@ -336,6 +336,10 @@ async def test_ready_is_what_can_be_served_now(plane, monkeypatch):
     health = (await plane.http.get("/health")).json()
     assert (health["status"], health["engines"][0]["serving"]) == ("unready", False)
     monkeypatch.undo()
+    (view,) = plane.table.view("Engine-m")
+    assert plane.model.is_served_by(view)
+    view.load.overdue = True  # a step hangs
+    assert not plane.model.is_served_by(view)
     plane.links["e0"].broken.set()  # and again, whenever it is read anew
     await plane.until(lambda: not plane.hub.connected("Engine-m"))
     assert (await plane.http.get("/ready")).status_code == 503

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments import engine_guard, watchdog
+from deployments import engine_actor, engine_guard, engine_replica, trunk, watchdog
 from deployments.engine_actor import EngineActor
 from deployments.watchdog import (
     COMPILE_LIMIT_S,
@@ -126,8 +126,9 @@ def test_a_process_that_was_stopped_itself_accuses_nobody(clock):
     assert silence.seconds == 0.0
 
 
+LOOK_S = watchdog.LOOK_S
 KILL, ASK = watchdog.kill_process, watchdog.ask_for_stacks
-"""The true ones."""
+"""The true ones, in production."""
 
 
 @pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
@@ -145,8 +146,98 @@ def test_the_limit_of_a_cpu_follows_its_speed():
     assert stall_limit(info) == CPU_STALL_LIMIT_S
     slow = info | {"startup_seconds": {"warm-up": 8.0}}
     assert stall_limit(slow) == 5 * 8.0 / 16 * 1024
-    assert stall_limit(slow | {"device": "cuda:0"}) == GPU_STALL_LIMIT_S
     assert stall_limit(info | {"startup_seconds": {}}) == CPU_STALL_LIMIT_S
+
+
+def test_the_limit_of_a_gpu_follows_the_largest_step():
+    stages = {"kernels": 90.0, "largest step": 0.4, "warm-up": 8.0}
+    info = {"device": "cuda:0", "startup_seconds": stages, "max_num_batched_tokens": 8192}
+    assert stall_limit(info) == GPU_STALL_LIMIT_S
+    assert stall_limit(info | {"startup_seconds": {"largest step": 7.0}}) == 5 * 7.0
+    assert stall_limit(info | {"startup_seconds": {}}) == GPU_STALL_LIMIT_S
+
+
+def test_what_a_step_takes_at_the_start_is_not_overdue():
+    assert watchdog.OVERDUE_SHARE * watchdog.STEP_MARGIN > 1
+
+
+def test_all_who_look_for_life_keep_one_promise():
+    limits = {trunk.SILENCE_LIMIT_S, engine_replica.SILENCE_LIMIT_S, engine_guard.DEAF_LIMIT_S}
+    assert limits == {watchdog.SILENCE_LIMIT_S} == {GPU_STALL_LIMIT_S}
+    heartbeat_s = engine_actor.HEARTBEAT_S
+    assert watchdog.SILENCE_LIMIT_S + heartbeat_s + watchdog.EXIT_DELAY_S + LOOK_S <= 10
+
+
+def test_a_step_is_overdue_long_before_it_hangs(clock):
+    watch = StepWatch(8.0, clock)
+    watch.stalled(1.0, lambda: False)
+    looks(watch, clock, 2.0)
+    assert not watch.overdue(1.0)
+    looks(watch, clock, 10.0, compiling=True)
+    assert not watch.overdue(1.0)
+    looks(watch, clock, 0.5)
+    assert watch.overdue(1.0)
+    assert not watch.overdue(2.0)  # it has ended since
+
+
+async def test_the_load_tells_of_a_step_that_is_overdue(hang, monkeypatch, ended):
+    monkeypatch.setattr(watchdog, "OVERDUE_SHARE", 0.005)
+    monkeypatch.setattr(engine_actor, "HEARTBEAT_S", 0.02)
+    start_core = partial(HangingCore, hangs=hang[0], end=hang[1])
+    actor = EngineActor(EngineConfig(), start_core, WatchOptions(stall_limit_s=30.0))
+    await actor.start()
+    await actor.submit(encode([Submission("x", request("r"))]))
+    trunk_of_x = actor.subscribe("x")
+    async with asyncio.timeout(10):
+        async for data in trunk_of_x:
+            if decode_trunk_message(data).load.overdue:
+                break
+            await actor.acknowledge("x", 1)
+        hang[1].set()
+        async for data in trunk_of_x:
+            message = decode_trunk_message(data)
+            if message.deltas and message.deltas[-1].finish_reason:
+                break
+            await actor.acknowledge("x", 1)
+    assert not message.load.overdue
+    await trunk_of_x.aclose()
+    await actor.drain()
+
+
+async def test_an_engine_that_is_debugged_may_stand_still(hang, monkeypatch, ended):
+    monkeypatch.setattr(engine_guard, "DEAF_LIMIT_S", 0.1)
+    start_core = partial(HangingCore, hangs=hang[0], end=hang[1])
+    actor = EngineActor(EngineConfig(), start_core, WatchOptions(stall_limit_s=0))
+    await actor.start()
+    reports = actor.watch(4711)
+    await anext(reports)
+    await actor.submit(encode([Submission("x", request("r", 1))]))
+    await asyncio.sleep(0.5)
+    assert ended == []
+    hang[1].set()
+    async with asyncio.timeout(10):
+        while not (report := decode_report(await anext(reports))).ended:
+            pass
+    assert report.dead is None
+    await actor.drain()
+
+
+async def test_a_gauge_that_fails_ends_no_engine(monkeypatch, ended):
+    class Broken:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def set(self, *_: object) -> None:
+            raise RuntimeError("no metrics agent")
+
+    monkeypatch.setattr("ray.util.metrics.Gauge", Broken)
+    monkeypatch.setattr(watchdog, "LAG_LOOK_S", 0.01)
+    actor = EngineActor(EngineConfig(), FakeCore)
+    await actor.start()
+    await asyncio.sleep(0.1)
+    assert not actor._measurer.done()  # it goes on measuring
+    assert decode_report(await anext(actor.watch())).dead is None
+    assert ended == []
+    await actor.drain()
 
 
 async def test_a_hanging_step_is_told_on_trunk_and_watch_and_ends_the_process(
