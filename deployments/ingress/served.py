@@ -141,9 +141,11 @@ class ServedModel:
         return self.may_scale_to_zero or any(map(self.is_served_by, views))
 
     def is_served_by(self, engine: EngineView) -> bool:
-        """Whether the trunk to an engine is open and its load, which is due every second, comes."""
+        """Whether the trunk to an engine is open, its load, which is due every second, comes, and
+        no step of it is overdue."""
         connected = engine.engine_id in self.client.hub.connected(self.client.deployment)
-        return connected and engine.age_s is not None and engine.age_s <= SILENT_S
+        heard = engine.age_s is not None and engine.age_s <= SILENT_S
+        return connected and heard and not engine.load.overdue
 
     def need_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer, for features that cannot do without.
