@@ -9,9 +9,8 @@ from benchmarks.serving.fake_server import serve_fake
 
 pytestmark = pytest.mark.faults
 
-LONGEST_PAUSE_S = {"SIGKILL": 8.0, "SIGSTOP": 20.0}
-"""Of any stream. The machine also starts new engines, and a stream may move to an engine that has
-been stopped as well and whose silence has not been noticed yet."""
+LONGEST_PAUSE_S = {"SIGKILL": 8.0, "SIGSTOP": 14.0}
+"""Of any stream. The machine also starts new engines; a silent one is given up after 8 s."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
