@@ -17,6 +17,7 @@ from deployments.config import IngressOptions
 from deployments.ingress.bodies import Bodies
 from deployments.ingress.chat import handle_chat
 from deployments.ingress.completions import handle_completion
+from deployments.ingress.draining import DrainGate, Draining
 from deployments.ingress.errors import handle_http_exception
 from deployments.ingress.exchange import Endpoint
 from deployments.ingress.gate import OPEN_PATHS, Gate, KeyLimits
@@ -63,8 +64,15 @@ ROUTES: tuple[tuple[str, str, ModelsHandler], ...] = (
 )
 
 
-def build_asgi_app(models: ServedModels, options: IngressOptions) -> Starlette:
+def build_asgi_app(
+    models: ServedModels, options: IngressOptions, draining: Draining | None = None
+) -> Starlette:
     """Make the application that serves these models.
+
+    Args:
+        models: to serve.
+        options: of the ingress.
+        draining: counts the requests, and can have them refused.
 
     Raises:
         ConfigError: there is something wrong with the API keys.
@@ -78,22 +86,25 @@ def build_asgi_app(models: ServedModels, options: IngressOptions) -> Starlette:
         routes.append(Route(path, endpoint, methods=[method]))
     app = Starlette(
         routes=routes,
-        middleware=_middleware(options),
+        middleware=_middleware(options, draining or Draining()),
         exception_handlers={HTTPException: handle_http_exception},
     )
     app.router.redirect_slashes = False  # or hosts that clients name would come back to them
     return app
 
 
-def _middleware(options: IngressOptions) -> list[Middleware]:
+def _middleware(options: IngressOptions, draining: Draining) -> list[Middleware]:
     """What a request passes first. Nothing here touches the messages of a stream, but what a
     browser gets, whose pages are named in the options."""
     key_limits = KeyLimits(
         options.max_concurrent_requests_per_key, options.requests_per_minute_per_key
     )
-    gate = Middleware(Gate, options.key_source(), key_limits)
+    gates = [
+        Middleware(DrainGate, draining),
+        Middleware(Gate, options.key_source(), key_limits),
+    ]
     if not options.cors_allow_origins:
-        return [gate]
+        return gates
     cors = Middleware(
         CORSMiddleware,
         allow_origins=options.cors_allow_origins,
@@ -101,4 +112,6 @@ def _middleware(options: IngressOptions) -> list[Middleware]:
         allow_headers=["*"],
         expose_headers=["Retry-After"],
     )
-    return [cors, gate]  # a browser's question whether it may ask carries no key
+    # A browser's question whether it may ask carries no key, and it shows pages no answer without
+    # these headers, refusals included.
+    return [cors, *gates]

@@ -49,6 +49,7 @@ class Ingress:
         self, args: AppArgs, handles: dict[str, Any]
     ) -> None:
         self._options = args.ingress
+        self._draining = Draining()
         failover = FailoverLimits(args.ingress.failover_tries, args.ingress.failover_timeout_s)
         hub = TrunkHub(f"ingress-{uuid.uuid4().hex[:12]}", load_table())
         lag = LoopLag("an ingress replica", lag_gauge("ingress"))
@@ -73,8 +74,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve in the replica, after the constructor."""
-        self._draining = Draining(build_asgi_app(self._models, self._options))
-        return self._draining
+        return build_asgi_app(self._models, self._options, self._draining)
 
     async def drain(self) -> int:
         """Refuse requests from now on; returns how many are under way."""

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.ingress.errors import ApiError
+from deployments.ingress.gate import path_in_app
 
 RETRY_AFTER_S = 1
-LIVENESS_PATH = "/health"
-"""Still tells of the engines: a process that drains is not one that should be killed."""
+LIVENESS_PATHS = frozenset(("/health", "/ping"))
+"""Answer as ever: a process that drains is not one that should be killed. (`/ready` is for those
+who decide where requests go.)"""
 
 
+@dataclass(slots=True)
 class Draining:
+    """How far an ingress replica's service has come to its end."""
+
+    ending: bool = False
+    """Whether requests that come are refused."""
+    num_running: int = 0
+    """Requests whose answers have not been written to their end."""
+
+
+class DrainGate:
     """ASGI middleware that counts the requests under way and can turn others away.
 
     Args:
         app: what is behind it.
+        draining: where it counts, and which says whether.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, draining: Draining) -> None:
         self._app = app
-        self.ending = False
-        """Whether requests that come are refused."""
-        self.num_running = 0
-        """Requests whose answers have not been written to their end."""
+        self._draining = draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
-        if scope["type"] != "http" or scope["path"] == LIVENESS_PATH:
+        if scope["type"] != "http" or path_in_app(scope) in LIVENESS_PATHS:
             await self._app(scope, receive, send)
-        elif self.ending:
+        elif self._draining.ending:
             await _refusal().response()(scope, receive, send)
         else:
-            self.num_running += 1
+            self._draining.num_running += 1
             try:
                 await self._app(scope, receive, send)
             finally:
-                self.num_running -= 1
+                self._draining.num_running -= 1
 
 
 def _refusal() -> ApiError:

@@ -20,6 +20,12 @@ MAX_HEADER_BYTES = 32 * 1024
 """Of path, query and all headers together. (HAProxy takes 101 headers and 15 KiB.)"""
 
 
+def path_in_app(scope: Scope) -> str:
+    """The path of a request without the prefix under which Serve runs the application."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 class KeyUse:
     """What a key does in this process; a context manager around each of its requests."""
 
@@ -168,7 +174,7 @@ class Gate:
         authorization = _read_headers(scope)
         if self._source is None:
             return self._anybody
-        if scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS:
+        if path_in_app(scope) in OPEN_PATHS:
             return self._anybody
         scheme, _, token = authorization.partition(b" ")
         if scheme.lower() != b"bearer" or not token.strip():
