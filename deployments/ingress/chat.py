@@ -31,6 +31,7 @@ from deployments.protocols.reasoning import thinking_at_end, thinking_in_prompt
 from deployments.protocols.structured_outputs import with_form
 from deployments.protocols.tool_calls import ToolUse
 from engine.job import Job
+from engine.outputs import CompletionOutput
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs.params import StructuredOutputsParams
 
@@ -42,16 +43,12 @@ async def handle_chat(
     body = await read_body(ChatBody, data)
     model = models.find(body.model)
     tool_use = body.tool_use()
-    params = _forced(body.to_params(), tool_use)
+    params = _params(model, body, tool_use)
     body.check_stream_options()
     body.check_template_options(model.allow_request_chat_templates)
-    if model.style.hides_marks(tool_use):
-        params = msgspec.structs.replace(params, skip_special_tokens=False)
     answer_id = new_id("chatcmpl")
     with model.admission(1, params, "messages"):
         text = await render_chat(model, body, body.messages, tool_use, len(data))
-        tells_reasoning = body.include_reasoning is not False
-        form = model.style.form(tool_use, _thinking(body, text), tells_reasoning)
         jobs = await build_jobs(
             model,
             answer_id,
@@ -62,18 +59,35 @@ async def handle_chat(
             param="messages",
             keep_last=body.num_kept(model.max_model_len, params),
         )
+        form = _form(model, body, tool_use, params, text)
     if body.stream:
         begin = header(answer_id, "chat.completion.chunk", body.model)
         return await _stream(model, body, jobs, begin, form)
     await model.finish(jobs)
     begin = header(answer_id, "chat.completion", body.model)
-    choices = _choices(model, body, jobs[0], form)
-    answer = {**begin, "choices": choices, "usage": usage(jobs)}
-    if body.return_token_ids:
-        answer["prompt_token_ids"] = jobs[0].prompt_token_ids
-    if params.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = prompt_logprobs(jobs[0].output().prompt_logprobs)
-    return json_response(answer)
+    return json_response({**begin, **_whole(model, body, jobs[0], form)})
+
+
+def _params(model: ServedModel, body: ChatBody, tool_use: ToolUse | None) -> SamplingParams:
+    """The sampling options, with what reading calls and thinking from the answer needs."""
+    params = _forced(body.to_params(), tool_use)
+    if model.style.hides_marks(tool_use):
+        params = msgspec.structs.replace(params, skip_special_tokens=False)
+    return params
+
+
+def _form(
+    model: ServedModel,
+    body: ChatBody,
+    tool_use: ToolUse | None,
+    params: SamplingParams,
+    prompt: str,
+) -> MessageForm | None:
+    """How to read the answer. One that is held to a form has no room for thinking."""
+    if params.structured_outputs is not None:
+        return model.style.form(tool_use, None, may_think=False)
+    tells = body.include_reasoning is not False
+    return model.style.form(tool_use, _thinking(body, prompt), tells_reasoning=tells)
 
 
 async def _stream(
@@ -115,23 +129,34 @@ def _thinking(body: ChatBody, prompt: str) -> bool | None:
     return thinking_at_end(content) if isinstance(content, str) else None
 
 
-def _choices(
+def _whole(
     model: ServedModel, body: ChatBody, job: Job, form: MessageForm | None
-) -> list[dict[str, Any]]:
-    choices = []
-    for output in job.output().outputs:
-        message: dict[str, Any] = {"role": "assistant", "content": output.text}
-        reason: str | None = output.finish_reason
-        if form is not None:
-            message, reason = whole_message(form, output)
-        choice = {
-            "index": output.index,
-            "message": message,
-            "logprobs": choice_logprobs(model, body, output.logprobs),
-            "finish_reason": reason,
-            "stop_reason": output.stop_reason,
-        }
-        if body.return_token_ids:
-            choice["token_ids"] = output.token_ids
-        choices.append(choice)
-    return choices
+) -> dict[str, Any]:
+    """What an answer that has ended holds."""
+    result = job.output()
+    choices = [_choice(model, body, output, form) for output in result.outputs]
+    answer: dict[str, Any] = {"choices": choices, "usage": usage([job])}
+    if body.return_token_ids:
+        answer["prompt_token_ids"] = job.prompt_token_ids
+    if body.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs)
+    return answer
+
+
+def _choice(
+    model: ServedModel, body: ChatBody, output: CompletionOutput, form: MessageForm | None
+) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": output.text}
+    reason: str | None = output.finish_reason
+    if form is not None:
+        message, reason = whole_message(form, output)
+    choice = {
+        "index": output.index,
+        "message": message,
+        "logprobs": choice_logprobs(model, body, output.logprobs),
+        "finish_reason": reason,
+        "stop_reason": output.stop_reason,
+    }
+    if body.return_token_ids:
+        choice["token_ids"] = output.token_ids
+    return choice

@@ -45,21 +45,27 @@ class MessageStyle:
         )
 
     def form(
-        self, tool_use: ToolUse | None, thinking: bool | None, tells_reasoning: bool = True
+        self,
+        tool_use: ToolUse | None,
+        thinking: bool | None,
+        may_think: bool = True,
+        tells_reasoning: bool = True,
     ) -> MessageForm | None:
         """How to read the answer to a request; None when its text is the message.
 
         Args:
             tool_use: what the request says of tools.
             thinking: what the prompt says of thinking, see `thinking_in_prompt`.
+            may_think: whether the answer has room for it.
             tells_reasoning: whether the message says what the model thought.
         """
-        if tool_use is not None and tool_use.is_forced:
-            return MessageForm(ListedCallsParser, tool_use, None, None)
         calls = self.calls if tool_use is not None else None
-        if calls is None and self.reasoning is None:
+        if tool_use is not None and tool_use.is_forced:
+            calls = ListedCallsParser
+        reasoning = self.reasoning if may_think else None
+        if calls is None and reasoning is None:
             return None
-        return MessageForm(calls, tool_use, self.reasoning, thinking, tells_reasoning)
+        return MessageForm(calls, tool_use, reasoning, thinking, tells_reasoning)
 
     def hides_marks(self, tool_use: ToolUse | None) -> bool:
         """Whether special tokens must stay in the text, as some of them are what is looked for."""

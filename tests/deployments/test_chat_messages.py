@@ -322,6 +322,12 @@ async def test_thinking_may_be_left_out(plane):
     assert (message["reasoning"], message["content"]) == ("", "yes")
 
 
+async def test_an_answer_of_a_form_holds_no_thinking(plane):
+    plane.model.style = MessageStyle.of(plane.model.tokenizer, None, "deepseek_r1")
+    body = saying("{}", tools=None, response_format={"type": "json_object"})
+    assert (await whole(plane, body))["message"] == {"role": "assistant", "content": "{}"}
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
