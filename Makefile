@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow test-faults test-soak bench bench-gpu bench-serving clean
+.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow test-faults test-soak test-clients bench bench-gpu bench-serving clean
 
 # Interpreter that .venv is made with; unset, the first of these that is 3.11 or 3.12.
 RIGHT_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -89,6 +89,24 @@ SOAK_MINUTES ?= 30
 test-soak: install-dev ## Mixed traffic and random faults for SOAK_MINUTES, with an account of all
 	$(call step,pass the soak,$(PY) -m benchmarks.serving.soak --minutes $(SOAK_MINUTES))
 
+# The clients' needs and the server's would not get along in one venv.
+CLIENTS_PY := .venv-clients/bin/python
+
+.venv-clients/.installed: tests/clients/requirements.txt
+	$(call step,make .venv-clients,$(PYTHON) -m venv .venv-clients)
+	$(call step,install the clients,$(CLIENTS_PY) -m pip install --quiet --no-input \
+		--disable-pip-version-check $(PIP_ARGS) -r $<)
+	@touch $@
+
+tests/clients/node/node_modules: tests/clients/node/package-lock.json
+	@command -v npm >/dev/null || { echo "make: needs Node 20 or later and npm" >&2; exit 1; }
+	$(call step,install the clients for Node,npm --prefix tests/clients/node ci --silent)
+	@touch $@
+
+test-clients: install .venv-clients/.installed tests/clients/node/node_modules ## Use the server through the clients that people have
+	$(call step,pass the client suites,cd tests/clients && \
+		TRUNKLINE_PYTHON=$(abspath $(PY)) ../../$(CLIENTS_PY) -m pytest -c pytest.ini $(PYTEST_ARGS))
+
 bench: install-dev ## Measure offline speed on this CPU beside transformers, and compare
 	$(PY) -m benchmarks.offline run --suite cpu --engines trunkline transformers
 	$(PY) -m benchmarks.offline compare
@@ -105,5 +123,6 @@ bench-serving: install ## Measure the serve plane on this CPU with a fake engine
 
 clean: ## Remove what these targets made
 	@[ ! -e $(VENV)/.by-make ] || rm -rf $(VENV)
+	rm -rf .venv-clients tests/clients/node/node_modules
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
 	find benchmarks cluster deployments engine tests -name __pycache__ -prune -exec rm -rf {} +
