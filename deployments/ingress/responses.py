@@ -46,7 +46,6 @@ async def handle_responses(
     answer_id = _new_id("resp")
     with model.admission(1, params, "input"):
         text = await _render(model, body, len(data))
-        form = model.style.form(None, thinking_in_prompt(text)) or _PLAIN
         (job,) = await build_jobs(
             model,
             answer_id,
@@ -56,6 +55,8 @@ async def handle_responses(
             cache_salt=body.cache_salt,
             param="input",
         )
+    may_think = params.structured_outputs is None
+    form = model.style.form(None, thinking_in_prompt(text), may_think=may_think) or _PLAIN
     output = Output(form.parser())
     header = _header(answer_id, body)
     if body.stream:

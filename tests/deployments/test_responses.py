@@ -168,6 +168,14 @@ async def test_thinking_is_an_item_of_its_own(plane):
     assert response.output[0].status == "incomplete"
 
 
+async def test_an_answer_that_is_held_to_a_form_has_no_thinking(plane):
+    plane.model.style = MessageStyle.of(plane.model.tokenizer, None, "deepseek_r1")
+    body = saying('{"a": 1}', text={"format": FORMAT})
+    assert (await whole(plane, body)).output_text == '{"a": 1}'
+    del body["text"]
+    assert [item.type for item in (await whole(plane, body)).output] == ["reasoning"]
+
+
 async def test_an_empty_answer_is_an_empty_message(plane):
     response = await whole(plane, saying(""))
     assert [item.type for item in response.output] == ["message"]
