@@ -22,13 +22,14 @@ MODEL = "m"
 
 @contextmanager
 def serve_fake(**fake: float) -> Iterator[str]:
-    """Serve in a thread; gives the URL."""
+    """Serve in a thread; gives the URL. What stands in `<think>` counts as thinking."""
+    model = ModelOptions(reasoning_parser="qwen3")
     (port,) = free_ports(1)
     ready = threading.Event()
     servers: list[uvicorn.Server] = []
 
     async def main() -> None:
-        async with open_local_app(MODEL, ModelOptions(), partial(FakeCore, **fake)) as app:
+        async with open_local_app(MODEL, model, partial(FakeCore, **fake)) as app:
             config = uvicorn.Config(app, port=port, log_level="warning", lifespan="off")
             servers.append(uvicorn.Server(config))
             task = asyncio.ensure_future(servers[0].serve())

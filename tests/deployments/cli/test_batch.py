@@ -10,13 +10,14 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.cli import batch
+from deployments.cli import batch, local_app
 from deployments.cli.batch_file import BatchRequest, open_output
 from deployments.cli.client import Answer
 from deployments.cli.errors import CommandError
 from deployments.cli.local_app import open_local_app, post_to
 from deployments.cli.main import main
 from deployments.config import ModelOptions
+from engine.config import BUNDLED_MODEL, EngineConfig
 from tests.deployments.fake_core import FakeCore
 
 
@@ -132,6 +133,27 @@ async def test_in_this_process_answers_are_the_same(url):
         assert answer.status == 200
         assert content(json.loads(answer.body)) == content(direct.json())
     assert refused.status == 404
+
+
+def test_without_a_url_the_model_runs_here(tmp_path, write_lines, monkeypatch):
+    started: list[EngineConfig] = []
+
+    def start(config: EngineConfig) -> FakeCore:
+        started.append(config)
+        return FakeCore(config)
+
+    monkeypatch.setattr(local_app, "open_local_app", partial(open_local_app, start_core=start))
+    body = {"model": BUNDLED_MODEL, "prompt": "one two", "max_tokens": 2, "n": 3}
+    requests = write_lines(*(line(str(i), body=body) for i in range(40)))
+    out = tmp_path / "out.jsonl"
+    options = ["--set", "engine.max_num_seqs=4", "--concurrency", "40"]
+    assert main(["batch", str(requests), str(out), *options]) == 0
+    assert [config.max_num_seqs for config in started] == [4]
+    found = records(out)
+    assert set(found) == {str(i) for i in range(40)}
+    for record in found.values():
+        choices = record["response"]["body"]["choices"]
+        assert [choice["text"] for choice in choices] == ["one two"] * 3
 
 
 class Stub:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import pty
@@ -12,12 +13,17 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
+import engine
 from deployments.cli import client
+from deployments.cli.chat import Chat
 from deployments.cli.main import main
+from engine import SamplingParams
+from engine.output_processor import TextDelta
 from tests.deployments.cli.conftest import MODEL, serve_fake
 from tests.deployments.plane import bundled_tokenizer
 from tests.integration.server import ROOT
@@ -71,6 +77,18 @@ def test_piped_chat_goes_on_after_an_error_and_tells(url, monkeypatch, capsys):
     assert err.startswith("trunkline: the server answered 400: ") and "prompt" in err
 
 
+def test_thinking_is_dim_in_a_terminal_and_left_out_of_a_pipe(url, capsys):
+    said = "<think>hm, so</think>Four."
+    count = len(bundled_tokenizer().encode(said))
+    template = "{{ messages[0].content }}"  # what the core then repeats
+    fields = {"model": MODEL, "max_tokens": count, "chat_template": template}
+    for styled, shown in ((True, "\x1b[2mhm, so\x1b[0m\nFour.\n"), (False, "Four.\n")):
+        talk = Chat(url, fields, None, styled=styled)
+        asyncio.run(talk.answer(said))
+        assert capsys.readouterr().out == shown
+        assert talk.turns[1] == {"role": "assistant", "content": "Four."}
+
+
 def test_no_server_is_one_sentence(capsys):
     assert main(["chat", "--url", "127.0.0.1:9"]) == 1
     assert capsys.readouterr().err == (
@@ -90,6 +108,23 @@ def test_complete_writes_the_text_alone(url, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
     assert main(["complete", "-", "--url", url, "--max-tokens", count, "--model", MODEL]) == 0
     assert capsys.readouterr().out == prompt + "\n"
+
+
+def test_complete_without_a_server(monkeypatch, capsys):
+    class Model:
+        def __init__(self, model: str) -> None:
+            assert model == "here"
+
+        def stream(self, prompt: str, params: SamplingParams) -> Iterator[TextDelta]:
+            assert (prompt, params) == ("Hi", SamplingParams(max_tokens=9, temperature=0.0))
+            yield from (TextDelta("a"), TextDelta("b c"))
+
+    monkeypatch.setattr(engine, "LLM", Model, raising=False)
+    words = ["complete", "Hi", "--offline", "here", "--max-tokens", "9", "--temperature", "0"]
+    assert main(words) == 0
+    assert capsys.readouterr().out == "ab c\n"
+    assert main([*words, "--temperature", "-1"]) == 1
+    assert capsys.readouterr().err.startswith("trunkline: temperature")
 
 
 def test_complete_tells_what_the_server_refuses(url, capsys):
