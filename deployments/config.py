@@ -151,6 +151,10 @@ class IngressOptions(Options):
     cors_allow_origins: list[str] = []
     """Web pages that may call this server from a browser, such as `https://chat.example.com`; `*`
     means any."""
+    allowed_hosts: list[str] = []
+    """Names besides localhost and loopback addresses by which requests may call a server that
+    listens on the loopback and asks for no keys, such as that of a proxy on the same machine.
+    Others are refused: any web page can have its own name lead to its visitor's loopback."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """Longest request body; a longer one gets 413."""
     max_held_body_bytes: int = Field(default=512 * 2**20, ge=1024)
@@ -180,6 +184,17 @@ class IngressOptions(Options):
                     "https://chat.example.com, or * for all."
                 )
         return origins
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: list[str]) -> list[str]:
+        for host in hosts:
+            if not re.fullmatch(r"[a-z0-9._-]+", host):
+                raise ValueError(
+                    f"'{host}' is no host; write its name alone, in small letters and without a "
+                    "port, such as llm.example.com."
+                )
+        return hosts
 
     @model_validator(mode="after")
     def _longest_body_fits(self) -> IngressOptions:

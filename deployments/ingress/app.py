@@ -20,7 +20,7 @@ from deployments.ingress.completions import handle_completion
 from deployments.ingress.draining import DrainGate, Draining
 from deployments.ingress.errors import handle_http_exception
 from deployments.ingress.exchange import Endpoint
-from deployments.ingress.gate import OPEN_PATHS, Gate, KeyLimits
+from deployments.ingress.gate import OPEN_PATHS, Gate, KeyLimits, is_loopback
 from deployments.ingress.info import (
     handle_health,
     handle_model,
@@ -65,7 +65,10 @@ ROUTES: tuple[tuple[str, str, ModelsHandler], ...] = (
 
 
 def build_asgi_app(
-    models: ServedModels, options: IngressOptions, draining: Draining | None = None
+    models: ServedModels,
+    options: IngressOptions,
+    draining: Draining | None = None,
+    host: str | None = None,
 ) -> Starlette:
     """Make the application that serves these models.
 
@@ -73,6 +76,7 @@ def build_asgi_app(
         models: to serve.
         options: of the ingress.
         draining: counts the requests, and can have them refused.
+        host: that the server listens on, if it is known.
 
     Raises:
         ConfigError: there is something wrong with the API keys.
@@ -86,23 +90,23 @@ def build_asgi_app(
         routes.append(Route(path, endpoint, methods=[method]))
     app = Starlette(
         routes=routes,
-        middleware=_middleware(options, draining or Draining()),
+        middleware=_middleware(options, draining or Draining(), host),
         exception_handlers={HTTPException: handle_http_exception},
     )
     app.router.redirect_slashes = False  # or hosts that clients name would come back to them
     return app
 
 
-def _middleware(options: IngressOptions, draining: Draining) -> list[Middleware]:
+def _middleware(options: IngressOptions, draining: Draining, host: str | None) -> list[Middleware]:
     """What a request passes first. Nothing here touches the messages of a stream, but what a
     browser gets, whose pages are named in the options."""
     key_limits = KeyLimits(
         options.max_concurrent_requests_per_key, options.requests_per_minute_per_key
     )
-    gates = [
-        Middleware(DrainGate, draining),
-        Middleware(Gate, options.key_source(), key_limits),
-    ]
+    keys = options.key_source()
+    # Elsewhere than on the loopback an open server is called by names that only its users know.
+    hosts = options.allowed_hosts if keys is None and is_loopback(host or "") else None
+    gates = [Middleware(DrainGate, draining), Middleware(Gate, keys, key_limits, hosts)]
     if not options.cors_allow_origins:
         return gates
     cors = Middleware(

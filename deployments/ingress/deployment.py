@@ -9,6 +9,7 @@ import uuid
 from typing import Any
 
 from ray import serve
+from ray.serve.context import _get_global_client
 from starlette.types import ASGIApp
 
 from deployments.backlog import BacklogLimits
@@ -64,6 +65,7 @@ class Ingress:
             self._models.by_name[name] = await asyncio.to_thread(
                 _load, name, options, args.ingress, client
             )
+        self._host = await asyncio.to_thread(_http_host)
         await _await_trunks(self._models)
         if missing := missing_flags():
             logger.warning(
@@ -74,12 +76,18 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve in the replica, after the constructor."""
-        return build_asgi_app(self._models, self._options, self._draining)
+        return build_asgi_app(self._models, self._options, self._draining, self._host)
 
     async def drain(self) -> int:
         """Refuse requests from now on; returns how many are under way."""
         self._draining.ending = True
         return self._draining.num_running
+
+
+def _http_host() -> str | None:
+    """The host that Serve's HTTP servers listen on; Serve has no public way to ask."""
+    host: str | None = _get_global_client().http_config.host
+    return host
 
 
 async def _await_trunks(models: ServedModels) -> None:

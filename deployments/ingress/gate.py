@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -145,12 +147,21 @@ class Gate:
         app: what is behind it.
         source: of the keys; None lets everybody in.
         limits: of each key.
+        hosts: names by which requests may call the server, besides those of the loopback; None lets
+            them use any.
     """
 
-    def __init__(self, app: ASGIApp, source: KeySource | None, limits: KeyLimits) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        source: KeySource | None,
+        limits: KeyLimits,
+        hosts: Collection[str] | None = None,
+    ) -> None:
         self._app = app
         self._source = source
         self._limits = limits
+        self._hosts = hosts
         self._anybody = KeyUse()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,7 +182,8 @@ class Gate:
             await self._app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> KeyUse:
-        authorization = _read_headers(scope)
+        authorization, host = _read_headers(scope)
+        self._check_host(host)
         if self._source is None:
             return self._anybody
         if path_in_app(scope) in OPEN_PATHS:
@@ -185,19 +197,48 @@ class Gate:
             raise _unauthorized("Incorrect API key provided: it is not one of this server's.")
         return self._limits.admit(key)
 
+    def _check_host(self, header: bytes) -> None:
+        """Refuse a browser that took the server for another: a page whose name leads to its
+        visitor's loopback may read what comes from there (DNS rebinding), but the name shows.
 
-def _read_headers(scope: Scope) -> bytes:
-    """The value of `Authorization`, empty when there is none.
+        Raises:
+            ApiError: 403.
+        """
+        if self._hosts is None or not header:  # browsers always send one
+            return
+        name = re.sub(r":\d*$", "", header.decode("latin-1")).lower()
+        if not is_loopback(name) and name not in self._hosts:
+            raise ApiError(
+                403,
+                f"This server asks for no API key, and so must be called localhost or 127.0.0.1, "
+                f"not '{name[:200]}': set API keys, or add the name to ingress.allowed_hosts.",
+                "invalid_request_error",
+                code="host_not_allowed",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as an option or in an address, is one that a machine calls itself."""
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _read_headers(scope: Scope) -> tuple[bytes, bytes]:
+    """The values of `Authorization` and `Host`, empty where there is none.
 
     Raises:
         ApiError: 431, the headers are too many or too long.
     """
     headers: list[tuple[bytes, bytes]] = scope["headers"]
-    size, authorization = len(scope["path"]) + len(scope["query_string"]), b""
+    size, authorization, host = len(scope["path"]) + len(scope["query_string"]), b"", b""
     for name, value in headers:
         size += len(name) + len(value)
         if name == b"authorization":
             authorization = value
+        elif name == b"host":
+            host = value
     if size > MAX_HEADER_BYTES or len(headers) > MAX_HEADERS:
         raise ApiError(
             431,
@@ -206,7 +247,7 @@ def _read_headers(scope: Scope) -> bytes:
             "invalid_request_error",
             code="headers_too_large",
         )
-    return authorization
+    return authorization, host
 
 
 def _may_be_long(scope: Scope) -> bool:

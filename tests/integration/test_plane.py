@@ -136,6 +136,14 @@ async def test_fan_out_of_one_request(server):
     assert [c["text"] for c in answer["choices"]] == [echo("fan out", 5)] * 8
 
 
+@pytest.mark.parametrize("name", ["localhost", "evil.example"])
+def test_no_page_reads_from_an_open_server_by_a_name_of_its_own(server, name):
+    """Its name can lead to its visitor's loopback."""
+    host = {"Host": f"{name}:{server.port}"}
+    response = httpx.get(f"{server.url}/v1/models", headers=host)
+    assert response.status_code == (200 if name == "localhost" else 403)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_disconnect_frees_blocks_soon(server, stream):
     async with connect(server) as client:
@@ -164,6 +172,10 @@ async def test_metrics_are_exported(server):
         while missing := [name for name in wanted if name not in server.call("metrics")]:
             assert time.monotonic() < deadline, missing
             await asyncio.sleep(0.5)
+        page = (await client.get("/metrics")).text
+        loads = [line for line in page.splitlines() if "num_requests_running{" in line]
+        engines = {line.split('engine="')[1].split('"')[0] for line in loads}
+        assert engines == {e["id"] for e in (await client.get("/health")).json()["engines"]}
 
 
 def test_openai_client_sees_calls_and_thinking(server):
