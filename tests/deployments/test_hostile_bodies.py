@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deployments.ingress.app import ROUTES
+from deployments.ingress.message_style import MessageStyle
 from deployments.ingress.openapi import openapi_document
 from tests.deployments.plane import MAX_MODEL_LEN, open_plane
 
@@ -93,6 +94,8 @@ class Target:
         self._run = runner.run
         self._context = open_plane(max_model_len=MAX_MODEL_LEN)
         self.plane = self._run(self._context.__aenter__())
+        model = self.plane.model
+        model.style = MessageStyle.of(model.tokenizer, "hermes", "qwen3")
 
     def close(self) -> None:
         self._run(self._context.__aexit__(None, None, None))
