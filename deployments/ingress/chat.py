@@ -22,7 +22,7 @@ from deployments.ingress.errors import json_response
 from deployments.ingress.message_style import MessageForm
 from deployments.ingress.messages import whole_message
 from deployments.ingress.prompts import render_chat, tokenize
-from deployments.ingress.served import ServedModel, ServedModels, build_jobs
+from deployments.ingress.served import ServedModel, ServedModels, aside, build_jobs
 from deployments.ingress.token_ids import TokenIdChunks
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import prompt_logprobs
@@ -65,7 +65,7 @@ async def handle_chat(
         return await _stream(model, body, jobs, begin, form)
     await model.finish(jobs)
     begin = header(answer_id, "chat.completion", body.model)
-    return json_response({**begin, **_whole(model, body, jobs[0], form)})
+    return json_response({**begin, **await _whole(model, body, jobs[0], form)})
 
 
 def _params(model: ServedModel, body: ChatBody, tool_use: ToolUse | None) -> SamplingParams:
@@ -129,12 +129,17 @@ def _thinking(body: ChatBody, prompt: str) -> bool | None:
     return thinking_at_end(content) if isinstance(content, str) else None
 
 
-def _whole(
+async def _whole(
     model: ServedModel, body: ChatBody, job: Job, form: MessageForm | None
 ) -> dict[str, Any]:
     """What an answer that has ended holds."""
     result = job.output()
-    choices = [_choice(model, body, output, form) for output in result.outputs]
+
+    def read() -> list[dict[str, Any]]:
+        return [_choice(model, body, output, form) for output in result.outputs]
+
+    to_read = 0 if form is None else sum(len(output.text) for output in result.outputs)
+    choices = await aside(to_read, read)
     answer: dict[str, Any] = {"choices": choices, "usage": usage([job])}
     if body.return_token_ids:
         answer["prompt_token_ids"] = job.prompt_token_ids

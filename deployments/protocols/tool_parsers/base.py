@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 from typing import ClassVar
 
@@ -9,6 +10,8 @@ from deployments.protocols.json_scan import WHITESPACE
 from deployments.protocols.marks import overlap
 from deployments.protocols.message_events import CallBroken, Event, Text
 from deployments.protocols.tool_parsers.call_reader import CallReader
+
+_BLANK = re.compile(f"[{WHITESPACE}]+")
 
 
 class ToolCallParser:
@@ -93,14 +96,14 @@ class ToolCallParser:
                 if mark == self.opening:
                     self._enter_call(mark)
                 return at + len(mark)
-            if mark and mark.startswith(text[at:]):
+            if mark and mark.startswith(text[at : at + len(mark)]):
                 self._held = text[at:]
                 return len(text)
         if self.bare and char == "{":
             self._enter_call("")
-        elif char in WHITESPACE:
-            self._blank.append(char)
-            return at + 1
+        elif found := _BLANK.match(text, at):
+            self._blank.append(found.group())
+            return found.end()
         elif self._num_calls and char in self.between:
             return at + 1
         else:
