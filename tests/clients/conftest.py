@@ -28,6 +28,7 @@ KEY, LIMITED_KEY = "sk-for-tests", "sk-one-a-minute"
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 120
 
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks for one on the internet
 if importlib.util.find_spec("litellm") is None:
     collect_ignore_glob = ["test_*.py"]
 

@@ -60,10 +60,13 @@ def test_response_format(options):
     Person.model_validate_json(litellm.completion(**given).choices[0].message.content)
 
 
-def test_errors(options):
+def test_errors(options, server):
     with pytest.raises(litellm.BadRequestError):
         litellm.completion(**{**options, "temperature": -1})
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(**{**options, "model": "openai/none"})
     with pytest.raises(litellm.AuthenticationError):
         litellm.completion(**{**options, "api_key": "wrong"})
+    with pytest.raises(litellm.RateLimitError):
+        for _ in range(2):
+            litellm.completion(**{**options, "api_key": server.limited_key})

@@ -12,7 +12,7 @@ import pytest
 FOLDER = Path(__file__).parent / "node"
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node 20 or later, and npm")
 def test_node_client(server):
     assert (FOLDER / "node_modules").is_dir(), "run `npm ci` in tests/clients/node"
     told = {"BASE_URL": server.base_url, "MODEL": server.model, "KEY": server.key}
