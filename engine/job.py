@@ -46,11 +46,9 @@ class Job:
         """
         ids = tokenize_prompt(prompt, tokenizer, max_model_len, vocab_size)
         check_token_options(params, vocab_size)
-        if params.structured_outputs is not None:
-            params.structured_outputs.check()
-            if tokenizer is None:
-                param = params.structured_outputs.param
-                raise InvalidRequest(f"{param} needs a tokenizer, and the model has none.", param)
+        if params.structured_outputs is not None and tokenizer is None:
+            param = params.structured_outputs.param
+            raise InvalidRequest(f"{param} needs a tokenizer, and the model has none.", param)
         if params.stop and tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and the model has none.", "stop")
         parts = fan_out(params, request_id, rng)

@@ -161,6 +161,8 @@ class LLM:
 
     def _job(self, prompt: Prompt, params: SamplingParams, priority: int) -> Job:
         info = self.core.info
+        if params.structured_outputs is not None:
+            params.structured_outputs.check()
         return Job.build(
             str(next(self._ids)),
             prompt,

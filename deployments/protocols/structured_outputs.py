@@ -56,10 +56,9 @@ class FormFields(Body):
                 f"{first} and {second} both ask for a form of the output; give one.", second
             )
         for name, value in given.items():
-            if name == "response_format":
-                return _of_response_format(value)
-            options = value if name == "structured_outputs" else {_GUIDED[name]: value}
-            return _build(name, options)
+            form = _read(name, value)
+            form.check()
+            return form
         return None
 
 
@@ -71,8 +70,9 @@ def with_form(params: SamplingParams, form: StructuredOutputsParams) -> Sampling
         form: what the output must be like; its `param` is the field that asks for it.
 
     Raises:
-        InvalidRequest: the request asks for another form already.
+        InvalidRequest: the request asks for another form already, or this one cannot be kept.
     """
+    form.check()
     if params.structured_outputs is not None:
         raise InvalidRequest(
             f"{form.param} and {params.structured_outputs.param} both ask for a form of the "
@@ -80,6 +80,12 @@ def with_form(params: SamplingParams, form: StructuredOutputsParams) -> Sampling
             params.structured_outputs.param,
         )
     return msgspec.structs.replace(params, structured_outputs=form)
+
+
+def _read(name: str, value: Any) -> StructuredOutputsParams:
+    if name == "response_format":
+        return _of_response_format(value)
+    return _build(name, value if name == "structured_outputs" else {_GUIDED[name]: value})
 
 
 def _of_response_format(value: dict[str, Any]) -> StructuredOutputsParams:

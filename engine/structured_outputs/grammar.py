@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -44,24 +44,25 @@ class GrammarHost:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._end: Callable[[], object] | None = None
 
-    @property
-    def alive(self) -> bool:
-        """Whether the process that starts the others runs."""
-        return self._process is not None and self._process.poll() is None
+    def discard(self, control: socket.socket | None) -> None:
+        """Start anew with the next connection, if `control` is still what leads to the process."""
+        if self._end is not None and control is self._control:
+            self._end()
+            self._control = None
 
-    def connect(self, memory: MaskMemory) -> Connection:
-        """A connection to a new process, which may still be about to start, and has the memory."""
-        if self._control is None or not self.alive:
+    def connect(self, memory: MaskMemory) -> tuple[Connection, socket.socket]:
+        """A connection to a new process that has the memory, and for `discard` what led to it."""
+        if self._control is None:
             self._control = self._start()
         ours, theirs = socket.socketpair()
         # Should that process have just ended, so does the connection.
-        with theirs, contextlib.suppress(BrokenPipeError):
+        with theirs, contextlib.suppress(ConnectionError):
             socket.send_fds(self._control, [b"."], [theirs.fileno(), memory.file])
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", MASK_WAIT_S, 0))
-        return Connection(ours.detach())
+        return Connection(ours.detach()), self._control
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -74,12 +75,12 @@ class GrammarHost:
             "OPENBLAS_NUM_THREADS": "1",  # threads of a process are lost in what it forks
         }
         with theirs:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "engine.structured_outputs.process", setup],
                 stdin=theirs.fileno(),
                 env=environment,
             )
-        weakref.finalize(self, _end, ours, self._process)
+        self._end = weakref.finalize(self, _end, ours, process)
         return ours
 
 
@@ -119,7 +120,8 @@ class Grammar:
         self._live: set[int] = set()
         self._ended: list[int] = []
         self._memory = MaskMemory(host.setup.width)
-        self.connection = host.connect(self._memory)
+        self._host = host
+        self.connection, self._control = host.connect(self._memory)
         self._send(source)
 
     @property
@@ -153,6 +155,7 @@ class Grammar:
             if self._started:
                 self._fail(TOO_MUCH)
             else:
+                self._host.discard(self._control)
                 self._fail(NOT_STARTED, retry_after_s=0.0)
 
     def ask(self, rows: list[RowState]) -> None:

@@ -50,6 +50,9 @@ _ESCAPED_IN_JSON = re.compile(r'"|\\\\|(?<!\[\^)\\[nrt]')
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "propertyNames", "unevaluatedProperties")
+_LOOKED_AT = frozenset(
+    (*_NOT_KEPT, *_ALTERNATIVES, *_SCHEMAS_BY_NAME, *_SCHEMA_LISTS, *_SCHEMAS, "pattern")
+)
 
 
 def check_schema(text: str) -> None:
@@ -69,7 +72,12 @@ def check_schema(text: str) -> None:
         raise ValueError("must be an object.")
     level = [schema]
     while level:  # level by level: a recursion would end at Python's limit
-        level = [child for parent in level if isinstance(parent, dict) for child in _look(parent)]
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict) and not _LOOKED_AT.isdisjoint(parent)
+            for child in _look(parent)
+        ]
 
 
 def _look(schema: dict[str, Any]) -> Iterator[Any]:

@@ -68,7 +68,7 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
         self._check_type(given[0])
 
     def check(self) -> None:
-        """Check what takes longer than types: whoever takes requests in does so once.
+        """Check what takes longer than types; whoever takes requests in does so, once for each.
 
         Raises:
             InvalidRequest: a schema is not JSON, or asks for what would not be kept.
