@@ -118,6 +118,7 @@ def to_api_error(error: BaseException, retry_after_s: int = 1) -> ApiError:
             answer = invalid(error)
         case EngineDead():
             answer = unavailable("The engine of the request was lost; try again.", retry_after_s)
+            answer.code = "engine_lost"  # unlike a request that was never admitted
         case BackPressureError():
             answer = unavailable("All engines are busy; try again later.", retry_after_s)
         case ray.exceptions.RayActorError() | RayServeException():

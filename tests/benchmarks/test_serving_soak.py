@@ -30,6 +30,8 @@ def chunk(text: str, reason: str | None = None) -> dict[str, object]:
     return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}]}
 
 
+NO_ENGINE = {"error": {"code": "engine_unavailable"}}
+ENGINE_LOST = {"error": {"code": "engine_lost"}}
 USAGE = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
 
 
@@ -44,6 +46,10 @@ def test_streamed_and_whole_answers_say_the_same():
         (unstreamed(WHOLE), SCRIPT, True, Outcome.COMPLETED),
         (unstreamed({"error": {}}, 429, retry_after="1"), SCRIPT, False, Outcome.REFUSED),
         (unstreamed({"error": {}}, 503), SCRIPT, False, Outcome.LOST),
+        (unstreamed(NO_ENGINE, 503, retry_after="1"), SCRIPT, False, Outcome.REFUSED),
+        (unstreamed(ENGINE_LOST, 503, retry_after="1"), SCRIPT, False, Outcome.LOST),
+        (unstreamed(ENGINE_LOST, 503, retry_after="1"), SCRIPT, True, Outcome.LEFT),
+        (Exchange(10.0, 503, retry_after="1"), SCRIPT, False, Outcome.REFUSED),
         (unstreamed({"error": {}}, 400), BAD_SCRIPT, False, Outcome.REJECTED),
         (unstreamed({"error": {}}, 400), SCRIPT, False, Outcome.LOST),
         (unstreamed({"error": {}}, 500), SCRIPT, False, Outcome.LOST),

@@ -20,6 +20,8 @@ CODE_FROM_DATA = {
 }
 """Modules and functions that run, or can be made to run, what they read."""
 MARK = "zyzzyva"
+LOST = "The engine of the request was lost; try again."
+FAILED = "The server failed to handle the request."
 
 
 def names(tree: ast.AST) -> set[str]:
@@ -58,20 +60,21 @@ async def test_models_are_found_by_their_served_names_alone(name):
 
 
 @pytest.mark.parametrize(
-    ("cause", "status", "message"),
+    ("cause", "status", "code", "message"),
     [
-        (InvalidRequest("the prompt is too long.", "prompt"), 400, "The prompt is too long."),
-        (EngineDead("10.0.0.1 is gone"), 503, "The engine of the request was lost; try again."),
-        (KeyError("/secret"), 500, "The server failed to handle the request."),
-        (OSError(2, "No such file", "/secret"), 500, "The server failed to handle the request."),
+        (InvalidRequest("the prompt is too long.", "prompt"), 400, None, "The prompt is too long."),
+        (EngineDead("10.0.0.1 is gone"), 503, "engine_lost", LOST),
+        (KeyError("/secret"), 500, None, FAILED),
+        (OSError(2, "No such file", "/secret"), 500, None, FAILED),
     ],
 )
-def test_errors_of_remote_calls_tell_nothing(cause, status, message):
+def test_errors_of_remote_calls_tell_nothing(cause, status, code, message):
     """Ray wraps them with a traceback, an address and a process."""
     trace = 'Traceback: File "/secret/x.py"'
     error = RayTaskError("generate", trace, cause, pid=1, ip="10.0.0.1").as_instanceof_cause()
     answer = to_api_error(error)
-    assert (answer.status, answer.message) == (status, message)
+    assert (answer.status, answer.code, answer.message) == (status, code, message)
+    assert (answer.retry_after_s is not None) == (status == 503)
 
 
 async def test_prompts_and_answers_are_not_logged(caplog):

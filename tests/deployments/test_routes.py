@@ -354,6 +354,7 @@ async def test_errors_of_the_serve_call(plane):
     plane.handle.failure = EngineDead("secret detail")
     response = await plane.http.post("/v1/completions", json=COMPLETION)
     assert response.status_code == 503 and "secret" not in response.text
+    assert response.json()["error"]["code"] == "engine_lost" and "retry-after" in response.headers
     plane.handle.failure = KeyError("/secret/path")
     response = await plane.http.post("/v1/completions", json=COMPLETION)
     assert response.status_code == 500 and "secret" not in response.text

@@ -13,6 +13,8 @@ from benchmarks.serving.client import Exchange
 from benchmarks.serving.soak.scripts import Script
 
 REFUSALS = (429, 503)
+LOST_CODE = b'"engine_lost"'
+"""In the body of an error: the request was admitted, and lost."""
 _DONE = b"[DONE]"
 
 Window = tuple[float, float]
@@ -84,7 +86,7 @@ def judge(sent: Sent, right: dict[Script, Said], windows: Iterable[Window]) -> t
         windows: when frontends were away.
     """
     exchange, script = sent.exchange, sent.script
-    if exchange.status in REFUSALS and exchange.retry_after and exchange.error is None:
+    if _is_refused(exchange):
         return Outcome.REFUSED, ""
     if exchange.error is None and exchange.status == script.status != 200:
         return Outcome.REJECTED, ""
@@ -101,6 +103,13 @@ def judge(sent: Sent, right: dict[Script, Said], windows: Iterable[Window]) -> t
     if said == right[script]:
         return Outcome.COMPLETED, ""
     return Outcome.WRONG, f"{script.name}: {said} instead of {right[script]}"
+
+
+def _is_refused(exchange: Exchange) -> bool:
+    """Whether nothing was begun, unlike when an engine was lost with the request."""
+    if exchange.status not in REFUSALS or not exchange.retry_after or exchange.error is not None:
+        return False
+    return LOST_CODE not in b"".join(data for _, data in bodies(exchange))
 
 
 def _parts(exchange: Exchange) -> Iterator[dict[str, Any]]:
