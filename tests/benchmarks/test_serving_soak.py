@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks.serving.client import LOST, Exchange
+from benchmarks.serving.soak.__main__ import go_through, has_passed
 from benchmarks.serving.soak.memory import BASELINE, SAMPLES, MemoryWatch
 from benchmarks.serving.soak.outcome import Outcome, Sent, judge, read
 from benchmarks.serving.soak.scripts import CHAT, COMPLETIONS, Script, draw_scripts
@@ -82,3 +83,46 @@ def test_memory_that_grows_is_told_from_memory_that_does_not():
     found = watch.summarise()
     assert found["ingress"]["flat"] and found["ingress"]["growth"] == 0
     assert not found["haproxy"]["flat"]
+
+
+def test_process_that_grows_is_not_hidden_by_a_small_one_that_grows_by_a_larger_share():
+    watch = MemoryWatch()
+    for number in range(SAMPLES):
+        watch.take({1: ("ingress", 5.0 + number), 2: ("ingress", 100.0 + 10 * number)})
+    assert not watch.summarise()["ingress"]["flat"]
+
+
+FLAT = {role: {"flat": True} for role in ("ingress", "engine_actor", "engine_replica", "proxy")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "passed"),
+    [
+        ({}, True),
+        ({"outcomes": {Outcome.LOST: 1}}, False),
+        ({"not_free": 1}, False),
+        ({"memory": FLAT | {"proxy": {"flat": False}}}, False),
+        ({"memory": {}}, False),
+        ({"memory": {k: v for k, v in FLAT.items() if k != "engine_actor"}}, False),
+        ({"memory": {k: v for k, v in FLAT.items() if k != "proxy"}}, True),
+    ],
+)
+def test_soak_passes_only_if_all_was_well_and_was_looked_at(changed, passed):
+    record = {"outcomes": {Outcome.COMPLETED: 9}, "not_free": 0, "memory": FLAT}
+    assert has_passed(record | changed) == passed
+
+
+@pytest.mark.parametrize(("minutes", "with_faults"), [(30, 18), (14, 2), (1, 0)])
+async def test_processes_of_both_ends_live_long_enough_to_be_judged(minutes, with_faults):
+    now = 100.0
+    faults = []
+
+    async def go_round(strikes: bool) -> dict[str, object]:
+        nonlocal now
+        now += 60.0
+        faults.append(strikes)
+        return {"number": len(faults)}
+
+    records = await go_through(go_round, 60.0 * minutes, lambda: now)
+    assert [record["number"] for record in records] == list(range(1, len(faults) + 1))
+    assert faults == [False] * SAMPLES + [True] * with_faults + [False] * SAMPLES

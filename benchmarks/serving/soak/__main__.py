@@ -4,8 +4,8 @@
 
 Starts this project's server with fake engines and goes through rounds: clients of all kinds come
 for a while, in the midst of which processes are killed, stopped and updated; then nobody comes, all
-must end, and everything must be free. Writes a result file; the exit status is 1 if anything was
-lost, wrong or leaked.
+must end, and everything must be free. The first rounds and the last go without faults. Writes a
+result file; the exit status is 1 if anything was lost, wrong or leaked.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,9 +33,9 @@ from benchmarks.serving.fake_server import (
     serve_fake,
 )
 from benchmarks.serving.leaving import is_free, read_health
-from benchmarks.serving.processes import memory_by_process
+from benchmarks.serving.processes import PLANE, memory_by_process
 from benchmarks.serving.soak.faults import FAULTS, Striker
-from benchmarks.serving.soak.memory import MemoryWatch
+from benchmarks.serving.soak.memory import SAMPLES, MemoryWatch
 from benchmarks.serving.soak.outcome import Outcome, Said, judge, read
 from benchmarks.serving.soak.scripts import Script, draw_scripts
 from benchmarks.serving.soak.traffic import Crowd, ask
@@ -90,10 +91,7 @@ class Soak:
         """Go through rounds until the time is up; returns what was found."""
         await self._ask_undisturbed()
         begin = time.monotonic()
-        rounds: list[Record] = []
-        while time.monotonic() - begin < 60 * self._options.minutes:
-            rounds.append(await self._round())
-            print(f"round {len(rounds)}: {rounds[-1]}", file=sys.stderr, flush=True)
+        rounds = await go_through(self._round, 60 * self._options.minutes)
         outcomes = sum((Counter(each["outcomes"]) for each in rounds), Counter[str]())
         return {
             "seconds": round(time.monotonic() - begin),
@@ -118,12 +116,13 @@ class Soak:
             if sent.script.status == 200:
                 self._right[sent.script] = read(sent.exchange)
 
-    async def _round(self) -> Record:
-        """Traffic and faults, then neither until everything has ended."""
+    async def _round(self, strikes: bool) -> Record:
+        """Traffic and perhaps faults, then neither until everything has ended."""
         number = len(self._striker.struck)
+        end = time.monotonic() + (self._options.round_s if strikes else 0.0)
         watching = asyncio.create_task(self._watch_load())
         sent, _ = await asyncio.gather(
-            self._crowd.come(self._options.round_s, self._options.burst), self._strike()
+            self._crowd.come(self._options.round_s, self._options.burst), self._strike(end)
         )
         load = self._most
         free_after_s = await asyncio.to_thread(self._seconds_until_free)
@@ -140,8 +139,7 @@ class Soak:
             "free_after_s": free_after_s,
         }
 
-    async def _strike(self) -> None:
-        end = time.monotonic() + self._options.round_s
+    async def _strike(self, end: float) -> None:
         while (wait := self._striker.draw_pause(self._options.every)) < end - time.monotonic():
             await asyncio.sleep(wait)
             await self._striker.strike()
@@ -171,10 +169,41 @@ class Soak:
         return round(time.monotonic() - begin, 1)
 
 
+async def go_through(
+    go_round: Callable[[bool], Awaitable[Record]],
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Record]:
+    """Go through rounds with faults, and before and after them rounds without.
+
+    So the first processes and the last live long enough for their memory to be judged.
+
+    Args:
+        go_round: one round, with faults or without.
+        seconds: for all of them, if that is enough for those without faults.
+        clock: seconds.
+    """
+    begin = clock()
+    rounds: list[Record] = []
+
+    async def go(strikes: bool) -> None:
+        rounds.append(await go_round(strikes))
+        print(f"round {len(rounds)}: {rounds[-1]}", file=sys.stderr, flush=True)
+
+    for _ in range(SAMPLES):
+        await go(False)
+    while (clock() - begin) * (1 + SAMPLES / len(rounds)) < seconds:
+        await go(True)
+    for _ in range(SAMPLES):
+        await go(False)
+    return rounds
+
+
 def has_passed(record: Record) -> bool:
     """Whether no request was lost or wrong, everything became free, and memory stayed flat."""
     bad = sum(record["outcomes"].get(outcome, 0) for outcome in BAD)
-    flat = all(memory["flat"] for memory in record["memory"].values())
+    memory = record["memory"]
+    flat = all(role in memory for role in PLANE) and all(each["flat"] for each in memory.values())
     return not bad and not record["not_free"] and flat
 
 
@@ -211,7 +240,9 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(words=sys.argv[1:] if words is None else words)
     add_fake_option(parser, SETTINGS)
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help=f"at least {2 * SAMPLES} rounds"
+    )
     parser.add_argument("--clients", type=int, default=40, help="at a time")
     parser.add_argument(
         "--burst", type=int, default=200, help="clients that come at once in a round"

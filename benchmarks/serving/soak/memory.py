@@ -28,7 +28,10 @@ class MemoryWatch:
             self._samples.setdefault(pid, []).append(mib)
 
     def summarise(self) -> dict[str, dict[str, Any]]:
-        """For each role the process whose memory grew most, and whether that is flat."""
+        """For each role the process whose memory grew most, and whether that is flat.
+
+        Roles without a process that lived for `SAMPLES` are not there.
+        """
         worst: dict[str, dict[str, Any]] = {}
         for pid, samples in self._samples.items():
             if len(samples) < SAMPLES:
@@ -40,6 +43,11 @@ class MemoryWatch:
                 "flat": last - first < max(SHARE * first, MIB),
             }
             role = self._roles[pid]
-            if role not in worst or found["growth"] > worst[role]["growth"]:
+            if role not in worst or _badness(found) > _badness(worst[role]):
                 worst[role] = found
         return worst
+
+
+def _badness(found: Mapping[str, Any]) -> tuple[bool, float]:
+    """Ranks processes: a small one may grow by a large share and be flat all the same."""
+    return not found["flat"], found["growth"]
