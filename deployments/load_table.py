@@ -117,15 +117,12 @@ class LoadTable:
             self._drop(request_id)
             states = {i: self._state(i) for i in limits}
             attended = self._attention(now)
-            roomy = [
-                i
-                for i, state in states.items()
-                if state.in_reach(attended) and state.has_room(limits[i], now)
-            ]
+            reached = {i: state for i, state in states.items() if state.in_reach(attended)}
+            roomy = [i for i, state in reached.items() if state.has_room(limits[i], now)]
             if not roomy:
                 self._full = True
                 return None
-            chosen, num_tokens = policy.choose(states, roomy, booking, now)
+            chosen, num_tokens = policy.choose(reached, roomy, booking, now)
             self._unplaced.pop(request_id, None)
             self._bookings_made += 1
             state = states[chosen]

@@ -61,10 +61,8 @@ class Policy(Protocol):
     ) -> Place:
         """Choose an engine for a request.
 
-        Engines that are lost come last.
-
         Args:
-            engines: engine id → state, of all that share the load.
+            engines: engine id → state, of all in reach that share the load.
             candidates: ids of those that may be chosen; at least one.
             booking: the request.
             now: time, in seconds.
@@ -93,20 +91,20 @@ class PrefixLoad:
     ) -> Place:
         """See `Policy.choose`."""
         traffic = {engine_id: state.traffic(now) for engine_id, state in engines.items()}
-        counted = [traffic[i] for i, state in engines.items() if not state.down] or [0.0]
-        bound = (1 + self.margin) * max(sum(counted) / len(counted), LITTLE_TRAFFIC)
+        mean = sum(traffic.values()) / len(traffic)
+        bound = (1 + self.margin) * max(mean, LITTLE_TRAFFIC)
 
         def missing(engine_id: str) -> int:
             state = engines[engine_id]
             too_busy = traffic[engine_id] > bound and state.num_requests > 0
             return booking.num_tokens if too_busy else _missing(state, booking)
 
-        def rank(engine_id: str) -> tuple[bool, bool, int, float]:
+        def rank(engine_id: str) -> tuple[bool, int, float]:
             state = engines[engine_id]
             own = missing(engine_id)
             ahead = max(0, state.pending_tokens - PATIENCE)
             cost = ahead + own + REQUEST_PRICE * state.num_requests
-            return state.down, state.is_crowded(own), cost, state.last_booking
+            return state.is_crowded(own), cost, state.last_booking
 
         chosen = min(candidates, key=rank)
         return Place(chosen, missing(chosen))
@@ -123,7 +121,7 @@ class RoundRobin:
         now: float,
     ) -> Place:
         """See `Policy.choose`."""
-        chosen = min(candidates, key=lambda i: (engines[i].down, engines[i].last_booking))
+        chosen = min(candidates, key=lambda i: engines[i].last_booking)
         return Place(chosen, _missing(engines[chosen], booking))
 
 
@@ -142,9 +140,9 @@ class PowerOfTwo:
     ) -> Place:
         """See `Policy.choose`."""
 
-        def rank(engine_id: str) -> tuple[bool, int, int]:
+        def rank(engine_id: str) -> tuple[int, int]:
             state = engines[engine_id]
-            return state.down, state.pending_tokens, state.num_requests
+            return state.pending_tokens, state.num_requests
 
         drawn = random.sample(list(candidates), min(2, len(candidates)))
         chosen = min(drawn, key=rank)

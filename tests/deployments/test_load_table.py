@@ -8,6 +8,7 @@ import pytest
 from deployments import load_table
 from deployments.load_table import LoadTable
 from deployments.placement import Booking, PrefixLoad
+from deployments.prefix_index import ROUTING_BLOCK
 from engine.errors import EngineDead
 from engine.outputs import EngineLoad
 
@@ -87,6 +88,25 @@ def test_silent_engine_gets_nothing_until_it_reports():
     assert table.book({"a": 100, "b": 40}, Booking("s", 100)) is None
     table.report("a", EngineLoad())
     assert table.book({"a": 100, "b": 40}, Booking("s", 100)) == "a"
+
+
+def test_silent_engine_makes_no_other_seem_idle():
+    clock = Clock()
+    table = LoadTable(clock=clock)
+    chat = [bytes([i]) for i in range(64)]
+    num_tokens = len(chat) * ROUTING_BLOCK
+    table.report("lost", EngineLoad(num_running=500))
+    for number in range(4):
+        for engine in "abc":
+            table.report(engine, EngineLoad(num_running=10))
+        if number == 0:
+            table.book({"chats": 100}, Booking("first turn", num_tokens, chat))
+        table.report("chats", EngineLoad(num_running=40), ["first turn"])
+        clock.now += 1
+    limits = dict.fromkeys(["lost", "a", "b", "c", "chats"], 1000)
+    assert table.book(limits, Booking("second turn", num_tokens, chat)) in "abc"
+    table.report("lost", EngineLoad(num_running=500))  # busy, and not lost
+    assert table.book(limits, Booking("second turn", num_tokens, chat)) == "chats"
 
 
 def test_engine_whose_step_is_overdue_gets_nothing_until_it_ends():
