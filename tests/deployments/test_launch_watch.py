@@ -1,14 +1,17 @@
-"""How the launcher learns that the server is ready, or never will be."""
+"""How the launcher picks ports, and learns that the server is ready, or never will be."""
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from deployments.launch import Plan, _show, is_ready
+from deployments.launch import SIDE_PORTS, Plan, _show, environment, is_ready
 
 
 class Health(BaseHTTPRequestHandler):
@@ -52,3 +55,43 @@ def test_launcher_hears_that_serve_has_given_up(line, given_up, capfdbinary):
     heard = threading.Event()
     _show([line + b"\n"], heard)
     assert heard.is_set() == bool(given_up)
+
+
+PICK = """
+import sys
+from deployments.launch import SIDE_PORTS, Plan, environment
+from pathlib import Path
+plan = Plan(Path("serve_config.yaml"), "127.0.0.1", 1, "m")
+SIDE_PORTS.clear()
+SIDE_PORTS["PORT"] = int(sys.argv[1])
+print(environment(plan, Path(sys.argv[2]))["PORT"], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_launchers_that_start_at_once_pick_different_ports(tmp_path, monkeypatch):
+    """Before the HAProxy of either listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr("deployments.launch.SIDE_PORTS", {"PORT": port})
+    plan = Plan(Path("serve_config.yaml"), "127.0.0.1", 1, "m")
+    with subprocess.Popen(
+        [sys.executable, "-c", PICK, str(port), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        lines = iter(other.stdout.readline, "")
+        assert any(line == f"{port}\n" for line in lines)  # after a remark on a missing HAProxy
+        assert environment(plan, tmp_path)["PORT"] != str(port)
+        other.communicate()
+    assert environment(plan, tmp_path)["PORT"] == str(port)  # the other has ended
+
+
+def test_ports_that_the_environment_sets_stay(tmp_path, monkeypatch):
+    (name, *_) = SIDE_PORTS
+    monkeypatch.setenv(name, "12345")
+    plan = Plan(Path("serve_config.yaml"), "127.0.0.1", 1, "m")
+    assert environment(plan, tmp_path)[name] == "12345"
