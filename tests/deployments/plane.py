@@ -130,7 +130,7 @@ class Plane:
         self.links = {engine_id: LocalLink(actor) for engine_id, actor in actors.items()}
         self.hub = TrunkHub("ingress-test", self.table, connect=self.links.__getitem__)
         self.handle = LocalHandle(self.table, actors)
-        limits = FailoverLimits(max_barren_tries=2, timeout_s=1.0)
+        limits = FailoverLimits(max_barren_tries=2, timeout_s=3.0)
         self.client = EngineClient(self.handle, self.hub, self.table, failover=limits)
         self.model = ServedModel(
             name="m",

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from deployments import engine_actor, trunk, watchdog
-from deployments.failover import _is_loss
+from deployments.failover import FailoverLimits, _is_loss
 from deployments.placement import Booking
 from deployments.wire import decode_submission, encode
 from engine.errors import EngineDead
@@ -300,6 +300,7 @@ async def test_its_own_cancellation_is_no_second_loss(monkeypatch):
 
 async def test_a_long_wait_in_line_is_no_loss():
     async with open_plane(num_engines=1, step_s=0.005) as plane:
+        plane.client.failover = FailoverLimits(timeout_s=1.0)
         plane.table._state("e0").close(plane.table._clock() + 2.0)  # it takes nothing for a while
         tokens: dict[str, list[int]] = {}
         with plane.client.start([request("r")]) as generation:

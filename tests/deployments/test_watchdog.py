@@ -256,8 +256,8 @@ async def test_a_hanging_step_is_told_on_trunk_and_watch_and_ends_the_process(
     text = one_dump(tmp_path).read_text()
     dump = json.loads(text)
     assert dump["reason"] == "stall" and dump["state"]["load"]["num_running"] == 1
-    (stack,) = (frames for name, frames in dump["threads"].items() if "engine-loop" in name)
-    assert "self._end.wait(30)" in stack[-2] + stack[-3]
+    stacks = [frames for name, frames in dump["threads"].items() if "engine-loop" in name]
+    assert any("self._end.wait(30)" in stack[-2] + stack[-3] for stack in stacks)
     assert not any(secret in text for secret in ("40961", "secret stop"))
     hang[1].set()
     await actor.drain()

@@ -154,15 +154,19 @@ class Terminal:
         self._fd, child = pty.openpty()
         termios.tcsetwinsize(child, (20, 40))
         self.text = ""
+        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+        # A shell's `&` has everything below it ignore the signal; a terminal does not.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             [*COMMAND, "chat", "--url", url, "--max-tokens", "400"],
             stdin=child,
             stdout=child,
             stderr=child,
             cwd=ROOT,
-            env={**os.environ, "TERM": "xterm"},
+            env={**environment, "TERM": "xterm"},
             start_new_session=True,
         )
+        signal.signal(signal.SIGINT, before)
         os.close(child)
 
     def type(self, text: str) -> None:
