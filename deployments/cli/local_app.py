@@ -18,7 +18,7 @@ from deployments.config import IngressOptions, ModelOptions
 from deployments.engine_actor import EngineActor, StartCore
 from deployments.engine_client import EngineClient
 from deployments.ingress.app import build_asgi_app
-from deployments.ingress.deployment import _load
+from deployments.ingress.deployment import load_served_model
 from deployments.ingress.served import ServedModels
 from deployments.load_table import LoadTable
 from deployments.placement import Booking
@@ -55,7 +55,7 @@ async def open_local_app(
     try:
         table.set_members(client.deployment, [ENGINE_ID])
         hub.follow(client.deployment)
-        served = await asyncio.to_thread(_load, name, model, options, client)
+        served = await asyncio.to_thread(load_served_model, name, model, options, client)
         while not served.ready:
             await asyncio.sleep(0.01)
         yield build_asgi_app(ServedModels({name: served}), options)

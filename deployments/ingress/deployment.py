@@ -63,7 +63,7 @@ class Ingress:
             client = EngineClient(handle, hub, load_table(), caching, failover)
             hub.follow(client.deployment)
             self._models.by_name[name] = await asyncio.to_thread(
-                _load, name, options, args.ingress, client
+                load_served_model, name, options, args.ingress, client
             )
         self._host = await asyncio.to_thread(_http_host)
         await _await_trunks(self._models)
@@ -103,9 +103,14 @@ async def _await_trunks(models: ServedModels) -> None:
             await asyncio.sleep(0.02)
 
 
-def _load(
+def load_served_model(
     name: str, options: ModelOptions, ingress: IngressOptions, client: EngineClient
 ) -> ServedModel:
+    """What an ingress knows of a model: its tokenizer, its limits, and how its requests are run.
+
+    Raises:
+        ConfigError: the model is not there, or an option does not fit it.
+    """
     source = resolve_model(options.engine.model)
     shape = read_model_config(source)
     scaling = options.deployment.autoscaling
