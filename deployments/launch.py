@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from deployments.api_keys import KEY_VARIABLES, keys_in_environment
 from deployments.flags import FAST_PATH, LONG_STREAMS, ONE_MACHINE, SERVE_MIDDLEWARE
 from deployments.haproxy import haproxy_binary, haproxy_settings
 from deployments.leftovers import adopt_orphans, end_descendants
+from deployments.ports import bind, pick_port
 from deployments.serve_config import parse_values, read_values
 from engine.errors import ConfigError
 
@@ -125,7 +125,7 @@ def check_port_free(plan: Plan) -> None:
         ConfigError: somebody else listens there.
     """
     try:
-        _bind(plan.host, plan.port)
+        bind(plan.host, plan.port)
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {plan.host}:{plan.port} ({error.strerror}). Stop what runs there "
@@ -142,7 +142,7 @@ def environment(plan: Plan, folder: Path) -> dict[str, str]:
         wanted["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
     wanted |= haproxy_settings(folder)
     side_ports = {name: port for name, port in SIDE_PORTS.items() if name not in os.environ}
-    wanted |= {name: str(_pick_port(port)) for name, port in side_ports.items()}
+    wanted |= {name: str(pick_port(port)) for name, port in side_ports.items()}
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**wanted, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -266,27 +266,6 @@ def _ready_text(plan: Plan, seconds: float) -> str:
         f"curl -N {plan.url}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n"
         f"  -d '{json.dumps(body)}'\n"
     )
-
-
-def _pick_port(wanted: int) -> int:
-    """A free port: this one, unless it is taken or another launcher is about to use it."""
-    with socket.socket(socket.AF_UNIX) as mark:
-        try:
-            mark.bind(f"\0trunkline port {wanted}")  # Linux's abstract names: no file is left
-            _bind("", wanted)
-        except OSError:
-            return _bind("", 0)
-        mark.detach()  # stays open until this process ends; HAProxy listens only in a while
-        return wanted
-
-
-def _bind(host: str, port: int) -> int:
-    """Bind and let go of a port; returns which it was."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
-        probe.listen()
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

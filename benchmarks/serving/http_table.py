@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shlex
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from benchmarks.engines import EngineSpec
 from benchmarks.machine import describe_run
 from benchmarks.models import find_model
 from benchmarks.serving.goals import http_table
-from benchmarks.serving.launched import Launched, free_port, launch, server_config
+from benchmarks.serving.launched import Launched, launch, server_config
 from benchmarks.serving.shape_tokenizer import write_model
 
 _ROOT = Path(__file__).parents[2]
@@ -35,6 +36,8 @@ _WARM_UP_OUTPUT = (8, 16)
 _WARM_UP_SEED = 1_000_001
 _REQUESTS = {1: 12, 16: 96, 64: 320, 256: 1280, 512: 2048}
 """Clients → requests."""
+_PORTS = range(20_000, 30_000)
+"""None of which the system gives to whoever asks for any."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -100,7 +103,8 @@ def _measure(
 ) -> Iterator[tuple[str, Any]]:
     """Yield what becomes known, with its key in the result file."""
     log = (options.logs or folder) / "server.log"
-    config = server_config(Path(shape).name, engine | {"model": str(model)}, free_port())
+    port = random.choice(_PORTS)
+    config = server_config(Path(shape).name, engine | {"model": str(model)}, port)
     if options.served:
         with launch(config, folder, log, options.start_limit) as server:
             yield "server", {"start_seconds": server.start_seconds, "config": config}

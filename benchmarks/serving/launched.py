@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -92,13 +91,6 @@ def launch(config: dict[str, Any], folder: Path, log: Path, limit_s: float) -> I
         yield Launched(url, server.pid, round(time.monotonic() - begin, 1))
     finally:
         _end(server)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _is_ready(url: str) -> bool:

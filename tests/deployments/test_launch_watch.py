@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import random
 import subprocess
 import sys
 import threading
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from deployments.launch import SIDE_PORTS, Plan, _show, environment, is_ready
+from deployments.ports import PICKED
 
 
 class Health(BaseHTTPRequestHandler):
@@ -71,9 +72,7 @@ sys.stdin.read()
 
 def test_launchers_that_start_at_once_pick_different_ports(tmp_path, monkeypatch):
     """Before the HAProxy of either listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = random.choice(PICKED)
     monkeypatch.setattr("deployments.launch.SIDE_PORTS", {"PORT": port})
     plan = Plan(Path("serve_config.yaml"), "127.0.0.1", 1, "m")
     with subprocess.Popen(

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,19 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deployments.ports import pick_port
+
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 class Server:
@@ -40,7 +30,7 @@ class Server:
 
     def __init__(self, *, fast_path: bool, args: dict[str, Any], fake: dict[str, Any] | None):
         self._folder = Path(tempfile.mkdtemp(prefix="tl-"))
-        self.port, *others = free_ports(6)
+        self.port, *others = (pick_port() for _ in range(5))
         self.url = f"http://127.0.0.1:{self.port}"
         spec = {"port": self.port, "folder": str(self._folder), "args": args, "fake": fake}
         self._log = (self._folder / "server.log").open("w")

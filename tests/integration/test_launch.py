@@ -21,7 +21,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, Field
 
-from tests.integration.server import ROOT, free_ports
+from deployments.ports import pick_port
+from tests.integration.server import ROOT
 
 pytestmark = pytest.mark.integration
 
@@ -32,8 +33,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 class Launched:
     def __init__(self, folder: Path) -> None:
         config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-        (port,) = free_ports(1)
-        config["http_options"]["port"] = port
+        config["http_options"]["port"] = port = pick_port()
         engine = config["applications"][0]["args"]["models"][MODEL]["engine"]
         engine |= {"kv_cache_memory_bytes": 512 * 2**20}
         self.config = folder / "serve_config.yaml"

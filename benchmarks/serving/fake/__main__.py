@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from deployments.flags import FAST_PATH
 from deployments.launch import SIDE_PORTS, Plan, environment, is_ready
 from deployments.leftovers import adopt_orphans, end_descendants
 from deployments.placement import POLICIES
+from deployments.ports import pick_port
 
 _ROOT = Path(__file__).parents[3]
 _NAME = "fake"
@@ -68,9 +68,8 @@ def main(words: list[str] | None = None) -> None:
 
 def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
     """Start Ray and the application, tell that they are ready, and wait for the end."""
-    plan = Plan(folder, "127.0.0.1", options.port or _free_port(), _NAME)
-    # Any will do here, and two servers that start at once would both find Serve's own free.
-    os.environ.update({name: str(_free_port()) for name in SIDE_PORTS})
+    plan = Plan(folder, "127.0.0.1", options.port or pick_port(), _NAME)
+    os.environ.update({name: str(pick_port()) for name in SIDE_PORTS})
     os.environ.update(environment(plan, folder))
     os.environ["PYTHONPATH"] = str(_ROOT)
     for name in FAST_PATH if options.flags == "default" else ():
@@ -186,12 +185,6 @@ def _wait_until_ready(plan: Plan) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"the server was not ready within {_START_LIMIT_S:.0f} s")
         time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -14,8 +14,8 @@ import uvicorn
 
 from deployments.cli.local_app import open_local_app
 from deployments.config import ModelOptions
+from deployments.ports import pick_port
 from tests.deployments.fake_core import FakeCore
-from tests.integration.server import free_ports
 
 MODEL = "m"
 
@@ -24,7 +24,7 @@ MODEL = "m"
 def serve_fake(**fake: float) -> Iterator[str]:
     """Serve in a thread; gives the URL. What stands in `<think>` counts as thinking."""
     model = ModelOptions(reasoning_parser="qwen3")
-    (port,) = free_ports(1)
+    port = pick_port()
     ready = threading.Event()
     servers: list[uvicorn.Server] = []
 
