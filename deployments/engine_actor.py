@@ -246,9 +246,10 @@ class EngineActor:
                 self._subscribers[owner].mailbox.add(delta)
         self._count(deltas)
         now = time.monotonic()
+        idle = load.num_running + load.num_waiting == 0  # then no later step would tell
         for subscriber in self._subscribers.values():
             subscriber.settle(load.num_received)
-            if now - subscriber.last_sent > LOAD_INTERVAL_S:
+            if idle or now - subscriber.last_sent > LOAD_INTERVAL_S:
                 subscriber.mailbox.wake()
 
     def _count(self, deltas: list[TokenDelta]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from functools import partial
 
-from deployments import subscriber
+from deployments import engine_actor, subscriber
 from deployments.engine_actor import EngineActor
 from deployments.wire import Submission, TrunkMessage, decode_trunk_message, encode
+from engine import loop
 from engine.config import EngineConfig
 from engine.outputs import TokenDelta
 from engine.request import EngineRequest
@@ -63,6 +65,24 @@ async def test_request_is_reflected_by_the_very_load_that_counts_it():
     message = await next_step(trunk, 2)
     assert (message.load.num_running, message.reflected) == (4, ["b", "c"])
     end.release(1000)
+    await actor.drain()
+
+
+async def test_all_learn_at_once_that_an_engine_has_become_idle(monkeypatch):
+    """Else a burst right afterwards would avoid the engines that others used last."""
+    monkeypatch.setattr(engine_actor, "HEARTBEAT_S", 1000)
+    monkeypatch.setattr(loop, "IDLE_WAKEUP_S", 1000)
+    began, end = threading.Semaphore(0), threading.Semaphore(0)
+    actor = EngineActor(EngineConfig(max_num_seqs=8), partial(SteppedCore, began=began, end=end))
+    await actor.start()
+    trunk = actor.subscribe("x")
+    await submit(actor, "x", request("mine", max_tokens=1))
+    await submit(actor, "y", request("of another", max_tokens=2))
+    end.release()
+    assert (await next_step(trunk, 1)).load.num_running == 1
+    end.release()
+    async with asyncio.timeout(10):
+        assert (await next_step(trunk, 2)).load.num_running == 0
     await actor.drain()
 
 
