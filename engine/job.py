@@ -6,6 +6,7 @@ import random
 import time
 from dataclasses import dataclass
 
+from engine.embedding import Pooling
 from engine.errors import InvalidRequest
 from engine.inputs import Prompt, check_token_options, fan_out, prompt_text, tokenize_prompt
 from engine.output_processor import OutputProcessor, TextDelta
@@ -22,10 +23,14 @@ class Job:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    params: SamplingParams
+    """As the caller gave them, for all completions."""
     requests: dict[str, EngineRequest]
     """Request id → request, in the completions' order."""
     processors: dict[str, OutputProcessor]
     metrics: RequestMetrics
+    pooled: bytes | None = None
+    """The vector of a prompt that was to be pooled; see `TokenDelta.pooled`."""
 
     @classmethod
     def build(
@@ -38,13 +43,16 @@ class Job:
         max_model_len: int,
         vocab_size: int,
         rng: random.Random | None = None,
+        pooling: Pooling | None = None,
     ) -> Job:
         """Check and tokenize a prompt; `rng` draws the seed when `params` has none.
+
+        With `pooling` the prompt is to be pooled, and `params` are `POOLED_PARAMS`.
 
         Raises:
             InvalidRequest: the prompt or an option cannot be served.
         """
-        ids = tokenize_prompt(prompt, tokenizer, max_model_len, vocab_size)
+        ids = tokenize_prompt(prompt, tokenizer, max_model_len, vocab_size, pooling is None)
         check_token_options(params, vocab_size)
         if params.structured_outputs is not None and tokenizer is None:
             param = params.structured_outputs.param
@@ -56,7 +64,8 @@ class Job:
             request_id,
             prompt_text(prompt),
             ids,
-            {rid: EngineRequest(rid, ids, each, priority) for rid, each in parts},
+            params,
+            {rid: EngineRequest(rid, ids, each, priority, pooling=pooling) for rid, each in parts},
             {
                 rid: OutputProcessor(tokenizer, each, ids, index)
                 for index, (rid, each) in enumerate(parts)
@@ -72,6 +81,8 @@ class Job:
     def push(self, delta: TokenDelta) -> TextDelta:
         """Take what a step added to one of the requests."""
         text = self.processors[delta.request_id].push(delta)
+        if delta.pooled is not None:
+            self.pooled = delta.pooled
         if self.metrics.first_token_time is None and delta.token_ids:
             self.metrics.first_token_time = time.monotonic()
         if text.finish_reason is not None and self.finished:

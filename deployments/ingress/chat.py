@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -28,12 +27,10 @@ from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import prompt_logprobs
 from deployments.protocols.openai import ChatBody
 from deployments.protocols.reasoning import thinking_at_end, thinking_in_prompt
-from deployments.protocols.structured_outputs import with_form
 from deployments.protocols.tool_calls import ToolUse
 from engine.job import Job
 from engine.outputs import CompletionOutput
 from engine.sampling_params import SamplingParams
-from engine.structured_outputs.params import StructuredOutputsParams
 
 
 async def handle_chat(
@@ -43,7 +40,7 @@ async def handle_chat(
     body = await read_body(ChatBody, data)
     model = models.find(body.model)
     tool_use = body.tool_use()
-    params = _params(model, body, tool_use)
+    params = model.style.params(body.to_params(), tool_use)
     body.check_stream_options()
     body.check_template_options(model.allow_request_chat_templates)
     answer_id = new_id("chatcmpl")
@@ -66,14 +63,6 @@ async def handle_chat(
     await model.finish(jobs)
     begin = header(answer_id, "chat.completion", body.model)
     return json_response({**begin, **await _whole(model, body, jobs[0], form)})
-
-
-def _params(model: ServedModel, body: ChatBody, tool_use: ToolUse | None) -> SamplingParams:
-    """The sampling options, with what reading calls and thinking from the answer needs."""
-    params = _forced(body.to_params(), tool_use)
-    if model.style.hides_marks(tool_use):
-        params = msgspec.structs.replace(params, skip_special_tokens=False)
-    return params
 
 
 def _form(
@@ -106,19 +95,6 @@ async def _stream(
     )
     write = writer.write if telling is None else telling.noting(writer.write)
     return await open_stream(model, jobs, write, chunks.last)
-
-
-def _forced(params: SamplingParams, tool_use: ToolUse | None) -> SamplingParams:
-    """The options with the form of calls, if the answer must be calls.
-
-    Raises:
-        InvalidRequest: the request asks for another form as well, or tools contradict one another.
-    """
-    if tool_use is None or not tool_use.is_forced:
-        return params
-    schema = tool_use.schema()
-    form = StructuredOutputsParams(json=schema, disable_any_whitespace=True, param="tools")
-    return with_form(params, form)
 
 
 def _thinking(body: ChatBody, prompt: str) -> bool | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from deployments.protocols.message_events import Event, Text
 from deployments.protocols.reasoning import (
     CLOSING,
@@ -11,10 +13,13 @@ from deployments.protocols.reasoning import (
     REASONING_PARSERS,
     ReasoningParser,
 )
+from deployments.protocols.structured_outputs import with_form
 from deployments.protocols.tool_calls import ToolUse
 from deployments.protocols.tool_parsers import TOOL_CALL_PARSERS, guess_parser
 from deployments.protocols.tool_parsers.base import ToolCallParser
 from deployments.protocols.tool_parsers.listed import ListedCallsParser
+from engine.sampling_params import SamplingParams
+from engine.structured_outputs.params import StructuredOutputsParams
 from engine.tokenizer import Tokenizer
 
 
@@ -67,11 +72,24 @@ class MessageStyle:
             return None
         return MessageForm(calls, tool_use, reasoning, thinking, tells_reasoning)
 
-    def hides_marks(self, tool_use: ToolUse | None) -> bool:
+    def params(self, asked: SamplingParams, tool_use: ToolUse | None) -> SamplingParams:
+        """The sampling options of a request, with what reading its answer needs.
+
+        Raises:
+            InvalidRequest: the answer must be calls, and the request asks for another form as well,
+                or tools contradict one another.
+        """
+        if tool_use is not None and tool_use.is_forced:
+            schema = tool_use.schema()
+            form = StructuredOutputsParams(json=schema, disable_any_whitespace=True, param="tools")
+            return with_form(asked, form)
+        if self._hides_marks(tool_use):
+            return msgspec.structs.replace(asked, skip_special_tokens=False)
+        return asked
+
+    def _hides_marks(self, tool_use: ToolUse | None) -> bool:
         """Whether special tokens must stay in the text, as some of them are what is looked for."""
         marks = {OPENING, CLOSING} if self.reasoning is not None else set()
-        if tool_use is not None and tool_use.is_forced:
-            return False  # then none of them is written
         if tool_use is not None and self.calls is not None:
             marks |= {self.calls.opening, self.calls.closing}
         return not marks.isdisjoint(self.special_texts)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -39,10 +38,8 @@ async def handle_responses(
     body = await read_body(ResponsesBody, data)
     model = models.find(body.model)
     body.check()
-    params = body.to_params()
+    params = model.style.params(body.to_params(), None)
     body.check_template_options(model.allow_request_chat_templates)
-    if model.style.hides_marks(None):
-        params = msgspec.structs.replace(params, skip_special_tokens=False)
     answer_id = _new_id("resp")
     with model.admission(1, params, "input"):
         text = await _render(model, body, len(data))
