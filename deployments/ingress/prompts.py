@@ -30,7 +30,7 @@ async def render_chat(
         InvalidRequest: the messages do not suit the template, or the prompt is too long.
     """
     tokenizer = model.need_tokenizer("messages")
-    options: dict[str, Any] = dict(fields.chat_template_kwargs or {})
+    options = fields.template_variables()
     if fields.add_generation_prompt is not None or fields.continue_final_message:
         options["add_generation_prompt"] = bool(fields.add_generation_prompt)
 

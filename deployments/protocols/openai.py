@@ -26,6 +26,14 @@ _VLLM_ONLY = {
     "logits_processors": _NOTHING,
     "allowed_token_ids": _NOTHING,
     "bad_words": _NOTHING,
+    "logprob_token_ids": _NOTHING,
+    "repetition_detection": _NOTHING,
+    "return_tokens_as_token_ids": _NOTHING,
+    "spaces_between_special_tokens": (True,),
+    "thinking_token_budget": (-1,),
+    "truncation_side": ("left",),
+    "vllm_xargs": _NOTHING,
+    "watermarking": _NOTHING,
 }
 
 
@@ -150,6 +158,10 @@ class ChatBody(TemplateFields, GenerationBody):
         "audio": (),
         "modalities": (["text"],),
         "prediction": (),
+        "moderation": (),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+        "return_prompt_text": _NOTHING,
         "echo": _NOTHING,
         "add_special_tokens": _NOTHING,
     }

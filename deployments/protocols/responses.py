@@ -49,6 +49,10 @@ class ResponsesBody(TemplateFields, SamplingFields):
         "moderation": (),
         "n": (1,),
         "prompt_logprobs": (),
+        "enable_response_messages": (False,),
+        "previous_input_messages": ([],),
+        "previous_response": (),
+        "vllm_xargs": ({},),
     }
 
     model: str

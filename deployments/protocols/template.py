@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from deployments.protocols.body import Body
 from engine.errors import InvalidRequest
@@ -19,6 +19,9 @@ _NOT_VARIABLES = frozenset(
 )
 """Names of `chat_template_kwargs` that mean something else than a variable of the template."""
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+"""OpenAI's, and `max`, which vLLM adds."""
+
 
 class TemplateFields(Body):
     """What chats and their tokenization have in common."""
@@ -27,7 +30,24 @@ class TemplateFields(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template: str | None = None
+    """Jinja source in place of the model's own, where the server allows it."""
     chat_template_kwargs: dict[str, Any] | None = None
+    """More variables of the template, such as `enable_thinking`."""
+    documents: list[Any] | None = None
+    """Texts to answer from, for templates that know them."""
+    reasoning_effort: ReasoningEffort | None = None
+    """How much to think, for templates that know this variable or `enable_thinking`, which `none`
+    makes false and anything else true."""
+
+    def template_variables(self) -> dict[str, Any]:
+        """What else the template is told; the client's own variables come first."""
+        told: dict[str, Any] = {}
+        if self.documents is not None:
+            told["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            told["reasoning_effort"] = self.reasoning_effort
+            told["enable_thinking"] = self.reasoning_effort != "none"
+        return told | (self.chat_template_kwargs or {})
 
     def check_template_options(self, allow_template: bool) -> None:
         """Refuse a template of the client's own, and variables of names that are taken.
