@@ -22,7 +22,9 @@ class EngineConfig(BaseModel):
     Values are checked on construction; an unknown name is an error that suggests the nearest one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
 
     model: str = BUNDLED_MODEL
     """`smollm2-135m-instruct`, a directory in Hugging Face layout, or a GGUF file."""

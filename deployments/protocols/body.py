@@ -23,7 +23,13 @@ class Body(BaseModel):
     would describe every wrong element of a long list, for every alternative.
     """
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        strict=True,
+        extra="ignore",
+        allow_inf_nan=False,
+        frozen=True,
+        use_attribute_docstrings=True,  # `/openapi.json` and docs/api-reference.md tell them
+    )
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Field → values that ask for nothing and so are accepted."""

@@ -41,17 +41,24 @@ class StreamOptions(Body):
     """`stream_options`."""
 
     include_usage: bool | None = None
+    """Whether a last chunk, without choices, tells the numbers of tokens."""
     continuous_usage_stats: bool | None = None
+    """Whether every chunk tells them."""
 
 
 class GenerationBody(SamplingFields):
     """What completions and chat have in common."""
 
     model: str
+    """Name of a served model."""
     stream: bool | None = None
+    """Whether the answer comes in pieces, as server-sent events."""
     stream_options: StreamOptions | None = None
+    """What a stream tells besides; only with `stream`."""
     cache_salt: str | None = None
+    """Prompts share cached prefixes only with those of the same salt."""
     return_token_ids: bool | None = None
+    """Whether the answer has the ids of the tokens of prompt and output."""
     truncate_prompt_tokens: int | None = None
     """So many tokens are kept of a prompt, its last ones; -1 keeps what leaves room for the
     output."""
@@ -115,9 +122,13 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[
         PromptField, PlainValidator(_check_prompt, json_schema_input_type=PromptField)
     ]
+    """One text, one list of token ids, or a list of either; each is answered `n` times."""
     logprobs: int | None = None
+    """Log-probabilities of each token of the output and of this many likeliest ones, 0 to 20."""
     echo: bool | None = None
+    """Whether the text begins with the prompt."""
     add_special_tokens: bool = True
+    """Whether the tokens that the model wants around a text, such as a first one, are put there."""
 
     def to_params(self) -> SamplingParams:
         """Sampling options.
@@ -167,12 +178,22 @@ class ChatBody(TemplateFields, GenerationBody):
     }
 
     messages: Annotated[list[dict[str, Any]], FailFast()]
+    """The chat so far. Roles are `system`, `developer`, `user`, `assistant` and `tool`; a content
+    is a text, or a list of parts of text."""
     max_completion_tokens: int | None = None
+    """The same as `max_tokens`; give one."""
     logprobs: bool | None = None
+    """Whether the answer has the log-probability of each token."""
     top_logprobs: int | None = None
+    """And of this many likeliest ones, 0 to 20; only with `logprobs`."""
     tool_choice: str | dict[str, Any] | None = None
+    """`"none"`, `"auto"`, `"required"`, or `{"type": "function", "function": {"name": ...}}`. None
+    means auto."""
     parallel_tool_calls: bool | None = None
+    """False for one call at most in an answer; None means true."""
     include_reasoning: bool | None = None
+    """False leaves out what the model thinks, for models with a `reasoning_parser`; None
+    means true."""
 
     def to_params(self) -> SamplingParams:
         """Sampling options; without a limit the answer may fill the model's context.

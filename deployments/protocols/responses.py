@@ -32,7 +32,10 @@ class TextOptions(Body):
     """`text`: the form of the answer."""
 
     format: dict[str, Any] | None = None
+    """`{"type": "text"}`, `{"type": "json_object"}`, or `{"type": "json_schema", "name": ...,
+    "schema": ...}`."""
     verbosity: str | None = None
+    """Only `medium`."""
 
 
 class ResponsesBody(TemplateFields, SamplingFields):
@@ -56,22 +59,37 @@ class ResponsesBody(TemplateFields, SamplingFields):
     }
 
     model: str
+    """Name of a served model."""
     input: str | list[Any]
+    """What the user says, or the items of the chat so far: messages and earlier answers."""
     instructions: str | None = None
+    """A system message that goes before them."""
     max_output_tokens: int | None = None
+    """Most tokens to generate; None means until `max_model_len`."""
     stream: bool | None = None
+    """Whether the answer comes as server-sent events."""
     text: TextOptions | None = None
+    """The form of the answer."""
     include: list[Any] | None = None
+    """Accepted, and without effect."""
     reasoning: dict[str, Any] | None = None
+    """Only with null values."""
     metadata: dict[str, Any] | None = None
+    """Comes back with the answer: up to 16 texts of up to 512 characters, by names of up to 64."""
     previous_response_id: str | None = None
+    """Only null: nothing is kept."""
     conversation: Any = None
+    """Only null."""
     store: bool | None = None
+    """Accepted, and without effect: nothing is kept."""
     tool_choice: str | None = None
     parallel_tool_calls: bool | None = None
     safety_identifier: str | None = None
+    """Comes back with the answer, and has no other effect."""
     prompt_cache_key: str | None = None
+    """Likewise."""
     cache_salt: str | None = None
+    """Prompts share cached prefixes only with those of the same salt."""
 
     def check(self) -> None:
         """Refuse what would need answers of the past, or an answer of another kind.

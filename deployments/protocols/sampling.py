@@ -55,6 +55,7 @@ class SamplingFields(FormFields):
     priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Lower goes first, under the scheduling policy `priority`."""
     user: str | None = None
+    """Accepted, and without effect."""
 
     def sampling_params(self, **more: Any) -> SamplingParams:
         """The engine's form of the fields; `more` overrides.

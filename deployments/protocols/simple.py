@@ -36,6 +36,7 @@ class GenerateBody(SimpleFields):
     """Body of `/generate` and `/generate_stream`."""
 
     prompt: str
+    """What to go on with, or with the next three fields, what the user says last."""
     system_info: str | None = None
     """What the model is told before the chat."""
     history_input: Annotated[list[str] | None, FailFast()] = None
@@ -72,6 +73,7 @@ class BatchGenerateBody(SimpleFields):
     """Body of `/batch_generate`."""
 
     prompts: Annotated[list[str], FailFast()]
+    """Each is answered on its own."""
 
     def checked_prompts(self) -> list[str | list[int]]:
         """The prompts.

@@ -33,9 +33,13 @@ class FormFields(Body):
     structured_outputs: dict[str, Any] | None = None
     """One of `json`, `regex`, `choice`, `grammar`, `json_object`."""
     guided_json: dict[str, Any] | str | None = None
+    """`structured_outputs.json`, by an older name; so are the next three."""
     guided_regex: str | None = None
+    """`structured_outputs.regex`."""
     guided_choice: list[Any] | None = None
+    """`structured_outputs.choice`."""
     guided_grammar: str | None = None
+    """`structured_outputs.grammar`."""
 
     def asked_form(self) -> StructuredOutputsParams | None:
         """The form that the output must have, if any.

@@ -27,8 +27,13 @@ class TemplateFields(Body):
     """What chats and their tokenization have in common."""
 
     tools: list[Any] | None = None
+    """Functions that the model may call: `{"type": "function", "function": {"name", "description",
+    "parameters"}}`."""
     add_generation_prompt: bool | None = None
+    """Whether the prompt ends with the start of the assistant's turn; None means unless a
+    message is continued."""
     continue_final_message: bool = False
+    """Whether the answer goes on with the last message rather than following it."""
     chat_template: str | None = None
     """Jinja source in place of the model's own, where the server allows it."""
     chat_template_kwargs: dict[str, Any] | None = None

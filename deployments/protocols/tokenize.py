@@ -18,7 +18,9 @@ class TokenizeBody(TemplateFields):
     model: str | None = None
     """May be left out when one model is served."""
     prompt: str | None = None
+    """A text; give this or `messages`."""
     messages: Annotated[list[dict[str, Any]] | None, FailFast()] = None
+    """A chat, which the model's template makes a prompt of."""
     add_special_tokens: bool | None = None
     """By default true for a prompt and false for messages, whose template writes them."""
     return_token_strs: bool | None = None
@@ -41,6 +43,7 @@ class DetokenizeBody(Body):
     model: str | None = None
     """May be left out when one model is served."""
     tokens: Annotated[list[int], FailFast()]
+    """Their ids."""
 
     def check(self, vocab_size: int) -> None:
         """Look at the token ids.
