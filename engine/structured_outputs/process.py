@@ -23,7 +23,6 @@ from multiprocessing.connection import Connection
 
 import msgspec
 import numpy as np
-import torch
 import xgrammar
 
 from engine.model_source import resolve_model
@@ -121,34 +120,42 @@ class Matchers:
     def __init__(self, compiled: xgrammar.CompiledGrammar) -> None:
         self._compiled = compiled
         self._matchers: dict[int, xgrammar.GrammarMatcher] = {}
+        self._batch = xgrammar.BatchGrammarMatcher(1)  # its threads would cost more than they gain
 
     def fill(self, request: MaskRequest, masks: np.ndarray) -> list[RowStatus]:
         """Fill the masks, int32 [rows, ceil(vocab / 32)]; a 1 bit is an allowed token."""
         for matcher_id in request.ended:
             self._matchers.pop(matcher_id, None)
         masks.fill(-1)
-        bits = torch.from_numpy(masks)
-        return [self._fill(bits, place, row) for place, row in enumerate(request.rows)]
+        matchers = {
+            place: matcher
+            for place, row in enumerate(request.rows)
+            if (matcher := self._advance(row)) is not None
+        }
+        self._batch.batch_fill_next_token_bitmask(list(matchers.values()), masks, list(matchers))
+        statuses = [RowStatus.DEAD_END] * len(masks)
+        for place in np.flatnonzero(masks.any(axis=1)).tolist():
+            is_masked = place in matchers
+            statuses[place] = RowStatus.MASKED if is_masked else RowStatus.REJECTED
+            if is_masked and request.rows[place].unwanted:
+                _drop_unwanted(masks[place], request.rows[place].unwanted)
+        return statuses
 
-    def _fill(self, masks: torch.Tensor, place: int, row: RowState) -> RowStatus:
+    def _advance(self, row: RowState) -> xgrammar.GrammarMatcher | None:
+        """The row's matcher after its new tokens; None if the grammar does not allow them."""
         matcher = self._matchers.get(row.matcher_id)
         if matcher is None:
             matcher = self._matchers[row.matcher_id] = xgrammar.GrammarMatcher(self._compiled)
-        if not all(map(matcher.accept_token, row.tokens)) or matcher.is_terminated():
-            return RowStatus.REJECTED
-        matcher.fill_next_token_bitmask(masks, place)
-        mask = masks[place].numpy()
-        if not mask.any():
-            return RowStatus.DEAD_END
-        _drop_unwanted(mask, row.unwanted)
-        return RowStatus.MASKED
+        allowed = all(map(matcher.accept_token, row.tokens)) and not matcher.is_terminated()
+        return matcher if allowed else None
 
 
 def _drop_unwanted(mask: np.ndarray, tokens: list[int]) -> None:
     """Clear the bits of tokens, unless no other is set."""
-    if not tokens:
+    words = mask.view(np.uint32)
+    if not any(words.item(token >> 5) >> (token & 31) & 1 for token in tokens):
         return
-    before, words = mask.copy(), mask.view(np.uint32)
+    before = mask.copy()
     for token in tokens:
         words[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))
     if not mask.any():
