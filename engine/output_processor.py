@@ -95,6 +95,8 @@ class OutputProcessor:
             self.num_cached_tokens = delta.num_cached_tokens
         if delta.prompt_logprobs and self.prompt_logprobs is not None:
             self.prompt_logprobs += self._to_dicts(delta.prompt_logprobs)
+        if self._params.max_tokens == 0 and delta.token_ids:
+            delta = TokenDelta(delta.request_id, [], "length")  # engines sample one all the same
         text, count = self._advance(delta)
         token_ids = delta.token_ids if count == len(delta.token_ids) else delta.token_ids[:count]
         self.token_ids += token_ids

@@ -15,7 +15,11 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_LENGTH = 1024
 """In characters; each token of the output is held against every stop string."""
 MAX_NAMED_TOKENS = 1024
-"""Most entries of `stop_token_ids` or `logit_bias`, for which every row of a batch has room."""
+"""Most entries of `stop_token_ids`, `logit_bias` or `allowed_token_ids`, for which every row of a
+batch has room."""
+MAX_BAD_WORDS = 256
+"""Most entries of `bad_words`; each may be spelled in two ways, for which every row has room."""
+MAX_BAD_WORD_TOKENS = 16
 
 MIN_TEMPERATURE = 1e-5
 """A lower temperature means greedy: logits divided by it could overflow float32."""
@@ -46,10 +50,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Divides positive, multiplies negative logits of tokens in prompt or output."""
     logit_bias: dict[int, float] | None = None
     """Added to the logits of the given token ids."""
+    allowed_token_ids: Sequence[int] | None = None
+    """No other tokens, as long as the output's form, or `min_tokens`, leaves one of these."""
+    bad_words: Sequence[str] = ()
+    """Texts that the output does not hold, at its start or after a space: the last token of one is
+    never sampled after the ones before it, while anything else is allowed."""
+    bad_words_token_ids: Sequence[Sequence[int]] = ()
+    """The spellings of `bad_words`, which whoever has the tokenizer fills in."""
     seed: int | None = None
     """Fixes the noise; None draws a fresh seed for each request."""
     max_tokens: int | None = 64
-    """Most tokens to generate; None means until `max_model_len`."""
+    """Most tokens to generate; None means until `max_model_len`, and 0, which `prompt_logprobs`
+    permits, that the prompt is all that is asked about."""
     min_tokens: int = 0
     """No stop token before this many tokens."""
     stop: Sequence[str] = ()
@@ -76,6 +88,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check_numbers(self)
         _check_stops(self)
         _check_logit_bias(self.logit_bias)
+        _check_allowed(self.allowed_token_ids)
+        _check_bad_words(self)
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise InvalidRequest(
                 "structured_outputs must be StructuredOutputsParams.", "structured_outputs"
@@ -97,7 +111,7 @@ _RANGES: dict[str, tuple[type, float, float, str]] = {
     "frequency_penalty": (float, -2.0, 2.0, "a number from -2 to 2"),
     "repetition_penalty": (float, 1e-6, 100.0, "a number above 0, up to 100"),
     "seed": (int, -(2**63), 2**63 - 1, "a 64-bit integer"),
-    "max_tokens": (int, 1, 2**31 - 1, "a positive integer"),
+    "max_tokens": (int, 0, 2**31 - 1, "a positive integer, or 0 with prompt_logprobs"),
     "min_tokens": (int, 0, 2**31 - 1, "0 or a positive integer"),
     "logprobs": (int, 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
     "prompt_logprobs": (int, 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
@@ -107,12 +121,14 @@ _FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 
 
 def _check_numbers(params: SamplingParams) -> None:
-    for name, (kind, low, high, meaning) in _RANGES.items():
+    for name, (kind, low, high, _) in _RANGES.items():
         value = getattr(params, name)
         if value is None and name in _OPTIONAL:
             continue
         if not _is_number(value, kind) or not low <= value <= high:  # NaN fails the comparison
-            raise InvalidRequest(f"{name} must be {meaning}, got {value!r}.", name)
+            raise _out_of_range(name, value)
+    if params.max_tokens == 0 and params.prompt_logprobs is None:
+        raise _out_of_range("max_tokens", 0)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise InvalidRequest(
             f"min_tokens ({params.min_tokens}) must not exceed max_tokens ({params.max_tokens}).",
@@ -121,6 +137,10 @@ def _check_numbers(params: SamplingParams) -> None:
     for name in _FLAGS:
         if not isinstance(getattr(params, name), bool):
             raise InvalidRequest(f"{name} must be true or false.", name)
+
+
+def _out_of_range(name: str, value: object) -> InvalidRequest:
+    return InvalidRequest(f"{name} must be {_RANGES[name][3]}, got {value!r}.", name)
 
 
 def _is_number(value: object, kind: type = float) -> bool:
@@ -137,9 +157,48 @@ def _check_stops(params: SamplingParams) -> None:
             f"stop takes up to {MAX_STOP_STRINGS} strings of up to {MAX_STOP_LENGTH} characters.",
             "stop",
         )
-    _check_count("stop_token_ids", ids)
-    if not isinstance(ids, (list, tuple)) or not all(_is_number(i, int) and i >= 0 for i in ids):
-        raise InvalidRequest("stop_token_ids must be a list of token ids.", "stop_token_ids")
+    _check_token_ids("stop_token_ids", ids)
+
+
+def _check_token_ids(name: str, ids: object) -> None:
+    _check_count(name, ids)
+    if not _are_token_ids(ids):
+        raise InvalidRequest(f"{name} must be a list of token ids.", name)
+
+
+def _are_token_ids(ids: object) -> bool:
+    return isinstance(ids, (list, tuple)) and all(_is_number(i, int) and i >= 0 for i in ids)
+
+
+def _check_allowed(ids: Sequence[int] | None) -> None:
+    if ids is None:
+        return
+    _check_token_ids("allowed_token_ids", ids)
+    if not ids:
+        raise InvalidRequest(
+            "allowed_token_ids must name at least one token; leave it out to allow all.",
+            "allowed_token_ids",
+        )
+
+
+def _check_bad_words(params: SamplingParams) -> None:
+    name, words = "bad_words", params.bad_words
+    if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) and w for w in words):
+        raise InvalidRequest(f"{name} must be a list of texts, none of them empty.", name)
+    if len(words) > MAX_BAD_WORDS or any(len(word) > MAX_STOP_LENGTH for word in words):
+        raise InvalidRequest(
+            f"{name} takes up to {MAX_BAD_WORDS} texts of up to {MAX_STOP_LENGTH} characters.",
+            name,
+        )
+    spellings = params.bad_words_token_ids
+    if not isinstance(spellings, (list, tuple)) or not all(map(_are_token_ids, spellings)):
+        raise InvalidRequest(f"{name}_token_ids must be lists of token ids.", f"{name}_token_ids")
+    if any(not 0 < len(ids) <= MAX_BAD_WORD_TOKENS for ids in spellings):
+        raise InvalidRequest(f"{name} takes texts of 1 to {MAX_BAD_WORD_TOKENS} tokens.", name)
+    if len(spellings) > 2 * MAX_BAD_WORDS:
+        raise InvalidRequest(
+            f"{name}_token_ids takes up to {2 * MAX_BAD_WORDS} entries.", f"{name}_token_ids"
+        )
 
 
 def _check_logit_bias(bias: dict[int, float] | None) -> None:

@@ -8,6 +8,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
+RELUCTANCE = 2.0**20
+"""Taken off the logits of tokens that are ruled out. Nothing else makes such a difference: a bias
+takes 100, a penalty 2 for each token of the output. Yet it is finite and leaves logits in their
+order, for steps in which all the rest is masked."""
 RowSelector = slice | torch.Tensor
 """Picks rows of a table: a slice of neighbours, or an int64 tensor of row numbers."""
 
@@ -191,6 +195,11 @@ class RowTokens:
     def add_to(self, logits: torch.Tensor, batch: Batch, places: list[int]) -> None:
         """Add the values to the logits [batch, vocab] of the rows at `places`, in place."""
         part = batch.take(places)
-        starts = to_device([place * self._vocab_size for place in places], self._device)
-        flat_index = (self._ids[part.row_index] + starts[:, None]).view(-1)
+        flat_index = self.flat_index(part, places)
         logits.view(-1).scatter_add_(0, flat_index, self._values[part.row_index].view(-1))
+
+    def flat_index(self, part: Batch, places: list[int]) -> torch.Tensor:
+        """Where the ids of the rows of `part` lie in logits [batch, vocab] in which these have
+        `places`; int64 [rows · width], the pad included."""
+        starts = to_device([place * self._vocab_size for place in places], self._device)
+        return (self._ids[part.row_index] + starts[:, None]).view(-1)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from engine.outputs import TokenLogprobs
+from engine.sampling.allowed_tokens import AllowedTokens
+from engine.sampling.bad_words import BadWords
 from engine.sampling.gumbel import gumbel_argmax, stream_keys, token_words
 from engine.sampling.logit_bias import LogitBias
 from engine.sampling.logprobs import LogprobTensors, gather_logprobs
@@ -53,9 +55,9 @@ class Sampler:
     feature, so that a feature costs nothing where nobody uses it. What depends on sampled tokens is
     updated on the device: a step can be sampled before the host knows the tokens of the last one.
 
-    Order: log-probabilities of the raw logits; logit bias, minimum length, penalties, masks of
-    structured outputs; then the largest logit for greedy rows, and temperature, min_p, top_k, top_p
-    and a Gumbel-max draw for the others.
+    Order: log-probabilities of the raw logits; logit bias, minimum length, penalties, allowed
+    tokens, bad words, masks of structured outputs; then the largest logit for greedy rows, and
+    temperature, min_p, top_k, top_p and a Gumbel-max draw for the others.
 
     Args:
         max_num_seqs: rows.
@@ -79,11 +81,14 @@ class Sampler:
         self._temperature = RowParameter(self._table, 0.0)
         self._num_top: dict[int, int] = {}
         self._penalties = Penalties(self._table, max_num_seqs, vocab_size, device)
+        self._bad_words = BadWords(max_num_seqs, vocab_size, device)
         self._truncation = Truncation(self._table, vocab_size)
         self._edits = (
             LogitBias(max_num_seqs, vocab_size, device),
             MinTokens(max_num_seqs, vocab_size, device, eos_token_ids),
             self._penalties,
+            AllowedTokens(max_num_seqs, vocab_size, device),
+            self._bad_words,
         )
 
     def add_row(self, new_row: NewRow) -> None:
@@ -124,8 +129,9 @@ class Sampler:
         if masks is not None:
             masks.apply(logits)
         token_ids = self._draw_fused(logits, batch) if batch.fused else self._draw(logits, batch)
-        if self._penalties in edits:
-            self._penalties.update(token_ids, batch)
+        for history in (self._penalties, self._bad_words):
+            if history in edits:
+                history.update(token_ids, batch)
         output = SamplerOutput(token_ids)
         if asked:
             self._add_logprobs(output, raw, batch, asked)

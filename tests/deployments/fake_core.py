@@ -119,7 +119,8 @@ class FakeCore:
         self._done[request_id] = done + 1
         delta = TokenDelta(request_id, expected_tokens(request.prompt_token_ids, done + 1)[-1:])
         limit = self.info.max_model_len - len(request.prompt_token_ids)
-        if done + 1 >= min(limit, request.params.max_tokens or limit):
+        most = request.params.max_tokens
+        if done + 1 >= (limit if most is None else min(limit, most)):
             delta.finish_reason = "length"
             del self._requests[request_id]
         return delta

@@ -41,7 +41,7 @@ def draw(logits, options, positions=None, eos=(), **row_options):
 
 
 def edited_logits(logits, params, token_ids, num_prompt, eos=()):
-    """Logits after bias, minimum length and penalties."""
+    """Logits after bias, minimum length, penalties, allowed tokens and bad words."""
     x = torch.as_tensor(logits).double().numpy().copy()
     for token, bias in (params.logit_bias or {}).items():
         x[token] += bias
@@ -51,6 +51,11 @@ def edited_logits(logits, params, token_ids, num_prompt, eos=()):
         x[token] *= params.repetition_penalty ** (-1 if x[token] > 0 else 1)
     for token, count in Counter(token_ids[num_prompt:]).items():
         x[token] -= params.frequency_penalty * count + params.presence_penalty
+    if params.allowed_token_ids is not None:
+        x[list(set(range(len(x))) - set(params.allowed_token_ids))] = -np.inf
+    for *before, last in params.bad_words_token_ids:
+        if token_ids[num_prompt:][len(token_ids) - num_prompt - len(before) :] == before:
+            x[last] = -np.inf
     return x
 
 

@@ -1,7 +1,9 @@
 """The engine core on a tiny random model: every way to run gives the same tokens."""
 
+import itertools
 import random
 
+import msgspec
 import pytest
 
 from engine.core import EngineCore
@@ -68,6 +70,25 @@ def test_same_tokens_every_way(tiny_model, alone, kind, way):
         assert load.prefix_hits > 0
     assert load.free_blocks == core.info.num_blocks - 1
     assert load.num_running == load.num_waiting == load.running_tokens == 0
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "ahead" in way or way == "few rows"])
+def test_bad_words_see_the_last_tokens_every_way(tiny_model, alone, way):
+    """Words are pairs that the outputs would hold; one step ahead, the first is on the device."""
+    wires = requests(GREEDY)
+    for wire in wires:
+        tokens, _ = alone["greedy"][wire.request_id]
+        pairs = [[*pair] for pair in itertools.pairwise(tokens)][1:9:2]
+        wire.params = msgspec.structs.replace(wire.params, bad_words_token_ids=pairs)
+    outputs = run_core(EngineCore(tiny_config(tiny_model, **WAYS[way])), wires)
+    for wire in wires:
+        tokens, _ = outputs[wire.request_id]
+        plain, _ = alone["greedy"][wire.request_id]
+        words = wire.params.bad_words_token_ids
+        assert not [pair for pair in itertools.pairwise(tokens) if [*pair] in words]
+        first = next(i for i, pair in enumerate(itertools.pairwise(plain)) if [*pair] in words)
+        assert tokens[: first + 1] == plain[: first + 1]
+        assert len(tokens) == len(plain)
 
 
 def test_prefix_cache_is_hit_by_a_second_run(tiny_model, alone):

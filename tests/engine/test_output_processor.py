@@ -208,3 +208,14 @@ def test_without_tokenizer_tokens_pass():
     assert (delta.text, list(delta.token_ids)) == ("", [5, 6])
     assert delta.logprobs == [{5: Logprob(-1.0, 1, None)}]
     assert subject.result().finish_reason == "length"
+
+
+def test_what_comes_with_a_prompt_that_is_only_scored_is_dropped():
+    subject = processor(max_tokens=0, prompt_logprobs=0, logprobs=0)
+    subject.push(TokenDelta("r", [], prompt_logprobs=[TokenLogprobs([100], [-0.5], 2)]))
+    token = TokenDelta("r", [7], "stop", 7, logprobs=[TokenLogprobs([7], [-0.1], 1)])
+    assert subject.push(token).finish_reason == "length"
+    result = subject.result()
+    assert (result.text, result.token_ids, result.logprobs) == ("", [], [])
+    assert (result.finish_reason, result.stop_reason) == ("length", None)
+    assert [*subject.prompt_logprobs[1]] == [100]

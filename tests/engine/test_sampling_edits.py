@@ -1,13 +1,17 @@
-"""Logit bias, minimum length and penalties."""
+"""Logit bias, minimum length, penalties, allowed tokens and bad words."""
 
 import numpy as np
 import pytest
 import torch
 
+from engine.sampling import Sampler
+from engine.sampling.allowed_tokens import AllowedTokens
+from engine.sampling.bad_words import BadWords
 from engine.sampling.logit_bias import LogitBias
 from engine.sampling.min_tokens import MinTokens
 from engine.sampling.penalties import Penalties
-from engine.sampling.rows import Batch, RowTable
+from engine.sampling.rows import RELUCTANCE, Batch, RowTable
+from engine.sampling.token_masks import TokenMasks
 from tests.engine.sampling_reference import edited_logits, new_row, params
 
 torch.set_num_threads(1)
@@ -121,3 +125,80 @@ def test_seen_tokens_are_allocated_for_penalised_rows_only():
     assert feature._seen.shape[0] == 4
     feature.add_row(new_row(4, params(presence_penalty=1.0), [1, 2]))
     assert feature._seen.shape[0] == 8
+
+
+def ruled_out(before, after):
+    """By line: token id → how often `RELUCTANCE` was taken off its logit."""
+    return [
+        {token: round(change / RELUCTANCE) for token, change in enumerate(line) if change}
+        for line in (before - after).tolist()
+    ]
+
+
+def test_other_tokens_than_those_allowed_are_ruled_out():
+    feature = AllowedTokens(6, VOCAB, CPU)
+    allowed = {3: [0, 29], 0: [*range(11)], 2: None, 5: [7, 7]}
+    for row, ids in allowed.items():
+        feature.add_row(new_row(row, params(allowed_token_ids=ids)))
+    assert not feature.active(Batch([2], [0], CPU))
+    rows = [5, 2, 0, 3]
+    logits = logits_of(4)
+    logits[0, 7] = -torch.inf  # stays what another feature made of it
+    before = logits.clone()
+    feature.apply(logits, Batch(rows, [0] * 4, CPU))
+    for row, line in zip(rows, ruled_out(before.nan_to_num(), logits.nan_to_num()), strict=True):
+        kept = range(VOCAB) if allowed[row] is None else allowed[row]
+        assert line == dict.fromkeys(set(range(VOCAB)) - set(kept), 2)
+    assert logits[3, [0, 29]].tolist() == before[3, [0, 29]].tolist()
+    feature.add_row(new_row(3, params()))
+    assert not feature.active(Batch([3], [0], CPU))
+
+
+def test_only_the_end_of_a_bad_word_is_ruled_out_and_only_there():
+    feature = BadWords(8, VOCAB, CPU)
+    words = [[4], [5, 6, 7], [6, 7], [8, 9], [9, 7]]
+    feature.add_row(new_row(6, params(bad_words_token_ids=words), [1, 5], num_prompt_tokens=2))
+    feature.add_row(new_row(1, params(bad_words_token_ids=[[2, 2]]), [2, 2], num_prompt_tokens=1))
+    feature.add_row(new_row(2, params()))
+    batch = Batch([1, 2, 6], [0] * 3, CPU)
+    expected = [
+        [{2: 1}, {}, {4: 1}],  # what the prompt ends with does not count
+        [{}, {}, {4: 1}],
+        [{2: 1}, {}, {4: 1, 7: 1}],  # two words end with the same token
+        [{2: 1}, {}, {4: 1}],
+    ]
+    for sampled, now in zip(([3, 3, 5], [2, 3, 6], [2, 3, 7], [2, 3, 7]), expected, strict=True):
+        logits = logits_of(3)
+        before = logits.clone()
+        feature.apply(logits, batch)
+        assert ruled_out(before, logits) == now
+        feature.update(torch.tensor(sampled), batch)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16])
+def test_bad_words_of_any_length_in_rows_that_come_and_go(length):
+    """A row is widened by others, resumed in the middle of a word, and then given away."""
+    word = [*range(10, 10 + length)]
+    feature = BadWords(3, VOCAB, CPU)
+    resumed = new_row(0, params(bad_words_token_ids=[word]), [1, *word[:-1]], num_prompt_tokens=1)
+    feature.add_row(resumed)
+    feature.add_row(new_row(2, params(bad_words_token_ids=[[i, 3] for i in range(9)]), [1]))
+    batch = Batch([0], [length], CPU)
+    logits = torch.zeros(1, VOCAB)
+    feature.apply(logits, batch)
+    assert ruled_out(torch.zeros(1, VOCAB), logits) == [{word[-1]: 1}]
+    feature.add_row(new_row(0, params(), [1]))
+    assert not feature.active(batch)
+
+
+def test_what_is_ruled_out_comes_when_nothing_else_can():
+    """Rather a bad word than a token that is not allowed, and rather that than a masked one."""
+    sampler = Sampler(2, 6, CPU)
+    options = {"temperature": 0.0, "allowed_token_ids": [3], "bad_words_token_ids": [[3]]}
+    for row in (0, 1):
+        sampler.add_row(new_row(row, params(**options), [1]))
+    logits = torch.tensor([[9.0, 8.0, 7.0, 1.0, 6.0, 5.0]]).repeat(2, 1)
+    masks = TokenMasks.allocate([1], 6)
+    masks.bits.fill_(0b110100)  # 2, 4 and 5 are left, of which the first is likeliest
+    output = sampler.sample(logits, Batch([0, 1], [1, 1], CPU), masks)
+    assert output.token_ids.tolist() == [3, 2]

@@ -22,6 +22,9 @@ BAD = [
     *[("stop", v) for v in ("", [""], [1], None, b"x", 5, {"x": 1})],
     *[("stop_token_ids", v) for v in ([-1], [1.5], [True], ["2"], None, 7, b"\x01")],
     *[("logit_bias", v) for v in ([1], "x", {"a": 1}, {-1: 1}, {1: "x"}, {True: 1}, {1: True})],
+    *[("allowed_token_ids", v) for v in ([], [-1], [1.5], [True], ["2"], 7, {1: 2})],
+    *[("bad_words", v) for v in ("bad", [""], [1], None, 5, {"x": 1})],
+    *[("bad_words_token_ids", v) for v in ([[-1]], [[1.5]], [1], None, ["ab"])],
     *[("logit_bias", {1: v}) for v in (100.5, -101, math.nan, math.inf)],
     *[(flag, v) for flag in ("ignore_eos", "skip_special_tokens") for v in (1, None, "yes")],
     ("include_stop_str_in_output", 0),
@@ -47,6 +50,20 @@ def test_bad_value_names_its_field(field, value):
 )
 def test_limits_are_allowed(fields):
     SamplingParams(**fields)
+
+
+@pytest.mark.parametrize("ids", [[], [5] * 17])
+def test_bad_words_have_one_to_sixteen_tokens(ids):
+    SamplingParams(bad_words_token_ids=[[5] * 16])
+    with pytest.raises(InvalidRequest, match="1 to 16 tokens") as caught:
+        SamplingParams(bad_words_token_ids=[[1], ids])
+    assert caught.value.param == "bad_words"
+
+
+def test_nothing_is_generated_only_to_score_the_prompt():
+    assert SamplingParams(max_tokens=0, prompt_logprobs=0).max_tokens == 0
+    with pytest.raises(InvalidRequest, match="or 0 with prompt_logprobs"):
+        SamplingParams(max_tokens=0)
 
 
 def test_one_stop_string_becomes_a_tuple():
@@ -80,6 +97,10 @@ def test_greedy(fields, greedy):
         ("stop", ["x" * 1025]),
         ("stop_token_ids", list(range(1025))),
         ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+        ("allowed_token_ids", list(range(1025))),
+        ("bad_words", ["x"] * 257),
+        ("bad_words", ["x" * 1025]),
+        ("bad_words_token_ids", [[1]] * 513),
     ],
 )
 def test_lists_are_bounded(name, value):

@@ -29,6 +29,11 @@ OPTIONS = st.fixed_dictionaries(
         "min_tokens": st.integers(0, 6),
         "stop_token_ids": st.lists(st.integers(0, VOCAB - 1), max_size=3),
         "ignore_eos": st.booleans(),
+        "bad_words_token_ids": st.lists(
+            st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3), max_size=2
+        ),
+        # Enough that end tokens and bad words leave one.
+        "allowed_token_ids": st.lists(st.integers(0, VOCAB - 1), min_size=8, unique=True),
     },
 )
 
@@ -76,6 +81,8 @@ MIXED = {
     "repetition_penalty": 1.2,
     "presence_penalty": 0.5,
     "frequency_penalty": 0.6,
+    "bad_words_token_ids": [[token, token + step] for token in range(60) for step in range(4)],
+    "allowed_token_ids": [*range(60)],
     "min_tokens": 20,
     "seed": 77,
 }
