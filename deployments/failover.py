@@ -108,8 +108,7 @@ class Flight:
         client, request = self._client, self.request
         self._new_tokens, self._speaker = 0, None
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        # Whoever wants log-probabilities of the prompt has all of it computed.
-        hits = self._blocks if request.params.prompt_logprobs is None else ()
+        hits = () if request.computes_whole_prompt else self._blocks
         client.table.expect(self.deployment, self._try_id, num_tokens)
         # Tokens come in this event loop, so none can have come before it is known whose they are.
         booking = Booking(self._try_id, num_tokens, hits, resumed=self._num_tries > 1)

@@ -74,6 +74,7 @@ def merge_delta(into: TokenDelta, newer: TokenDelta) -> None:
     into.error = newer.error or into.error
     into.refused = newer.refused or into.refused
     into.param = newer.param or into.param
+    into.pooled = newer.pooled or into.pooled
 
 
 def _join(first: list[T] | None, second: list[T] | None) -> list[T] | None:

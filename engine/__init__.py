@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from engine.errors import ConfigError, EngineDead, InvalidRequest, StepFailed
     from engine.inference_engine import InferenceEngine
     from engine.llm import LLM
-    from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+    from engine.outputs import (
+        CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        RequestMetrics,
+        RequestOutput,
+    )
     from engine.profile import StepRecord
     from engine.runner.memory_plan import MemoryPlan, plan_memory
     from engine.sampling_params import SamplingParams
@@ -23,6 +29,8 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "EngineDead",
     "InferenceEngine",
@@ -47,6 +55,8 @@ _HOMES = {
     "InvalidRequest": "errors",
     "StepFailed": "errors",
     "CompletionOutput": "outputs",
+    "EmbeddingOutput": "outputs",
+    "EmbeddingRequestOutput": "outputs",
     "RequestMetrics": "outputs",
     "RequestOutput": "outputs",
     "StepRecord": "profile",

@@ -12,6 +12,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, StepFailed
 from engine.failures import Failure, classify, drop_locals
+from engine.inputs import check_length
 from engine.outputs import EngineLoad, TokenDelta, failed, refusal
 from engine.profile import StepRecord, add_device_times
 from engine.request import EngineRequest, Request
@@ -315,15 +316,10 @@ class EngineCore:
         )
 
     def _check(self, wire: EngineRequest) -> None:
-        num_prompt, limit = len(wire.prompt_token_ids), self.info.max_model_len
+        num_prompt = len(wire.prompt_token_ids)
         if num_prompt == 0:
             raise InvalidRequest("the prompt must hold at least one token.", "prompt")
-        if num_prompt >= limit:
-            raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens, but max_model_len is {limit} and at least "
-                "one token must be left to generate; shorten the prompt.",
-                "prompt",
-            )
+        check_length(num_prompt, self.info.max_model_len, wire.pooling is None)
         if wire.params.structured_outputs is not None and not self.info.eos_token_ids:
             raise InvalidRequest(
                 "the model has no end-of-sequence token, which structured outputs need.",

@@ -36,7 +36,11 @@ def prompt_text(prompt: Prompt) -> str | None:
 
 
 def tokenize_prompt(
-    prompt: Prompt, tokenizer: Tokenizer | None, max_model_len: int, vocab_size: int
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    max_model_len: int,
+    vocab_size: int,
+    has_output: bool = True,
 ) -> list[int]:
     """Turn a prompt into token ids and check that the model can take them.
 
@@ -45,6 +49,7 @@ def tokenize_prompt(
         tokenizer: of the model; None when it has none, which leaves token ids only.
         max_model_len: most tokens of prompt and output together.
         vocab_size: of the model.
+        has_output: whether tokens are to be generated.
 
     Raises:
         InvalidRequest: the prompt is empty, malformed, too long, or names an unknown token.
@@ -52,15 +57,26 @@ def tokenize_prompt(
     ids = _token_ids(prompt, tokenizer)
     if not ids:
         raise _invalid("the prompt must hold at least one token.")
-    if len(ids) >= max_model_len:
-        raise _invalid(
-            f"the prompt has {len(ids)} tokens, but max_model_len is {max_model_len}, of which at "
-            f"least 1 is for output; shorten the prompt to {max_model_len - 1} tokens or fewer."
-        )
+    check_length(len(ids), max_model_len, has_output)
     if min(ids) < 0 or max(ids) >= vocab_size:
         bad = next(i for i in ids if not 0 <= i < vocab_size)
         raise _invalid(f"token id {bad} is outside of the vocabulary (0 to {vocab_size - 1}).")
     return ids
+
+
+def check_length(num_tokens: int, max_model_len: int, has_output: bool) -> None:
+    """Check that a prompt leaves room for the output, if there is to be any.
+
+    Raises:
+        InvalidRequest: it does not.
+    """
+    limit = max_model_len - has_output
+    if num_tokens > limit:
+        kept = ", of which at least 1 is for output" if has_output else ""
+        raise _invalid(
+            f"the prompt has {num_tokens} tokens, but max_model_len is {max_model_len}{kept}; "
+            f"shorten the prompt to {limit} tokens or fewer."
+        )
 
 
 def check_token_options(params: SamplingParams, vocab_size: int) -> None:

@@ -9,12 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.config import BUNDLED_MODEL, EngineConfig
+from engine.embedding import (
+    POOLED_PARAMS,
+    Pooling,
+    check_dimensions,
+    check_pooling,
+    to_embedding,
+)
 from engine.errors import ConfigError, EngineDead, InvalidRequest, StepFailed
 from engine.inputs import Prompt
 from engine.job import Job
 from engine.model_source import resolve_model
 from engine.output_processor import TextDelta
-from engine.outputs import RequestOutput
+from engine.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from engine.profile import StepRecord
 from engine.progress import Progress
 from engine.sampling_params import SamplingParams
@@ -87,13 +94,8 @@ class LLM:
                 go on, and so does the engine.
             EngineDead: the engine cannot go on, now or since an earlier call.
         """
-        listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = _one_each(sampling_params or SamplingParams(), len(listed), "sampling_params")
-        ranks = _one_each(0 if priority is None else priority, len(listed), "priority")
-        jobs = [self._job(*each) for each in zip(listed, params, ranks, strict=True)]
-        with Progress(len(jobs), enabled=use_tqdm) as progress:
-            for job, delta in self._run(jobs):
-                progress.update(job, delta)
+        jobs = self._jobs(prompts, sampling_params or SamplingParams(), priority)
+        self._finish(jobs, use_tqdm)
         return [job.output() for job in jobs]
 
     def chat(
@@ -139,6 +141,38 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "last",
+        dimensions: int | None = None,
+        normalize: bool = True,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embed prompts, of up to `max_model_len` tokens.
+
+        Args:
+            prompts: as for `generate`.
+            pooling: which hidden states make up the embedding.
+            dimensions: numbers to keep of an embedding, the first ones; None keeps all.
+            normalize: scale embeddings to the Euclidean length 1.
+            use_tqdm: as for `generate`.
+            priority: as for `generate`.
+
+        Returns:
+            One output a prompt, in the prompts' order.
+
+        Raises:
+            InvalidRequest, StepFailed, EngineDead: as for `generate`.
+        """
+        check_pooling(pooling)
+        check_dimensions(dimensions, self.core.info.hidden_size)
+        jobs = self._jobs(prompts, POOLED_PARAMS, priority, pooling)
+        self._finish(jobs, use_tqdm)
+        return [_embedding_output(job, dimensions, normalize) for job in jobs]
+
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[TextDelta]:
@@ -159,7 +193,21 @@ class LLM:
         """What each step since `start_profile` cost; waits for the device."""
         return self.core.stop_profile()
 
-    def _job(self, prompt: Prompt, params: SamplingParams, priority: int) -> Job:
+    def _jobs(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams],
+        priority: Sequence[int] | None,
+        pooling: Pooling | None = None,
+    ) -> list[Job]:
+        listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = _one_each(sampling_params, len(listed), "sampling_params")
+        ranks = _one_each(0 if priority is None else priority, len(listed), "priority")
+        return [self._job(*each, pooling) for each in zip(listed, params, ranks, strict=True)]
+
+    def _job(
+        self, prompt: Prompt, params: SamplingParams, priority: int, pooling: Pooling | None = None
+    ) -> Job:
         info = self.core.info
         if params.structured_outputs is not None:
             params.structured_outputs.check()
@@ -172,7 +220,14 @@ class LLM:
             info.max_model_len,
             info.vocab_size,
             self._rng,
+            pooling,
         )
+
+    def _finish(self, jobs: Sequence[Job], use_tqdm: bool) -> None:
+        """Run jobs to their end; the results are in the jobs."""
+        with Progress(len(jobs), enabled=use_tqdm) as progress:
+            for job, delta in self._run(jobs):
+                progress.update(job, delta)
 
     def _run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, TextDelta]]:
         """Run jobs to their end; several such iterators may take turns."""
@@ -221,6 +276,18 @@ class LLM:
                 del self._owners[delta.request_id]
                 self.core.abort([delta.request_id])  # a stop string ended it: the engine goes on
             inbox.append((job, text))
+
+
+def _embedding_output(job: Job, dimensions: int | None, normalize: bool) -> EmbeddingRequestOutput:
+    vector = to_embedding(job.pooled or b"", dimensions, normalize)
+    return EmbeddingRequestOutput(
+        request_id=job.request_id,
+        prompt=job.prompt,
+        prompt_token_ids=job.prompt_token_ids,
+        outputs=EmbeddingOutput(vector.tolist()),
+        num_cached_tokens=job.output().num_cached_tokens,
+        metrics=job.metrics,
+    )
 
 
 def _one_each(values: Any, count: int, name: str) -> Sequence[Any]:

@@ -45,6 +45,9 @@ class TokenDelta(msgspec.Struct, array_like=True, omit_defaults=True):
     """The error is the request's own: it can never run on this engine."""
     param: str | None = None
     """The field that is to blame, when `refused`."""
+    pooled: bytes | None = None
+    """What a request that is pooled ends with: float32 [hidden size], little-endian, as the model
+    has it."""
 
 
 def failed(request_id: str, error: str) -> TokenDelta:
@@ -148,3 +151,23 @@ class RequestOutput:
     def finished(self) -> bool:
         """Whether every completion has ended."""
         return all(output.finished for output in self.outputs)
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """The embedding of a prompt."""
+
+    embedding: list[float]
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """A prompt and its embedding."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    finished: bool = True

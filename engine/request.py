@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from engine.embedding import Pooling
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ class EngineRequest(msgspec.Struct, array_like=True, kw_only=False):
     """Requests share cached blocks only under the same salt."""
     output_token_ids: list[int] = msgspec.field(default_factory=list)
     """Tokens that another engine generated before it was lost; this engine goes on after them."""
+    pooling: Pooling | None = None
+    """Asks for the prompt's vector in place of tokens; `params` then are `POOLED_PARAMS`."""
+
+    @property
+    def computes_whole_prompt(self) -> bool:
+        """Whether it must not start from cached blocks, of which no hidden states are left."""
+        return self.params.prompt_logprobs is not None or self.pooling == "mean"
 
 
 class Status(enum.Enum):
@@ -53,6 +61,10 @@ class Request:
     priority: int = 0
     arrival_time: float = 0.0
     cache_salt: str | None = None
+    pooling: Pooling | None = None
+    """How its hidden states become the vector that it ends with, if it is to generate nothing."""
+    computes_whole_prompt: bool = False
+    """Whether it must not start from cached blocks."""
     status: Status = Status.WAITING
     row: int = -1
     """Row in the runner's batch while running."""
@@ -86,7 +98,7 @@ class Request:
     def from_wire(cls, wire: EngineRequest, max_model_len: int) -> Request:
         """Track a request that arrived; `max_model_len` caps its length."""
         num_prompt = len(wire.prompt_token_ids)
-        limit = max_model_len
+        limit = max_model_len + (wire.pooling is not None)  # a vector takes no room
         if wire.params.max_tokens is not None:
             limit = min(limit, num_prompt + wire.params.max_tokens)
         return cls(
@@ -97,6 +109,8 @@ class Request:
             priority=wire.priority,
             arrival_time=wire.arrival_time,
             cache_salt=wire.cache_salt,
+            pooling=wire.pooling,
+            computes_whole_prompt=wire.computes_whole_prompt,
             max_total_tokens=limit,
         )
 

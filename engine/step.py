@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.embedding import Pooling
 from engine.outputs import TokenLogprobs
 from engine.sampling_params import SamplingParams
 
@@ -18,6 +19,8 @@ class NewRow:
     token_ids: list[int]
     """Prompt and output tokens known when the row was taken; not to be changed."""
     num_prompt_tokens: int
+    pooling: Pooling | None = None
+    """Gives a vector where others sample their first token."""
 
 
 @dataclass(slots=True)
@@ -61,3 +64,6 @@ class StepResult:
     """Row → log-probabilities of its sampled token, for rows that asked."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Row → one entry for each position computed whose next token is a prompt token."""
+    pooled: dict[int, bytes] = field(default_factory=dict)
+    """Place among the rows that sample → its vector; see `TokenDelta.pooled`. The token that was
+    sampled there means nothing."""

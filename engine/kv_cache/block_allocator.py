@@ -26,9 +26,10 @@ class BlockAllocator:
     def can_share(self, request: Request) -> bool:
         """Whether the request may start from cached blocks.
 
-        Not one that wants log-probabilities of its prompt: they come only with computing it.
+        Not one that wants log-probabilities of its prompt, or the mean of its hidden states: they
+        come only with computing it.
         """
-        return self.pool.enable_caching and request.params.prompt_logprobs is None
+        return self.pool.enable_caching and not request.computes_whole_prompt
 
     def match_prefix(self, request: Request) -> list[int]:
         """Cached blocks that hold the head of the request's tokens.

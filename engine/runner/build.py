@@ -43,6 +43,7 @@ class EngineInfo:
     device: str
     dtype: str
     vocab_size: int
+    hidden_size: int
     max_model_len: int
     max_num_batched_tokens: int
     block_size: int
@@ -100,6 +101,7 @@ def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunne
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
         max_model_len=max_model_len,
         max_num_batched_tokens=step_tokens,
         block_size=layout.block_size,

@@ -14,6 +14,7 @@ from engine.models.causal_lm import CausalLM
 from engine.outputs import TokenLogprobs
 from engine.runner.cuda_graphs import StepGraphs
 from engine.runner.input_batch import MAX_PADDED_ROWS, InputBatch, StepInputs
+from engine.runner.pooling import PooledRows, Pooler
 from engine.sampling.logprobs import prompt_logprobs, rows_at_a_time
 from engine.sampling.sampler import Sampler, SamplerOutput
 from engine.sampling.token_masks import TokenMasks
@@ -26,6 +27,7 @@ class PendingStep:
 
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     output: SamplerOutput | None = None
+    pooled: PooledRows | None = None
     tokens: torch.Tensor | None = None
     """Sampled tokens on the host, once `done` has happened; int64 [samples]."""
     done: torch.cuda.Event | None = None
@@ -51,7 +53,8 @@ class PendingStep:
         if self.done is not None:
             self.done.synchronize()
         logprobs = self.output.host_logprobs()
-        return StepResult(self.tokens.tolist(), logprobs, self.prompt_logprobs)
+        pooled = {} if self.pooled is None else self.pooled.to_host()
+        return StepResult(self.tokens.tolist(), logprobs, self.prompt_logprobs, pooled)
 
 
 class ModelRunner:
@@ -75,6 +78,7 @@ class ModelRunner:
         self._cuda = batch.device.type == "cuda"
         self._graphs: list[StepGraphs] = []
         self._scored_prompts: dict[int, NewRow] = {}
+        self._pooler = Pooler()
 
     @torch.inference_mode()
     def capture(self, decode_sizes: list[int], padded_sizes: list[int]) -> None:
@@ -105,19 +109,21 @@ class ModelRunner:
         began = time.perf_counter()
         for new_row in plan.new_rows:
             self._admit(new_row)
+        wants_all = self._wants_all(plan)
         graphs, size = (None, 0) if eager else self._graph_for(plan)
         inputs = self.batch.build(plan) if graphs is None else graphs.build(plan, size)
         prepared = time.perf_counter()
         first = self._event(timed=True) if self.profiling and self._cuda else None
         if graphs is not None:
             hidden = graphs.replay(size)
-        elif self._scored_prompts:
+        elif wants_all:
             hidden = self._forward(inputs)
         else:
             hidden = self._forward_samples(inputs)
         scored: dict[int, list[TokenLogprobs]] = {}
-        if self._scored_prompts:
+        if wants_all:
             scored = self._score_prompts(plan, hidden)
+            self._pooler.accumulate(plan, hidden)
             hidden = hidden[inputs.sample_indices]
         pending = PendingStep(scored, prepare_s=prepared - began)
         sample = partial(self._sample, inputs, hidden[: len(inputs.samples.rows)], first)
@@ -135,14 +141,19 @@ class ModelRunner:
                 return graphs, size
         return None, 0
 
+    def _wants_all(self, plan: StepPlan) -> bool:
+        """Whether hidden states are wanted of all tokens, not only of those that samples follow."""
+        return bool(self._scored_prompts) or self._pooler.needs_all(plan)
+
     def _num_padded(self, plan: StepPlan) -> int | None:
         """Tokens of a plan that a padded batch can hold."""
-        if self._scored_prompts or len(plan.rows) > MAX_PADDED_ROWS:
+        if self._wants_all(plan) or len(plan.rows) > MAX_PADDED_ROWS:
             return None
         return plan.total_tokens
 
     def _admit(self, new_row: NewRow) -> None:
         self.sampler.add_row(new_row)
+        self._pooler.add_row(new_row)
         self._scored_prompts.pop(new_row.row, None)
         if new_row.params.prompt_logprobs is not None:
             self._scored_prompts[new_row.row] = new_row
@@ -186,6 +197,7 @@ class ModelRunner:
     ) -> None:
         """Launch the sampling of a step, whose first kernel came after `first`."""
         if inputs.samples.rows:
+            pending.pooled = self._pooler.pool(inputs.samples.rows, hidden)
             logits = self.model.compute_logits(hidden)
             output = pending.output = self.sampler.sample(logits, inputs.samples, masks)
             self.batch.store_sampled(inputs, output.token_ids)
@@ -199,6 +211,8 @@ class ModelRunner:
         """Copy what was sampled to the host: later, it would queue behind the next step."""
         if output.logprobs is not None:
             output.logprobs = output.logprobs.to_pinned()
+        if pending.pooled is not None:
+            pending.pooled = pending.pooled.to_pinned()
         pending.tokens = torch.empty(len(output.token_ids), dtype=torch.int64, pin_memory=True)
         pending.tokens.copy_(output.token_ids, non_blocking=True)
         pending.done = self._event()

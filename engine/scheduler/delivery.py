@@ -24,13 +24,18 @@ class Delivery:
         """
         deltas: list[TokenDelta] = []
         finished: list[Request] = []
-        for request, token in zip(step.sampled, result.token_ids, strict=True):
+        sampled = zip(step.sampled, result.token_ids, strict=True)
+        for place, (request, token) in enumerate(sampled):
             if request.status is Status.FINISHED:
                 continue
             request.num_in_flight -= 1
-            request.token_ids.append(token)
-            reason, stop_reason = check_stop(request, token, self._eos_token_ids)
-            delta = TokenDelta(request.request_id, [token], reason, stop_reason)
+            if request.pooling is None:
+                request.token_ids.append(token)
+                reason, stop_reason = check_stop(request, token, self._eos_token_ids)
+                delta = TokenDelta(request.request_id, [token], reason, stop_reason)
+            else:
+                reason = "stop"
+                delta = TokenDelta(request.request_id, [], reason, pooled=result.pooled[place])
             if request.num_cached_tokens and not request.cached_tokens_told:
                 delta.num_cached_tokens = request.num_cached_tokens
                 request.cached_tokens_told = True

@@ -93,7 +93,8 @@ class Scheduler:
             raise InvalidRequest(
                 f"request id '{request.request_id}' is in use; choose another.", "request_id"
             )
-        limit = request.max_total_tokens = min(request.max_total_tokens, self._max_model_len)
+        most = self._max_model_len + (request.pooling is not None)
+        limit = request.max_total_tokens = min(request.max_total_tokens, most)
         if len(request.token_ids) >= limit:
             raise InvalidRequest(
                 f"the request holds {len(request.token_ids)} tokens and may have {limit} in all, "

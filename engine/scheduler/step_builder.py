@@ -61,6 +61,7 @@ class StepBuilder:
                 request.params,
                 request.token_ids.copy(),
                 request.num_prompt_tokens,
+                request.pooling,
             )
         )
         self.plan.new_blocks[request.row] = (0, request.block_ids.copy())

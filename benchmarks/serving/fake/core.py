@@ -56,6 +56,7 @@ class StartFakeEngine:
             device="cpu",
             dtype="none",
             vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
             max_model_len=config.resolve_max_model_len(shape.max_position_embeddings),
             max_num_batched_tokens=config.max_num_batched_tokens or BATCHED_TOKENS,
             block_size=config.kvcache_block_size or BLOCK_SIZE,
