@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
+from starlette.datastructures import MutableHeaders
 from starlette.types import Receive, Scope, Send
 
 from deployments.ingress.errors import to_api_error
@@ -74,6 +75,9 @@ class EventStream:
         last: the events that come after all pieces.
         failed: the event that tells of an error; by default the error object.
         done: what ends every stream.
+
+    Attributes:
+        headers: of the response.
     """
 
     def __init__(
@@ -91,11 +95,12 @@ class EventStream:
         self._last = last
         self._failed = failed
         self._done = done
+        self.headers = MutableHeaders(raw=list(_HEADERS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send to the end; what has piled up since the last write leaves in one write."""
         async with aclosing(self._batches):
-            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": self.headers.raw})
             try:
                 await self._send_pieces(send)
                 end = self._last()

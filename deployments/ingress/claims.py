@@ -20,6 +20,8 @@ class Claims(ExitStack):
     def __init__(self, key: KeyUse) -> None:
         super().__init__()
         self.key = key
+        self.is_cache_hit: bool | None = None
+        """Whether the answer comes from the response cache; None where that was not asked."""
 
     def __enter__(self) -> Claims:
         """Make these the claims of the current task, which answers nothing else."""

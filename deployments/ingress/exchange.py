@@ -61,9 +61,11 @@ class Endpoint:
 
 async def _answer(handler: Handler, request: Request, body: HeldBody, send: Send) -> None:
     response: Any
-    with Claims(request.scope["key_use"]):
+    with Claims(request.scope["key_use"]) as claims:
         try:
             response = await handler(request, body.data)
+            if claims.is_cache_hit is not None:
+                response.headers["X-Cache"] = "hit" if claims.is_cache_hit else "miss"
         except Exception as error:
             response = to_api_error(error).response()
         finally:

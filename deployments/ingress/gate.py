@@ -43,6 +43,11 @@ class KeyUse:
         self._missing = 0.0
         self._filled_at = -math.inf
 
+    @property
+    def owner(self) -> bytes:
+        """Tells whom what is kept of an answer belongs to: nobody else may learn of it."""
+        return b"" if self.key is None else self.key.digest
+
     def __enter__(self) -> None:
         self.running += 1
 

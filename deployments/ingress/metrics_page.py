@@ -31,6 +31,9 @@ _ENGINE = {
 }
 _INGRESS = {
     "prompt_tokens_total": ("counter", "Prompt tokens of requests that have ended."),
+    "response_cache_queries_total": ("counter", "Prompts looked up in the response cache."),
+    "response_cache_hits_total": ("counter", "Prompts answered from the response cache."),
+    "response_cache_bytes": ("gauge", "Memory that the response cache takes."),
     "generation_tokens_total": ("counter", "Tokens generated for requests that have ended."),
     "request_success_total": ("counter", "Completions that have ended."),
     "time_to_first_token_seconds": ("histogram", "Time to the first token."),
@@ -93,6 +96,9 @@ def _add_counts(page: Page, model: ServedModel) -> None:
     counts = model.counts
     labels = {"model_name": model.name, "ingress": model.client.hub.subscriber_id}
     page.add("prompt_tokens_total", counts.prompt_tokens, labels)
+    page.add("response_cache_queries_total", model.cache.num_queries, labels)
+    page.add("response_cache_hits_total", model.cache.num_hits, labels)
+    page.add("response_cache_bytes", model.cache.num_bytes, labels)
     page.add("generation_tokens_total", counts.generation_tokens, labels)
     for reason in ("stop", "length", "abort", "error"):
         ended = {**labels, "finished_reason": reason}

@@ -18,6 +18,7 @@ from deployments.ingress.errors import model_not_found, overloaded, unavailable
 from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.ingress.message_style import MessageStyle
 from deployments.ingress.request_counts import RequestCounts
+from deployments.ingress.response_cache import ResponseCache
 from deployments.load_table import EngineView
 from deployments.watchdog import LoopLag
 from engine.errors import InvalidRequest
@@ -63,6 +64,7 @@ class ServedModel:
     allow_request_chat_templates: bool = False
     logprobs: LogprobBudget = field(default_factory=LogprobBudget)
     counts: RequestCounts = field(default_factory=RequestCounts)
+    cache: ResponseCache = field(default_factory=ResponseCache)
     created: int = 0
     num_preparing: int = 0
     """Completions admitted and not yet started."""
@@ -162,7 +164,8 @@ class ServedModel:
         return self.tokenizer
 
     async def run(self, jobs: Sequence[Job]) -> AsyncGenerator[list[Piece], None]:
-        """Run jobs and yield what is new of any completion until all have ended.
+        """Run jobs, but those whose answers the response cache has, and yield what is new of any
+        completion until all have ended.
 
         Raises:
             InvalidRequest: an engine refused a request, or it wants too many log-probabilities.
@@ -176,12 +179,15 @@ class ServedModel:
             for index, job in enumerate(jobs)
             for inner, request_id in enumerate(job.requests)
         }
-        requests = [request for job in jobs for request in job.requests.values()]
+        claims = current_claims()
         # An answer is kept until it has been written.
         memory = self.logprobs.hold(jobs, self.max_model_len, self.retry_after_s)
-        current_claims().enter_context(memory)
+        claims.enter_context(memory)
+        recall = self.cache.recall(jobs, claims.key.owner)
+        claims.is_cache_hit = recall.is_hit
+        requests = [request for job in recall.missing for request in job.requests.values()]
         with self.counts.follow(jobs), self.client.start(requests) as generation:
-            async for deltas in generation:
+            async for deltas in recall.around(generation):
                 pieces = []
                 for delta in deltas:
                     choice, job = choices[delta.request_id]
