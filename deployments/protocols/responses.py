@@ -83,7 +83,9 @@ class ResponsesBody(TemplateFields, SamplingFields):
     store: bool | None = None
     """Accepted, and without effect: nothing is kept."""
     tool_choice: str | None = None
+    """Only `none` and `auto`, as there are no tools."""
     parallel_tool_calls: bool | None = None
+    """Comes back with the answer, and has no other effect."""
     safety_identifier: str | None = None
     """Comes back with the answer, and has no other effect."""
     prompt_cache_key: str | None = None

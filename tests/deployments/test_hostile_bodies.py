@@ -131,7 +131,7 @@ def check_answer(response: httpx.Response, sent: str) -> None:
         assert not [word for word in INSIDE.findall(error["message"]) if word not in sent]
         assert len(error["message"]) < 1000
     elif kind == "text/event-stream":
-        *events, last = [line for line in response.text.splitlines() if line[:6] == "data: "]
+        *events, last = [line for line in response.text.split("\n") if line[:6] == "data: "]
         if response.request.url.path == "/v1/responses":
             events.append(last)  # these say by their type which is the last
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+from pathlib import Path
 
 import httpx
 import pytest
@@ -20,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 
 from deployments.ingress.app import ROUTES
 from deployments.ingress.gate import OPEN_PATHS
-from deployments.ingress.openapi import openapi_document
+from deployments.ingress.openapi import FAILURES, openapi_document
 from tests.deployments.test_hostile_bodies import QUIET, Target, check_answer
 
 DOCUMENT = openapi_document(("m",))
@@ -54,6 +56,38 @@ def test_every_route_is_in_the_document(target):
     assert target.request(method="GET", url="/openapi.json").json() == DOCUMENT
     opened = {path for path, item in DOCUMENT["paths"].items() if "security" in item.get("get", {})}
     assert opened == OPEN_PATHS
+
+
+def test_every_field_is_described():
+    bare = [
+        f"{body}.{name}"
+        for body, schema in DOCUMENT["components"]["schemas"].items()
+        for name, field in schema["properties"].items()
+        if body != "Error" and not field.get("description")
+    ]
+    assert bare == []
+
+
+def test_every_failure_of_the_code_is_in_the_document():
+    folder = Path(__file__).parents[2] / "deployments" / "ingress"
+    trees = [ast.parse(file.read_text()) for file in folder.glob("*.py")]
+    calls = [call for tree in trees for call in ast.walk(tree) if is_api_error(call)]
+    made = {(status, kind, code) for status, kind, code in map(told_by, calls) if status}
+    told = {(f.status, f.type, f.code) for f in FAILURES}
+    assert made - told == set()
+    elsewhere = {"engine_lost", "not_found", "method_not_allowed"}
+    assert {code for _, _, code in told - made} == elsewhere
+
+
+def is_api_error(node):
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "ApiError"
+
+
+def told_by(call):
+    """Status, type and code, where they are literals."""
+    found = [getattr(value, "value", None) for value in (call.args[0], call.args[2])]
+    codes = [word.value.value for word in call.keywords if word.arg == "code" and found[0]]
+    return *found, *(codes or [None])
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
