@@ -13,6 +13,7 @@ from deployments.placement import AFFINITY_MARGIN
 from deployments.protocols.reasoning import REASONING_PARSERS
 from deployments.protocols.tool_parsers import TOOL_CALL_PARSERS
 from engine.config import BUNDLED_MODEL, EngineConfig
+from engine.embedding import Pooling
 from engine.errors import ConfigError
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model, weight_files
@@ -104,6 +105,8 @@ class ModelOptions(Options):
     reasoning_parser: str | None = None
     """How the model writes what it thinks: `qwen3` or `deepseek_r1`. It then comes as
     `reasoning_content`. None leaves it in the text."""
+    pooling: Pooling = "last"
+    """How hidden states become an embedding: that of the last token, or the mean of all."""
 
     @field_validator("tool_call_parser", "reasoning_parser")
     @classmethod

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from deployments.cli.client import Answer
 from deployments.cli.errors import CommandError
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
 
 class BadLine(Exception):

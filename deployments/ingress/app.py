@@ -18,6 +18,7 @@ from deployments.ingress.bodies import Bodies
 from deployments.ingress.chat import handle_chat
 from deployments.ingress.completions import handle_completion
 from deployments.ingress.draining import DrainGate, Draining
+from deployments.ingress.embeddings import handle_embeddings
 from deployments.ingress.errors import handle_http_exception
 from deployments.ingress.exchange import Endpoint
 from deployments.ingress.gate import OPEN_PATHS, Gate, KeyLimits, is_loopback
@@ -45,8 +46,10 @@ ROUTES: tuple[tuple[str, str, ModelsHandler], ...] = (
     ("POST", "/v1/completions", handle_completion),
     ("POST", "/v1/chat/completions", handle_chat),
     ("POST", "/v1/responses", handle_responses),
+    ("POST", "/v1/embeddings", handle_embeddings),
     ("POST", "/completions", handle_completion),
     ("POST", "/chat/completions", handle_chat),
+    ("POST", "/embeddings", handle_embeddings),
     ("POST", "/tokenize", handle_tokenize),
     ("POST", "/detokenize", handle_detokenize),
     ("GET", "/v1/models", handle_models),

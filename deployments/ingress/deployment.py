@@ -129,6 +129,8 @@ def load_served_model(
         may_scale_to_zero=scaling is not None and scaling.min_replicas == 0,
         style=MessageStyle.of(tokenizer, options.tool_call_parser, options.reasoning_parser),
         allow_request_chat_templates=ingress.allow_request_chat_templates,
+        hidden_size=shape.hidden_size,
+        pooling=options.pooling,
         logprobs=LogprobBudget(options.deployment.max_logprobs_under_way),
         created=int(time.time()),
     )

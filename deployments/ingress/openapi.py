@@ -22,6 +22,7 @@ from deployments.ingress.errors import json_response
 from deployments.ingress.gate import OPEN_PATHS
 from deployments.ingress.served import ServedModels
 from deployments.protocols.body import Body
+from deployments.protocols.embeddings import EmbeddingsBody
 from deployments.protocols.openai import ChatBody, CompletionBody
 from deployments.protocols.responses import ResponsesBody
 from deployments.protocols.simple import BatchGenerateBody, GenerateBody
@@ -30,6 +31,7 @@ from engine.sampling_params import SamplingParams
 
 _JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
 _ANSWER = ("id", "object", "created", "model", "choices", "usage")
+_EMBEDDINGS = ("id", "object", "created", "model", "data", "usage")
 _RESPONSE = ("id", "object", "created_at", "status", "model", "output", "usage")
 
 
@@ -57,8 +59,10 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("/v1/chat/completions", "Answer a chat.", ChatBody, _ANSWER, _BOTH),
     Operation("/v1/completions", "Go on with a text.", CompletionBody, _ANSWER, _BOTH),
     Operation("/v1/responses", "Answer an input.", ResponsesBody, _RESPONSE, _BOTH),
+    Operation("/v1/embeddings", "Embed texts.", EmbeddingsBody, _EMBEDDINGS),
     Operation("/chat/completions", "Answer a chat.", ChatBody, _ANSWER, _BOTH),
     Operation("/completions", "Go on with a text.", CompletionBody, _ANSWER, _BOTH),
+    Operation("/embeddings", "Embed texts.", EmbeddingsBody, _EMBEDDINGS),
     Operation(
         "/tokenize",
         "Tell the tokens of a prompt or a chat.",

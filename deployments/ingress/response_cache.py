@@ -96,8 +96,9 @@ def answer_key(job: Job, owner: bytes) -> bytes:
     params = job.params
     if params.greedy:  # then there is no noise
         params = msgspec.structs.replace(params, seed=None)
-    salt = next(iter(job.requests.values())).cache_salt
-    return sha256(msgspec.msgpack.encode((owner, salt, job.prompt_token_ids, params))).digest()
+    request = next(iter(job.requests.values()))
+    told = (owner, request.cache_salt, request.pooling, job.prompt_token_ids, params)
+    return sha256(msgspec.msgpack.encode(told)).digest()
 
 
 def entry_bytes(entry: Entry) -> int:

@@ -21,6 +21,7 @@ from deployments.ingress.request_counts import RequestCounts
 from deployments.ingress.response_cache import ResponseCache
 from deployments.load_table import EngineView
 from deployments.watchdog import LoopLag
+from engine.embedding import Pooling
 from engine.errors import InvalidRequest
 from engine.inputs import Prompt
 from engine.job import Job
@@ -62,6 +63,9 @@ class ServedModel:
     may_scale_to_zero: bool = False
     style: MessageStyle = field(default_factory=MessageStyle)
     allow_request_chat_templates: bool = False
+    hidden_size: int = 0
+    """Numbers of an embedding."""
+    pooling: Pooling = "last"
     logprobs: LogprobBudget = field(default_factory=LogprobBudget)
     counts: RequestCounts = field(default_factory=RequestCounts)
     cache: ResponseCache = field(default_factory=ResponseCache)
@@ -251,10 +255,11 @@ async def build_jobs(
     param: str = "prompt",
     add_special_tokens: bool = True,
     keep_last: int | None = None,
+    pooling: Pooling | None = None,
 ) -> list[Job]:
     """Check and tokenize prompts; errors name `param`.
 
-    Of each prompt its last `keep_last` tokens are kept.
+    Of each prompt its last `keep_last` tokens are kept. With `pooling`, see `Job.build`.
 
     Raises:
         InvalidRequest: a prompt or option cannot be served.
@@ -273,6 +278,7 @@ async def build_jobs(
                 model.tokenizer,
                 model.max_model_len,
                 model.vocab_size,
+                pooling=pooling,
             )
             for index, prompt in enumerate(prompts)
         ]

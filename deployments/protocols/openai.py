@@ -95,6 +95,7 @@ class GenerationBody(SamplingFields):
 
 
 PromptField = str | list[str] | list[int] | list[list[int]]
+"""One text, one list of token ids, or a list of either."""
 
 
 def _check_prompt(value: Any) -> PromptField:
@@ -110,6 +111,30 @@ def _check_prompt(value: Any) -> PromptField:
     raise ValueError("must be a text, token ids, a list of texts, or a list of lists of token ids")
 
 
+Prompts = Annotated[PromptField, PlainValidator(_check_prompt, json_schema_input_type=PromptField)]
+"""A field of a body."""
+
+
+def list_prompts(prompts: PromptField, param: str) -> list[str | list[int]]:
+    """The prompts of a field, one or many.
+
+    Args:
+        prompts: value of the field.
+        param: its name.
+
+    Raises:
+        InvalidRequest: there is none.
+    """
+    if not prompts:
+        raise InvalidRequest(f"{param} must not be empty.", param)
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [item for item in prompts if isinstance(item, int)]
+    if ids:
+        return [ids]
+    return [item for item in prompts if not isinstance(item, int)]
+
+
 class CompletionBody(GenerationBody):
     """Body of `/v1/completions`."""
 
@@ -119,9 +144,7 @@ class CompletionBody(GenerationBody):
         "prompt_embeds": _NOTHING,
     }
 
-    prompt: Annotated[
-        PromptField, PlainValidator(_check_prompt, json_schema_input_type=PromptField)
-    ]
+    prompt: Prompts
     """One text, one list of token ids, or a list of either; each is answered `n` times."""
     logprobs: int | None = None
     """Log-probabilities of each token of the output and of this many likeliest ones, 0 to 20."""
@@ -149,14 +172,7 @@ class CompletionBody(GenerationBody):
         Raises:
             InvalidRequest: there is none.
         """
-        if not self.prompt:
-            raise InvalidRequest("prompt must not be empty.", "prompt")
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [item for item in self.prompt if isinstance(item, int)]
-        if ids:
-            return [ids]
-        return [item for item in self.prompt if not isinstance(item, int)]
+        return list_prompts(self.prompt, "prompt")
 
 
 class ChatBody(TemplateFields, GenerationBody):

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.outputs import EngineLoad, TokenDelta
@@ -28,12 +30,19 @@ class FakeInfo:
     block_size: int = BLOCK_SIZE
     num_blocks: int = TOTAL_BLOCKS
     vocab_size: int = 49152
+    hidden_size: int = 8
     startup_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def expected_tokens(prompt: list[int], count: int) -> list[int]:
     """What the fake core generates."""
     return [prompt[i % len(prompt)] for i in range(count)]
+
+
+def expected_states(prompt: list[int], pooling: str) -> np.ndarray:
+    """What the fake core pools."""
+    first = prompt[-1] if pooling == "last" else sum(prompt) / len(prompt)
+    return np.sin(np.arange(1.0, FakeInfo.hidden_size + 1) * (1 + first)).astype(np.float32)
 
 
 class FakeCore:
@@ -113,6 +122,10 @@ class FakeCore:
 
     def _advance(self, request: EngineRequest) -> TokenDelta:
         request_id = request.request_id
+        if request.pooling is not None:
+            del self._requests[request_id]
+            states = expected_states(request.prompt_token_ids, request.pooling)
+            return TokenDelta(request_id, [], "stop", pooled=states.tobytes())
         done = self._done[request_id]
         if done == self._die_at_token:
             raise RuntimeError("told to die")

@@ -25,7 +25,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
-from tests.deployments.fake_core import FakeCore
+from tests.deployments.fake_core import FakeCore, FakeInfo
 
 DEPLOYMENT = "Engine-m"
 MAX_MODEL_LEN = 256
@@ -137,6 +137,7 @@ class Plane:
             tokenizer=tokenizer,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=49152,
+            hidden_size=FakeInfo.hidden_size,
             client=self.client,
             max_concurrent_requests=64,
             retry_after_s=3,

@@ -32,6 +32,7 @@ GOOD: dict[str, Any] = {
     "model": "m",
     "prompt": "one two",
     "prompts": ["one two", "three"],
+    "input": "one two",
     "messages": [{"role": "user", "content": "hi"}],
     "max_tokens": 2,
 }
