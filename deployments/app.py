@@ -18,6 +18,7 @@ from deployments.config import (
 )
 from deployments.engine_actor import StartCore
 from deployments.engine_replica import EngineReplica
+from deployments.ingress.app import check_plugin_paths
 from deployments.ingress.deployment import IngressASGI
 from deployments.names import INGRESS
 from deployments.routing import EngineRouter
@@ -59,9 +60,8 @@ def compose(args: AppArgs, start_core: StartCore) -> serve.Application:
     Raises:
         ConfigError: a model is not there, or an option does not fit it.
     """
-    for options in args.models.values():
-        options.check()
-    args = args.model_copy(update={"ingress": args.ingress.check()})
+    args = args.check()
+    check_plugin_paths(args.plugin_classes().values())
     engines = {
         name: _engine_app(name, options, start_core) for name, options in args.models.items()
     }

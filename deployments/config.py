@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from deployments.api_keys import KEY_VARIABLES, KeySource, keys_in_environment
+from deployments.arguments import into_engine, with_models
 from deployments.placement import AFFINITY_MARGIN
+from deployments.plugins.loading import PluginClass, by_class_name, load_classes
 from deployments.protocols.reasoning import REASONING_PARSERS
 from deployments.protocols.tool_parsers import TOOL_CALL_PARSERS
-from engine.config import BUNDLED_MODEL, EngineConfig
+from engine.chat_template import ChatTemplate
+from engine.config import EngineConfig
 from engine.embedding import Pooling
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InvalidRequest
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model, weight_files
 
@@ -22,15 +25,20 @@ from engine.model_source import resolve_model, weight_files
 class Options(BaseModel):
     """Base of the groups of options: values are checked, unknown names are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class Autoscaling(Options):
     """How many engines a model gets as load comes and goes."""
 
     min_replicas: int = Field(default=1, ge=0)
+    """Fewest engines; with 0 a request may have to wait for the start of the first."""
     max_replicas: int = Field(default=2, ge=1)
+    """Most engines."""
     initial_replicas: int | None = Field(default=None, ge=0)
+    """Engines at the start; None takes `min_replicas`."""
     target_ongoing_requests: float = Field(default=64, gt=0)
     """Requests an engine should have. Serve's default of 2 suits functions that handle one request
     at a time; an engine is efficient from some dozens up."""
@@ -39,7 +47,9 @@ class Autoscaling(Options):
     downscale_delay_s: float = Field(default=300, ge=0)
     """How long less load must last: giving up an engine means loading a model again."""
     look_back_period_s: float = Field(default=10, gt=0)
+    """Over which the load is averaged."""
     metrics_interval_s: float = Field(default=2, gt=0)
+    """How often the load is reported."""
 
 
 class DeploymentOptions(Options):
@@ -48,6 +58,7 @@ class DeploymentOptions(Options):
     num_replicas: int = Field(default=1, ge=1)
     """Engines, when `autoscaling` is not given."""
     autoscaling: Autoscaling | None = None
+    """How the number of engines follows the load; None keeps it at `num_replicas`."""
     num_gpus: float | None = Field(default=None, ge=0)
     """GPUs of an engine; None takes `tensor_parallel_size` when the engine runs on GPUs."""
     num_cpus: float = Field(default=0.5, ge=0)
@@ -94,10 +105,16 @@ class DeploymentOptions(Options):
 
 
 class ModelOptions(Options):
-    """One served model."""
+    """One served model.
+
+    `model_path` and `max_model_len` may stand here too: they are `engine.model` and
+    `engine.max_model_len`.
+    """
 
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig.parse({}))
+    """The engine of each replica."""
     deployment: DeploymentOptions = DeploymentOptions()
+    """How many engines, on what, and what may wait for them."""
     tool_call_parser: str | None = None
     """How the model writes calls of functions: `hermes`, which is Qwen's form too, or
     `llama3_json`. None guesses it from the chat template; where it says nothing, calls stay in
@@ -107,6 +124,19 @@ class ModelOptions(Options):
     `reasoning_content`. None leaves it in the text."""
     pooling: Pooling = "last"
     """How hidden states become an embedding: that of the last token, or the mean of all."""
+    class_name: str | None = None
+    """Class of the protocol plug-in that serves the model beside the paths that every model has; it
+    must be one of `ingress.allowed_classes`."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """Chat template in place of the model's own: Jinja source, or the path of a file of it on each
+    node with an ingress replica."""
+    response_role: str = Field(default="assistant", min_length=1)
+    """`role` of the messages that chats are answered with."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _into_engine(cls, values: Any) -> Any:
+        return into_engine(values) if isinstance(values, dict) else values
 
     @field_validator("tool_call_parser", "reasoning_parser")
     @classmethod
@@ -122,18 +152,44 @@ class ModelOptions(Options):
         Raises:
             ConfigError: the model is not there, or only half, or an option does not fit it.
         """
+        self.own_chat_template()
         source = resolve_model(self.engine.model)
         shape = read_model_config(source)
         self.engine.resolve_max_model_len(shape.max_position_embeddings)
         if source.kind == "directory" and self.engine.load_format != "dummy":
             weight_files(source.path)
 
+    def own_chat_template(self) -> str | None:
+        """The source of `chat_template`, or None where the model's own is to be used.
+
+        Raises:
+            ConfigError: it is neither valid Jinja nor a file of that.
+        """
+        source = self.chat_template
+        if source is None:
+            return None
+        try:
+            if "{{" not in source and "{%" not in source:
+                source = Path(source).expanduser().read_text()
+            ChatTemplate(source)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text"
+            raise ConfigError(
+                f"chat_template '{self.chat_template}' cannot be read ({reason}); give a file, or "
+                "Jinja source."
+            ) from None
+        except InvalidRequest as error:
+            raise ConfigError(error.message) from None
+        return source
+
 
 class IngressOptions(Options):
     """The HTTP side."""
 
     num_replicas: int = Field(default=1, ge=1)
+    """Processes that answer HTTP. One is one core, and enough for an engine or two."""
     num_cpus: float = Field(default=0.1, ge=0)
+    """CPUs that Ray counts as taken by an ingress replica."""
     max_concurrent_requests: int = Field(default=1024, ge=1)
     """Completions under way in one ingress replica; one more gets 429 at once."""
     retry_after_s: int = Field(default=1, ge=1)
@@ -168,6 +224,12 @@ class IngressOptions(Options):
     allow_request_chat_templates: bool = False
     """Whether clients may send a `chat_template`. It is a program that runs in the ingress, for as
     long as it likes: only for clients that are trusted."""
+    response_cache_bytes: int = Field(default=0, ge=0)
+    """Memory for answers to greedy and seeded requests, which whoever sent them gets again: of each
+    model, in one ingress replica. 0 keeps none."""
+    allowed_classes: list[str] = []
+    """Protocol plug-ins that `class_name` of a model may name, as `package.module:Class`. They run
+    in the ingress: nothing that is not listed here is imported."""
     graceful_shutdown_timeout_s: float = Field(default=600, ge=0)
     """Longest stream that an update of the ingress waits for."""
     failover_timeout_s: float = Field(default=120, ge=0)
@@ -198,6 +260,12 @@ class IngressOptions(Options):
                     "port, such as llm.example.com."
                 )
         return hosts
+
+    @field_validator("allowed_classes")
+    @classmethod
+    def _are_classes(cls, paths: list[str]) -> list[str]:
+        by_class_name(paths)
+        return paths
 
     @model_validator(mode="after")
     def _longest_body_fits(self) -> IngressOptions:
@@ -245,47 +313,57 @@ class IngressOptions(Options):
 class AppArgs(Options):
     """Arguments of `deployments.app:build`.
 
-    Either `models`, or the shortcut for a single one: `model` (its name or path), and the fields of
-    `ModelOptions`. On the command line nested options are dotted: `engine.max_num_seqs=8`.
+    Either `models`, or the shortcut for a single one: `model` (its name or path), and what
+    `ModelOptions` takes. On the command line nested options are dotted: `engine.max_num_seqs=8`.
     """
 
     models: dict[str, ModelOptions] = Field(min_length=1)
     """Name that clients use → model."""
     ingress: IngressOptions = IngressOptions()
+    """The HTTP side."""
 
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, values: Any) -> Any:
-        values = _nest(values) if isinstance(values, dict) else values
-        if not isinstance(values, dict) or "models" in values:
+        if not isinstance(values, dict):
             return values
-        single = {key: values.pop(key) for key in ModelOptions.model_fields if key in values}
-        engine = dict(single.get("engine") or {})
-        engine.setdefault("model", values.pop("model", BUNDLED_MODEL))
-        served = os.path.basename(os.path.normpath(str(engine["model"])))
-        return {**values, "models": {served: {**single, "engine": engine}}}
+        return with_models(values, ModelOptions.model_fields)
 
     @model_validator(mode="after")
     def _distinct(self) -> AppArgs:
+        for name in self.models:
+            if not name.strip() or not name.isprintable():
+                raise ValueError(f"{name!r} is no name for a model; take one that can be read.")
         names = [deployment_name(name) for name in self.models]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two served names give the same deployment name '{name}'")
         return self
 
+    def check(self) -> AppArgs:
+        """Find out now what would else fail in every replica.
+
+        Returns:
+            The arguments, see `IngressOptions.check`.
+
+        Raises:
+            ConfigError: an option does not fit, a model is not there, or a plug-in cannot be used.
+        """
+        for options in self.models.values():
+            options.check()
+        self.plugin_classes()
+        return self.model_copy(update={"ingress": self.ingress.check()})
+
+    def plugin_classes(self) -> dict[str, PluginClass]:
+        """Served name → class of the plug-in, of the models that have one.
+
+        Raises:
+            ConfigError: a class is not on the allow-list, or cannot be used.
+        """
+        names = {name: options.class_name for name, options in self.models.items()}
+        return load_classes(names, self.ingress.allowed_classes)
+
 
 def deployment_name(served_name: str) -> str:
     """Name of a model's engine deployment, as the Ray dashboard shows it."""
     return "Engine-" + "".join(c if c.isalnum() or c in "-_." else "-" for c in served_name)
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested dictionaries."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *groups, last = str(key).split(".") if key not in AppArgs.model_fields else [key]
-        place = nested
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = {**place.get(last, {}), **value} if isinstance(value, dict) else value
-    return nested

@@ -24,7 +24,13 @@ from deployments.flags import FAST_PATH, LONG_STREAMS, ONE_MACHINE, SERVE_MIDDLE
 from deployments.haproxy import haproxy_binary, haproxy_settings
 from deployments.leftovers import adopt_orphans, end_descendants
 from deployments.ports import bind, pick_port
-from deployments.serve_config import parse_values, read_values
+from deployments.serve_config import (
+    PORT_VARIABLE,
+    apply_environment,
+    parse_values,
+    read_values,
+    written,
+)
 from engine.errors import ConfigError
 
 SIDE_PORTS = {
@@ -67,8 +73,13 @@ def main() -> int:
     """Run the server that the words of the command line ask for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deployments.launch", description=__doc__)
     parser.add_argument("config", nargs="?", default="serve_config.yaml", type=Path)
+    config = parser.parse_args().config
     try:
-        return launch(parser.parse_args().config)
+        values = read_values(config)
+        if not apply_environment(values, config):
+            return launch(config)
+        with written(values) as path:
+            return launch(path)
     except ConfigError as error:
         print(f"trunkline: {error}", file=sys.stderr)
         return 1
@@ -96,13 +107,11 @@ def read_plan(config: Path) -> Plan:
         ConfigError: it is not there, not valid, or names a model that is not there.
     """
     checked = parse_values(read_values(config), config)
-    args = checked.args
-    for options in args.models.values():
-        options.check()
     _check_keys_arrive()
-    has_keys = args.ingress.check().has_keys
+    args = checked.args.check()
     limit_s = args.ingress.graceful_shutdown_timeout_s
-    return Plan(config, checked.host, checked.port, next(iter(args.models)), has_keys, limit_s)
+    model = next(iter(args.models))
+    return Plan(config, checked.host, checked.port, model, args.ingress.has_keys, limit_s)
 
 
 def _check_keys_arrive() -> None:
@@ -129,8 +138,8 @@ def check_port_free(plan: Plan) -> None:
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {plan.host}:{plan.port} ({error.strerror}). Stop what runs there "
-            f"(`ss -ltnp 'sport = :{plan.port}'` names it), or set another http_options.port in "
-            f"{plan.config}."
+            f"(`ss -ltnp 'sport = :{plan.port}'` names it), or take another port: "
+            f"http_options.port of the configuration, or {PORT_VARIABLE} in the environment."
         ) from None
 
 

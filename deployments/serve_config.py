@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +13,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from deployments.config import AppArgs
+from deployments.arguments import with_models
+from deployments.config import AppArgs, ModelOptions
 from engine.errors import ConfigError
 
 IMPORT_PATH = "deployments.app:build"
 """Tells the application among those of a file."""
+PORT_VARIABLE, NAME_VARIABLE = "SERVICE_PORT", "MODEL_NAME"
+"""Of the environment: the port, and the name of the only model, in place of the file's."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,6 +60,81 @@ def app_entry(values: Any, path: Path) -> dict[str, Any]:
         raise _incomplete(path) from None
 
 
+def apply_environment(
+    values: dict[str, Any], path: Path, environment: Mapping[str, str] = os.environ
+) -> bool:
+    """Put what the environment says in place of what a configuration does.
+
+    Args:
+        values: of the configuration, see `read_values`; they are changed.
+        path: of its file, for errors.
+        environment: its variables; empty ones count as unset.
+
+    Returns:
+        Whether anything was put.
+
+    Raises:
+        ConfigError: a variable is wrong, or does not fit the configuration.
+    """
+    port, name = environment.get(PORT_VARIABLE), environment.get(NAME_VARIABLE)
+    if port:
+        if not isinstance(values.get("http_options"), dict):
+            raise _incomplete(path)
+        values["http_options"]["port"] = checked_port(port, PORT_VARIABLE)
+    if name:
+        rename_model(values, path, name, NAME_VARIABLE)
+    return bool(port or name)
+
+
+def rename_model(values: dict[str, Any], path: Path, name: str, asked_by: str) -> None:
+    """Serve the only model of a configuration under another name.
+
+    Args:
+        values: of the configuration, see `read_values`; they are changed.
+        path: of its file, for errors.
+        name: of the model.
+        asked_by: who wants that, for errors.
+
+    Raises:
+        ConfigError: there are several models.
+    """
+    entry = app_entry(values, path)
+    arguments = entry.get("args") or {}
+    if not isinstance(arguments, dict):
+        raise _incomplete(path)
+    try:
+        arguments = with_models(arguments, ModelOptions.model_fields)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    models = arguments["models"]
+    if not isinstance(models, dict) or len(models) != 1:
+        raise ConfigError(
+            f"{asked_by} is the name of an only model, which {path} does not have; name them there."
+        )
+    (model,) = models.values()
+    entry["args"] = {**arguments, "models": {name: model}}
+
+
+def checked_port(port: object, source: str) -> int:
+    """A port, as a number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(port, (int, str)) and str(port).isdecimal() and 0 < int(port) < 2**16:
+        return int(port)
+    raise ConfigError(f"{source} must be a port, from 1 to 65535, and not {port!r}.")
+
+
+@contextmanager
+def written(values: dict[str, Any]) -> Iterator[Path]:
+    """A file of these values, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="trunkline-") as folder:
+        path = Path(folder) / "serve_config.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        yield path
+
+
 def parse_values(values: dict[str, Any], path: Path) -> ServeConfig:
     """Check the values of a configuration.
 
@@ -65,10 +147,11 @@ def parse_values(values: dict[str, Any], path: Path) -> ServeConfig:
     """
     try:
         host = str(values["http_options"]["host"])
-        port = int(values["http_options"].get("port", 8000))
+        port = values["http_options"].get("port", 8000)
         arguments = dict(app_entry(values, path).get("args") or {})
     except (AttributeError, KeyError, TypeError, ValueError):
         raise _incomplete(path) from None
+    port = checked_port(port, f"{path}: http_options.port")
     return ServeConfig(host, port, parse_args(arguments, str(path)))
 
 

@@ -9,6 +9,7 @@ from deployments.app import REPLICA_CPUS, engine_resources, has_gpus
 from deployments.cli.fit import Item, Resources, free_resources, place
 from deployments.cli.settings import read_settings
 from deployments.config import AppArgs, DeploymentOptions, ModelOptions, deployment_name
+from deployments.ingress.app import check_plugin_paths
 from deployments.names import INGRESS
 from deployments.serve_config import parse_values
 
@@ -24,9 +25,8 @@ def run(options: argparse.Namespace) -> int:
     """
     path, values, _ = read_settings(options)
     checked = parse_values(values, path)
-    args = checked.args.model_copy(update={"ingress": checked.args.ingress.check()})
-    for model in args.models.values():
-        model.check()
+    args = checked.args.check()
+    check_plugin_paths(args.plugin_classes().values())
     gpu_bytes = None if options.gpu_memory is None else int(options.gpu_memory * GIB)
     knows_gpu = gpu_bytes is not None or has_gpus()  # asks this machine, and later the cluster
     nodes = None if options.address is None else free_resources(options.address)

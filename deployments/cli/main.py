@@ -27,6 +27,7 @@ def main(words: list[str] | None = None) -> int:
         words: of the command line, without the program; None takes those of this process.
     """
     options = _parser().parse_args(words)
+    sys.path.append(os.getcwd())  # where the server's processes find plug-ins too
     try:
         command = importlib.import_module(f"deployments.cli.{options.command}")
         status = int(command.run(options))
@@ -82,7 +83,9 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     _add_config(serve)
     serve.add_argument("--host", help="address to listen on")
-    serve.add_argument("--port", type=int, help="port to listen on")
+    serve.add_argument(
+        "--port", type=int, help="to listen on; default: $SERVICE_PORT, then as configured"
+    )
 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -111,6 +114,23 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model", help="serve this model alone: a directory, a .gguf file, or the bundled one"
+    )
+    parser.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="that clients give the only model; default: $MODEL_NAME, then as configured",
+    )
+    parser.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="most tokens of prompt and output together; default: the model's own, at most 4096",
+    )
+    parser.add_argument(
+        "--limit-concurrency",
+        type=int,
+        metavar="N",
+        help="completions under way in an ingress replica; one more gets 429; default: 1024",
     )
     _add_settings(parser, "such as engine.max_num_seqs=8 or ingress.num_replicas=2")
 

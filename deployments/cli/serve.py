@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
-
-import yaml
 
 from deployments.cli.settings import read_settings
 from deployments.launch import launch
+from deployments.serve_config import written
 
 
 def run(options: argparse.Namespace) -> int:
@@ -21,7 +18,5 @@ def run(options: argparse.Namespace) -> int:
     path, values, changed = read_settings(options)
     if not changed:
         return launch(path)
-    with tempfile.TemporaryDirectory(prefix="trunkline-") as folder:
-        written = Path(folder) / "serve_config.yaml"
-        written.write_text(yaml.safe_dump(values, sort_keys=False))
-        return launch(written)
+    with written(values) as changed_path:
+        return launch(changed_path)

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deployments.arguments import ENGINE_OPTIONS, into_engine
 from deployments.config import ModelOptions
-from deployments.serve_config import app_entry, parse_args, read_values
+from deployments.serve_config import (
+    NAME_VARIABLE,
+    app_entry,
+    apply_environment,
+    parse_args,
+    read_values,
+    rename_model,
+)
 from engine.config import BUNDLED_MODEL
 from engine.errors import ConfigError
 
 DEFAULT_FILE = Path("serve_config.yaml")
+FLAGS = {
+    "host": "http_options.host",
+    "port": "http_options.port",
+    "limit_concurrency": "ingress.max_concurrent_requests",
+    "max_model_len": "engine.max_model_len",
+}
+"""Options of the command line that are settings."""
 
 
 def read_settings(options: argparse.Namespace) -> tuple[Path, dict[str, Any], bool]:
     """The configuration that the options of `serve` or `check` ask for.
+
+    They go before the environment, and that before the file.
 
     Returns:
         The file that it comes from, its values, and whether they differ from the file's.
@@ -29,19 +47,34 @@ def read_settings(options: argparse.Namespace) -> tuple[Path, dict[str, Any], bo
     path = options.config or DEFAULT_FILE
     is_default = options.config is None and not path.exists()
     values = _default_values() if is_default else read_values(path)
-    changed = is_default
-    for name in ("host", "port"):
-        if (given := getattr(options, name, None)) is not None:
-            _group(values, "http_options")[name] = given
-            changed = True
     if options.model is not None:
         entry = app_entry(values, path)
         kept = {k: v for k, v in _group(entry, "args").items() if k.startswith("ingress")}
         entry["args"] = {"model": _absolute(options.model), **kept}
-        changed = True
-    if options.settings:
-        apply_settings(values, app_entry(values, path), options.settings)
-    return path, values, changed or bool(options.settings)
+    name, environment = options.served_model_name, dict(os.environ)
+    if name is not None:
+        environment.pop(NAME_VARIABLE, None)
+        rename_model(values, path, name, "--served-model-name")
+    from_environment = apply_environment(values, path, environment)
+    settings = _all_settings(options)
+    apply_settings(values, app_entry(values, path), settings)
+    given = options.model is not None or name is not None or bool(settings)
+    return path, values, is_default or from_environment or given
+
+
+def _all_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Dotted keys and their values, of all the words that give one.
+
+    Raises:
+        ConfigError: two give the same.
+    """
+    settings = parse_settings(options.settings)
+    for flag, key in FLAGS.items():
+        if (given := getattr(options, flag, None)) is not None:
+            if key in settings:
+                raise ConfigError(f"--{flag.replace('_', '-')} is --set {key}; give one of them.")
+            settings[key] = given
+    return settings
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
@@ -62,21 +95,23 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def apply_settings(values: dict[str, Any], entry: dict[str, Any], settings: Iterable[str]) -> None:
+def apply_settings(
+    values: dict[str, Any], entry: dict[str, Any], settings: Mapping[str, Any]
+) -> None:
     """Put settings where they belong in a configuration.
 
     Args:
         values: of the whole file.
         entry: the application's part of it.
         settings: `http_options.…`, `ingress.…`, `models.NAME.…`, and for the only model also
-            without the first two: `engine.…`, `deployment.…`.
+            without the first two: `engine.…`, `deployment.…`; with their values.
 
     Raises:
         ConfigError: a setting begins with none of these.
     """
     arguments = _group(entry, "args")
     models = arguments.get("models") or {}
-    for key, value in parse_settings(settings).items():
+    for key, value in settings.items():
         first, _, rest = key.partition(".")
         if first == "http_options" and rest:
             _put(values, key, value)
@@ -84,9 +119,9 @@ def apply_settings(values: dict[str, Any], entry: dict[str, Any], settings: Iter
             _put(arguments, key, value)
         elif first == "models":
             name = _served_name(rest, models)
-            _put(_group(models, name), rest.removeprefix(f"{name}."), value)
-        elif first in ModelOptions.model_fields:
-            _put(_only_model(models, arguments, key), key, value)
+            _put_in_model(_group(models, name), rest.removeprefix(f"{name}."), value)
+        elif first in ModelOptions.model_fields or key in ENGINE_OPTIONS:
+            _put_in_model(_only_model(models, arguments, key), key, value)
         else:
             raise ConfigError(
                 f"--set {key}: begin with engine, deployment, ingress, http_options or models.NAME."
@@ -108,6 +143,17 @@ def _served_name(rest: str, models: dict[str, Any]) -> str:
     if not names:
         raise ConfigError(f"--set models.{rest}: models are {', '.join(models) or 'not named'}.")
     return max(names, key=len)
+
+
+def _put_in_model(model: dict[str, Any], key: str, value: Any) -> None:
+    """Put an option where it belongs, in place of what may stand for it elsewhere."""
+    try:
+        given = into_engine(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    model.clear()
+    model.update(given)
+    _put(model, f"engine.{ENGINE_OPTIONS[key]}" if key in ENGINE_OPTIONS else key, value)
 
 
 def _put(place: dict[str, Any], key: str, value: Any) -> None:

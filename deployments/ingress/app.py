@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.routing import Route
+from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp
 
 from deployments.config import IngressOptions
@@ -31,6 +32,7 @@ from deployments.ingress.info import (
 )
 from deployments.ingress.metrics_page import handle_metrics
 from deployments.ingress.openapi import handle_openapi
+from deployments.ingress.plugged import PluggedProtocol
 from deployments.ingress.responses import handle_responses
 from deployments.ingress.served import ServedModels
 from deployments.ingress.simple import (
@@ -39,6 +41,9 @@ from deployments.ingress.simple import (
     handle_generate_stream,
 )
 from deployments.ingress.tokens import handle_detokenize, handle_tokenize
+from deployments.plugins.loading import PluginClass
+from deployments.plugins.serving_engine import ServingEngine
+from engine.errors import ConfigError
 
 ModelsHandler = Callable[[ServedModels, Request, bytes], Awaitable[ASGIApp]]
 
@@ -72,6 +77,7 @@ def build_asgi_app(
     options: IngressOptions,
     draining: Draining | None = None,
     host: str | None = None,
+    plugins: Mapping[str, ServingEngine[Any]] | None = None,
 ) -> Starlette:
     """Make the application that serves these models.
 
@@ -80,6 +86,7 @@ def build_asgi_app(
         options: of the ingress.
         draining: counts the requests, and can have them refused.
         host: that the server listens on, if it is known.
+        plugins: served name → plug-in, of the models that have one.
 
     Raises:
         ConfigError: there is something wrong with the API keys.
@@ -91,6 +98,8 @@ def build_asgi_app(
         reads_body = method == "POST" and path not in OPEN_PATHS
         endpoint = Endpoint(partial(handler, models), bodies, reads_body)
         routes.append(Route(path, endpoint, methods=[method]))
+    for path, protocol in _plugged(models, plugins or {}).items():
+        routes.append(Route(path, Endpoint(protocol, bodies), methods=["POST"]))
     app = Starlette(
         routes=routes,
         middleware=_middleware(options, draining or Draining(), host),
@@ -98,6 +107,36 @@ def build_asgi_app(
     )
     app.router.redirect_slashes = False  # or hosts that clients name would come back to them
     return app
+
+
+def check_plugin_paths(classes: Iterable[PluginClass]) -> None:
+    """Make sure that plug-ins answer for nobody else: some paths are open without a key.
+
+    Raises:
+        ConfigError: the path of one is taken, or could be read as one that is.
+    """
+    taken = {path: "the server" for _, path, _ in ROUTES}
+    for plugin in dict.fromkeys(classes):
+        try:
+            pattern, _, _ = compile_path(plugin.path)
+        except (AssertionError, ValueError) as error:
+            raise ConfigError(f"the path of {plugin.__name__} is wrong: {error}.") from None
+        for path, owner in taken.items():
+            if pattern.fullmatch(path):
+                raise ConfigError(
+                    f"{plugin.__name__} wants the path {plugin.path}, but {path} is that of "
+                    f"{owner}; set another."
+                )
+        taken[plugin.path] = plugin.__name__
+
+
+def _plugged(
+    models: ServedModels, plugins: Mapping[str, ServingEngine[Any]]
+) -> dict[str, PluggedProtocol]:
+    by_path: dict[str, dict[str, ServingEngine[Any]]] = {}
+    for name, plugin in plugins.items():
+        by_path.setdefault(plugin.path, {})[name] = plugin
+    return {path: PluggedProtocol(models, those) for path, those in by_path.items()}
 
 
 def _middleware(options: IngressOptions, draining: Draining, host: str | None) -> list[Middleware]:
@@ -117,7 +156,7 @@ def _middleware(options: IngressOptions, draining: Draining, host: str | None) -
         allow_origins=options.cors_allow_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=["Retry-After"],
+        expose_headers=["Retry-After", "X-Cache"],
     )
     # A browser's question whether it may ask carries no key, and it shows pages no answer without
     # these headers, refusals included.

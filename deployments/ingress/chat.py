@@ -127,10 +127,11 @@ async def _whole(
 def _choice(
     model: ServedModel, body: ChatBody, output: CompletionOutput, form: MessageForm | None
 ) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": output.text}
+    message: dict[str, Any] = {"role": model.style.role, "content": output.text}
     reason: str | None = output.finish_reason
     if form is not None:
-        message, reason = whole_message(form, output)
+        told, reason = whole_message(form, output)
+        message |= told
     choice = {
         "index": output.index,
         "message": message,

@@ -46,7 +46,7 @@ class ChatWriter:
     def _role(self, index: int) -> bytes:
         """The chunk that a choice begins with."""
         self._begun.add(index)
-        return self._chunk(index, {"role": "assistant", "content": ""})
+        return self._chunk(index, {"role": self._model.style.role, "content": ""})
 
     def _chunk(
         self,

@@ -21,6 +21,7 @@ from deployments.ingress.app import build_asgi_app
 from deployments.ingress.draining import Draining
 from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.ingress.message_style import MessageStyle
+from deployments.ingress.response_cache import ResponseCache
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import load_table
 from deployments.metrics import lag_gauge
@@ -65,6 +66,8 @@ class Ingress:
             self._models.by_name[name] = await asyncio.to_thread(
                 load_served_model, name, options, args.ingress, client
             )
+        classes = await asyncio.to_thread(args.plugin_classes)  # imports them
+        self._plugins = {name: plugin(name) for name, plugin in classes.items()}
         self._host = await asyncio.to_thread(_http_host)
         await _await_trunks(self._models)
         if missing := missing_flags():
@@ -76,7 +79,9 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve in the replica, after the constructor."""
-        return build_asgi_app(self._models, self._options, self._draining, self._host)
+        return build_asgi_app(
+            self._models, self._options, self._draining, self._host, self._plugins
+        )
 
     async def drain(self) -> int:
         """Refuse requests from now on; returns how many are under way."""
@@ -115,6 +120,8 @@ def load_served_model(
     shape = read_model_config(source)
     scaling = options.deployment.autoscaling
     tokenizer = Tokenizer.load(source) if has_tokenizer(source) else None
+    if tokenizer is not None and (template := options.own_chat_template()) is not None:
+        tokenizer.chat_template = template
     return ServedModel(
         name=name,
         tokenizer=tokenizer,
@@ -127,11 +134,14 @@ def load_served_model(
             options.deployment.max_queued_tokens, options.deployment.max_estimated_wait_s
         ),
         may_scale_to_zero=scaling is not None and scaling.min_replicas == 0,
-        style=MessageStyle.of(tokenizer, options.tool_call_parser, options.reasoning_parser),
+        style=MessageStyle.of(
+            tokenizer, options.tool_call_parser, options.reasoning_parser, options.response_role
+        ),
         allow_request_chat_templates=ingress.allow_request_chat_templates,
         hidden_size=shape.hidden_size,
         pooling=options.pooling,
         logprobs=LogprobBudget(options.deployment.max_logprobs_under_way),
+        cache=ResponseCache(ingress.response_cache_bytes),
         created=int(time.time()),
     )
 

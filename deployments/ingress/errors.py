@@ -59,12 +59,12 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> Response:
-        """The HTTP answer."""
+    def response(self, body: Any = None) -> Response:
+        """The HTTP answer, with OpenAI's error object unless another body is given."""
         headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         if self.retry_after_s:
             headers["Retry-After"] = str(self.retry_after_s)
-        return json_response(self.body(), self.status, headers)
+        return json_response(self.body() if body is None else body, self.status, headers)
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -109,6 +109,11 @@ def overloaded(retry_after_s: int) -> ApiError:
     )
 
 
+def server_error() -> ApiError:
+    """The answer when the program is at fault."""
+    return ApiError(500, "The server failed to handle the request.", "server_error")
+
+
 def to_api_error(error: BaseException, retry_after_s: int = 1) -> ApiError:
     """The answer to an exception; unexpected ones are logged and say nothing of the inside."""
     match error:
@@ -127,7 +132,7 @@ def to_api_error(error: BaseException, retry_after_s: int = 1) -> ApiError:
             answer = _from_http(error)
         case _:
             logger.error("unexpected error while handling a request", exc_info=error)
-            answer = ApiError(500, "The server failed to handle the request.", "server_error")
+            answer = server_error()
     return answer
 
 

@@ -31,6 +31,8 @@ class MessageStyle:
     reasoning: type[ReasoningParser] | None = None
     special_texts: frozenset[str] = frozenset()
     """Texts of the special tokens, which answers normally leave out."""
+    role: str = "assistant"
+    """Of the messages that it writes."""
 
     @classmethod
     def of(
@@ -38,15 +40,17 @@ class MessageStyle:
         tokenizer: Tokenizer | None,
         tool_call_parser: str | None = None,
         reasoning_parser: str | None = None,
+        role: str = "assistant",
     ) -> MessageStyle:
         """By the names of parsers; without one for calls, it is guessed from the chat template."""
         if tokenizer is None:
-            return cls()
+            return cls(role=role)
         calls = tool_call_parser or guess_parser(tokenizer.chat_template)
         return cls(
             TOOL_CALL_PARSERS[calls] if calls else None,
             REASONING_PARSERS[reasoning_parser] if reasoning_parser else None,
             frozenset(map(tokenizer.token_text, tokenizer.special_ids)),
+            role,
         )
 
     def form(

@@ -18,7 +18,7 @@ from engine.outputs import CompletionOutput, FinishReason
 
 
 def whole_message(form: MessageForm, output: CompletionOutput) -> tuple[dict[str, Any], str | None]:
-    """The message of a completion that has ended, and OpenAI's `finish_reason`."""
+    """The message of a completion that has ended, but its role, and OpenAI's `finish_reason`."""
     content, thought = [], []
     calls: list[dict[str, Any]] = []
     for event in form.parser().push(output.text, True):
@@ -37,7 +37,7 @@ def whole_message(form: MessageForm, output: CompletionOutput) -> tuple[dict[str
     if not form.parallel:
         del calls[1:]
     text = "".join(content)
-    message: dict[str, Any] = {"role": "assistant", "content": text or None}
+    message: dict[str, Any] = {"content": text or None}
     if thought and form.tells_reasoning:
         message |= _reasoning("".join(thought))
     if calls:

@@ -75,6 +75,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "Go on with a text, or answer the end of a chat.",
         GenerateBody,
         ("prompt", "text", "finish_reason", "usage"),
+        _BOTH,
     ),
     Operation("/generate_stream", "The same, as a stream.", GenerateBody, kinds=(_EVENTS,)),
     Operation(

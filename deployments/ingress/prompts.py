@@ -8,6 +8,7 @@ from typing import Any
 from deployments.ingress.served import ServedModel, aside
 from deployments.protocols.template import TemplateFields
 from deployments.protocols.tool_calls import ToolUse, template_messages
+from engine.errors import InvalidRequest
 
 
 async def render_chat(
@@ -46,6 +47,22 @@ async def render_chat(
     text = await aside(body_length, render)
     model.check_length(text, "messages")  # a template may write more than it was given
     return text
+
+
+async def chat_tokens(
+    model: ServedModel, messages: Sequence[dict[str, Any]], param: str
+) -> list[int]:
+    """Token ids of a chat that `param` led to, as the model's own template writes it.
+
+    Raises:
+        InvalidRequest: see `render_chat`; names `param`.
+    """
+    length = sum(len(str(message.get("content"))) for message in messages)
+    try:
+        text = await render_chat(model, TemplateFields(), messages, None, length)
+        return await tokenize(model, text, param)
+    except InvalidRequest as error:  # the request has no field `messages`
+        raise InvalidRequest(error.message, param) from None
 
 
 async def tokenize(

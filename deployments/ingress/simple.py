@@ -10,19 +10,21 @@ from starlette.responses import Response
 
 from deployments.ingress.answers import EventStream, event, new_id, open_stream, usage
 from deployments.ingress.errors import json_response
-from deployments.ingress.prompts import render_chat, tokenize
+from deployments.ingress.prompts import chat_tokens
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
 from deployments.protocols.body import read_body
 from deployments.protocols.simple import BatchGenerateBody, GenerateBody, SimpleFields
-from deployments.protocols.template import TemplateFields
-from engine.errors import InvalidRequest
 from engine.job import Job
 
 
-async def handle_generate(models: ServedModels, request: Request, data: bytes) -> Response:
-    """Answer with the text of one prompt."""
+async def handle_generate(
+    models: ServedModels, request: Request, data: bytes
+) -> Response | EventStream:
+    """Answer with the text of one prompt, whole unless the request says `stream`."""
     body = await read_body(GenerateBody, data)
     model, jobs = await _jobs(models, body, [body.prompt], "prompt", body.messages())
+    if body.stream:
+        return await _stream(model, jobs)
     await model.finish(jobs)
     return json_response({**_result(jobs[0]), "prompt": body.prompt})
 
@@ -32,12 +34,7 @@ async def handle_generate_stream(
 ) -> EventStream:
     """Stream the text of one prompt as events `{"text": …, "index": …, "finish_reason": …}`."""
     body = await read_body(GenerateBody, data)
-    model, jobs = await _jobs(models, body, [body.prompt], "prompt", body.messages())
-
-    def last() -> bytes:
-        return event({"text": "", "finished": True, "usage": usage(jobs)})
-
-    return await open_stream(model, jobs, _write, last)
+    return await _stream(*await _jobs(models, body, [body.prompt], "prompt", body.messages()))
 
 
 async def handle_batch_generate(models: ServedModels, request: Request, data: bytes) -> Response:
@@ -48,6 +45,13 @@ async def handle_batch_generate(models: ServedModels, request: Request, data: by
     results = [_result(job) for job in jobs]
     texts = [result["text"] for result in results]
     return json_response({"texts": texts, "results": results, "usage": usage(jobs)})
+
+
+async def _stream(model: ServedModel, jobs: Sequence[Job]) -> EventStream:
+    def last() -> bytes:
+        return event({"text": "", "finished": True, "usage": usage(jobs)})
+
+    return await open_stream(model, jobs, _write, last)
 
 
 async def _jobs(
@@ -62,20 +66,11 @@ async def _jobs(
     params = body.to_params()
     with model.admission(len(prompts), params, param):
         if messages is not None:
-            prompts = [await _chat_tokens(model, messages)]
+            prompts = [await chat_tokens(model, messages, param)]
         jobs = await build_jobs(
             model, new_id("gen"), prompts, params, priority=body.priority, param=param
         )
     return model, jobs
-
-
-async def _chat_tokens(model: ServedModel, messages: Sequence[dict[str, Any]]) -> list[int]:
-    length = sum(len(message["content"]) for message in messages)
-    try:
-        text = await render_chat(model, TemplateFields(), messages, None, length)
-        return await tokenize(model, text, "prompt")
-    except InvalidRequest as error:  # the request has no field `messages`
-        raise InvalidRequest(error.message, "prompt") from None
 
 
 def _result(job: Job) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class GenerateBody(SimpleFields):
 
     prompt: str
     """What to go on with, or with the next three fields, what the user says last."""
+    stream: bool | None = None
+    """Whether `/generate` streams, as `/generate_stream` always does."""
     system_info: str | None = None
     """What the model is told before the chat."""
     history_input: Annotated[list[str] | None, FailFast()] = None
@@ -71,6 +73,11 @@ class GenerateBody(SimpleFields):
 
 class BatchGenerateBody(SimpleFields):
     """Body of `/batch_generate`."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **SimpleFields.unsupported,
+        "stream": (False,),
+    }
 
     prompts: Annotated[list[str], FailFast()]
     """Each is answered on its own."""

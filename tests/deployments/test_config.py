@@ -13,18 +13,25 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from deployments import launch
 from deployments.app import build
 from deployments.config import (
     AppArgs,
     Autoscaling,
     DeploymentOptions,
     IngressOptions,
+    ModelOptions,
     deployment_name,
 )
 from deployments.flags import FAST_PATH, missing_flags
 from deployments.haproxy import haproxy_settings
+from deployments.ingress.deployment import load_served_model
+from deployments.ingress.prompts import render_chat
 from deployments.launch import Plan, check_port_free, read_plan
-from engine.config import EngineConfig
+from deployments.protocols.template import TemplateFields
+from deployments.protocols.tool_parsers import TOOL_CALL_PARSERS
+from deployments.serve_config import apply_environment, checked_port, read_values
+from engine.config import BUNDLED_MODEL, EngineConfig
 from engine.errors import ConfigError
 from tests.engine.conftest import TINY_LLAMA
 from tests.integration.server import ROOT
@@ -66,6 +73,18 @@ def test_path_is_served_under_its_last_part():
         ({"deployment.num_replicas": 0}, ["deployment.num_replicas"]),
         ({"models": {}}, ["models"]),
         ({"models": {"a/b": {}, "a-b": {}}}, ["Engine-a-b"]),
+        ({"models": {"": {}}}, ["no name for a model"]),
+        ({"models": {"a\n": {}}}, ["no name for a model"]),
+        ({"models": {"a": {"max_model_len": 0}}}, ["models.a.engine.max_model_len", "greater"]),
+        ({"models": {"a": {"model_path": 5}}}, ["models.a.engine.model", "string"]),
+        ({"models": {"a": {"model_path": "x", "engine": {"model": "x"}}}}, ["mean the same"]),
+        ({"models": {"a": {"max_model_len": 9, "engine": {"max_model_len": 8}}}}, ["same"]),
+        ({"model": "x", "model_path": "y"}, ["mean the same"]),
+        ({"model": "x", "engine.model": "y"}, ["mean the same"]),
+        ({"models": {"a": {"engine": 5, "model_path": "x"}}}, ["models.a.engine"]),
+        ({"engine": 5}, ["engine"]),
+        ({"models": {"a": {"response_role": ""}}}, ["response_role"]),
+        ({"models": {"a": {"chat_template": ""}}}, ["chat_template"]),
     ],
 )
 def test_bad_options_are_named(values, words):
@@ -73,6 +92,41 @@ def test_bad_options_are_named(values, words):
         AppArgs(**values)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_table_of_models_under_the_names_of_older_systems():
+    table = {"model_path": "/m/x", "max_model_len": 99, "engine": {"seed": 3}}
+    model = AppArgs(models={"a": {**table, "response_role": "bot"}}).models["a"]
+    assert (model.engine.model, model.engine.max_model_len, model.engine.seed) == ("/m/x", 99, 3)
+    assert model.response_role == "bot"
+    shortcut = AppArgs(**{"model_path": "/m/x", "max_model_len": "99", "engine.seed": "3"})
+    assert shortcut.models["x"].engine == model.engine
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages", "not valid Jinja"),
+        ("{% if %}", "not valid Jinja"),
+        ("/nowhere/chat.jinja", "/nowhere/chat.jinja.*No such file"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used_fail_at_build(template, words):
+    with pytest.raises(ConfigError, match=words):
+        build(AppArgs(chat_template=template))
+
+
+async def test_chat_template_and_role_of_a_model(tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text("<tool_call>{{ messages[-1].content }}")
+    for template in (str(path), path.read_text()):
+        options = AppArgs(chat_template=template, response_role="bot").models[BUNDLED_MODEL]
+        options.check()
+        model = load_served_model("m", options, IngressOptions(), client=Any)
+        messages = [{"role": "user", "content": "hi"}]
+        assert await render_chat(model, TemplateFields(), messages, None, 1) == "<tool_call>hi"
+        assert model.style.role == "bot"
+        assert model.style.calls is TOOL_CALL_PARSERS["hermes"]  # guessed from this template
 
 
 def test_model_that_is_not_there_fails_at_build():
@@ -126,6 +180,7 @@ def test_shipped_configuration_is_valid_and_names_every_option():
     assert list(model["engine"]) == list(EngineConfig.model_fields)
     assert list(model["deployment"]["autoscaling"]) == list(Autoscaling.model_fields)
     assert set(model["deployment"]) == set(DeploymentOptions.model_fields)
+    assert set(model) == set(ModelOptions.model_fields)
     assert list(args["ingress"]) == list(IngressOptions.model_fields)
     AppArgs(**args)
 
@@ -170,6 +225,64 @@ def test_host_must_be_said(tmp_path):
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match=r"http_options with a host \(127\.0\.0\.1"):
         read_plan(path)
+
+
+def environment_of(**variables: str) -> tuple[bool, dict[str, Any]]:
+    values = read_values(CONFIG)
+    changed = apply_environment(values, CONFIG, variables)
+    return changed, values
+
+
+def test_the_environment_goes_before_the_file():
+    changed, values = environment_of(SERVICE_PORT="8123", MODEL_NAME="org/chat")
+    original = yaml.safe_load(CONFIG.read_text())
+    (model,) = original["applications"][0]["args"]["models"].values()
+    original["applications"][0]["args"]["models"] = {"org/chat": model}
+    original["http_options"]["port"] = 8123
+    assert changed and values == original
+    unchanged, values = environment_of(SERVICE_PORT="", MODEL_NAME="")
+    assert not unchanged and values == yaml.safe_load(CONFIG.read_text())
+
+
+def test_the_name_of_a_model_given_by_the_shortcut():
+    entry = {"import_path": "deployments.app:build", "args": {"model": "/m/x", "engine.seed": 3}}
+    values = {"http_options": {"host": "127.0.0.1"}, "applications": [entry]}
+    apply_environment(values, CONFIG, {"MODEL_NAME": "chat"})
+    (options,) = AppArgs(**entry["args"]).models.items()
+    assert (options[0], options[1].engine.model, options[1].engine.seed) == ("chat", "/m/x", 3)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "80.0", "http", " ", "0x50", 8.5, True, None])
+def test_ports_are_checked(port):
+    with pytest.raises(ConfigError, match="x must be a port, from 1 to 65535"):
+        checked_port(port, "x")
+    if isinstance(port, str):
+        with pytest.raises(ConfigError, match="SERVICE_PORT must be a port"):
+            environment_of(SERVICE_PORT=port)
+
+
+def test_a_name_for_several_models_is_refused():
+    values = read_values(CONFIG)
+    values["applications"][0]["args"]["models"]["b"] = {}
+    with pytest.raises(ConfigError, match=r"MODEL_NAME is the name of an only model"):
+        apply_environment(values, CONFIG, {"MODEL_NAME": "chat"})
+
+
+def test_the_launcher_heeds_the_environment(monkeypatch):
+    monkeypatch.setenv("SERVICE_PORT", "8123")
+    monkeypatch.setenv("MODEL_NAME", "chat")
+    monkeypatch.setattr("sys.argv", ["launch", str(CONFIG)])
+    plans = []
+    monkeypatch.setattr(launch, "launch", lambda config: plans.append(read_plan(config)) or 0)
+    assert launch.main() == 0
+    assert (plans[0].port, plans[0].model) == (8123, "chat")
+
+
+def test_the_launcher_says_what_is_wrong_with_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv("SERVICE_PORT", "eighty")
+    monkeypatch.setattr("sys.argv", ["launch", str(CONFIG)])
+    assert launch.main() == 1
+    assert "SERVICE_PORT must be a port" in capsys.readouterr().err
 
 
 def test_taken_port_names_the_remedy(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.ingress.message_style import MessageStyle
 from deployments.ingress.request_counts import Histogram
 from engine.tokenizer import Tokenizer
 from tests.deployments.fake_core import expected_tokens
@@ -81,6 +82,8 @@ async def test_detokenize_is_the_way_back(plane):
         ("/generate", {"prompt": "a", "history_input": ["b"]}, "history_output"),
         ("/generate", {"prompt": "a", "history_input": "b"}, "history_input"),
         ("/generate", {"prompt": "a", "system_info": 1}, "system_info"),
+        ("/generate", {"prompt": "a", "stream": "yes"}, "stream"),
+        ("/batch_generate", {"prompts": ["a"], "stream": True}, "stream"),
     ],
 )
 async def test_bad_fields_are_named(plane, path, body, param):
@@ -116,8 +119,11 @@ async def test_generate_with_a_history(plane):
     answer = await post(plane, "/generate", **body)
     assert (answer["text"], answer["prompt"]) == (expected, "three")
     assert answer["usage"]["prompt_tokens"] == len(prompt)
-    parts = events((await plane.http.post("/generate_stream", json=body)).text)
-    assert "".join(part["text"] for part in parts) == expected
+    for path, more in (("/generate_stream", {}), ("/generate", {"stream": True})):
+        parts = events((await plane.http.post(path, json={**body, **more})).text)
+        assert "".join(part["text"] for part in parts) == expected
+        assert parts[-1]["usage"]["prompt_tokens"] == len(prompt)
+    assert "text" in (await post(plane, "/generate", **body, stream=False))
 
 
 async def test_generate_with_an_empty_history_goes_on_with_the_prompt(plane):
@@ -129,6 +135,17 @@ async def test_generate_with_an_empty_history_goes_on_with_the_prompt(plane):
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, "prompt")
         assert "chat template" in error["message"]
+
+
+@pytest.mark.parametrize("parser", [None, "qwen3"])
+async def test_chats_are_answered_in_the_role_of_the_model(plane, parser):
+    plane.model.style = MessageStyle.of(plane.model.tokenizer, None, parser, role="bot")
+    body = {"model": "m", "messages": CHAT, "max_tokens": 3}
+    answer = await post(plane, "/v1/chat/completions", **body)
+    assert answer["choices"][0]["message"]["role"] == "bot"
+    streamed = await plane.http.post("/v1/chat/completions", json={**body, "stream": True})
+    roles = [chunk["choices"][0]["delta"].get("role") for chunk in events(streamed.text)]
+    assert roles[0] == "bot" and set(roles[1:]) == {None}
 
 
 def samples(text: str) -> dict[str, float]:

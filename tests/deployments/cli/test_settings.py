@@ -12,6 +12,7 @@ import yaml
 from deployments.cli import serve
 from deployments.cli.fit import Item, place
 from deployments.cli.main import main
+from deployments.launch import read_plan
 from engine.config import BUNDLED_MODEL
 from tests.integration.server import ROOT
 
@@ -95,6 +96,62 @@ def test_a_model_takes_the_place_of_those_in_the_file(served, two):
         "ingress": {"num_replicas": 2},
         "engine": {"load_format": "dummy"},
     }
+
+
+def test_flags_are_settings(served):
+    words = ["--limit-concurrency", "100", "--max-model-len", "2048", "--set", "engine.seed=1"]
+    assert main(["serve", CONFIG, "--served-model-name", "chat", *words]) == 0
+    found = arguments(served[0])
+    assert list(found["models"]) == ["chat"]
+    engine = {"model": BUNDLED_MODEL, "max_num_seqs": 64, "max_model_len": 2048, "seed": 1}
+    assert found["models"]["chat"]["engine"] == engine
+    assert found["ingress"]["max_concurrent_requests"] == 100
+
+
+def test_flags_go_before_the_environment_and_that_before_the_file(served, monkeypatch):
+    monkeypatch.setenv("SERVICE_PORT", "8111")
+    monkeypatch.setenv("MODEL_NAME", "from-environment")
+    assert main(["serve", CONFIG]) == 0
+    assert main(["serve", CONFIG, "--port", "8222", "--served-model-name", "flag"]) == 0
+    assert main(["serve", CONFIG, "--model", SHAPE]) == 0
+    ports = [values["http_options"]["port"] for values in served]
+    assert ports == [8111, 8222, 8111]
+    names = [name for values in served for name in arguments(values)["models"]]
+    assert names == ["from-environment", "flag", "from-environment"]
+
+
+def test_settings_take_the_place_of_the_files_however_those_are_spelled(served, two, tmp_path):
+    values = yaml.safe_load(yaml.safe_dump(TWO))
+    del arguments(values)["models"]["a.5"]
+    arguments(values)["models"]["a"] = {"max_model_len": 99, "engine": {"seed": 1}}
+    path = tmp_path / "one.yaml"
+    path.write_text(yaml.safe_dump(values))
+    for words in (
+        ["--max-model-len", "8"],
+        ["--set", "max_model_len=8"],
+        ["--set", "models.a.max_model_len=8"],
+        ["--set", "models.a.engine.max_model_len=8"],
+    ):
+        assert main(["serve", str(path), *words]) == 0
+        assert arguments(served.pop())["models"]["a"] == {"engine": {"seed": 1, "max_model_len": 8}}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--port", "80", "--set", "http_options.port=81"], "--port is --set http_options.port"),
+        (["--served-model-name", "x"], "--served-model-name is the name of an only model"),
+        (["--max-model-len", "8"], "there are several models"),
+        (["--limit-concurrency", "0"], "ingress.max_concurrent_requests"),
+        (["--set", "http_options.port=99999"], "http_options.port must be a port"),
+        (["--port", "0"], "http_options.port must be a port"),
+    ],
+)
+def test_flags_that_do_not_fit(two, capsys, words, said):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "launch", read_plan)
+        assert main(["serve", two, *words]) == 1
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
