@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TypedDict
 
 import msgspec
@@ -83,9 +84,16 @@ def check_token_options(params: SamplingParams, vocab_size: int) -> None:
     """Check that the options name tokens which the model has.
 
     Raises:
-        InvalidRequest: `stop_token_ids` or `logit_bias` names a token outside of the vocabulary.
+        InvalidRequest: an option names a token outside of the vocabulary, or `bad_words` leave
+            none of `allowed_token_ids`.
     """
-    named = {"stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias or ()}
+    allowed, spellings = params.allowed_token_ids or (), params.bad_words_token_ids
+    named: dict[str, Iterable[int]] = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": params.logit_bias or (),
+        "allowed_token_ids": allowed,
+        "bad_words": chain.from_iterable(spellings),
+    }
     for name, ids in named.items():
         for token in ids:
             if token >= vocab_size:
@@ -94,6 +102,29 @@ def check_token_options(params: SamplingParams, vocab_size: int) -> None:
                     f"(0 to {vocab_size - 1}).",
                     name,
                 )
+    if allowed and {ids[0] for ids in spellings if len(ids) == 1}.issuperset(allowed):
+        raise InvalidRequest(
+            "bad_words rule out all of allowed_token_ids; allow another token.", "bad_words"
+        )
+
+
+def spell_bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
+    """The same options with `bad_words_token_ids`: each word at the start of a text and within it.
+
+    Raises:
+        InvalidRequest: there are bad words, and no tokenizer or too many tokens in one of them.
+    """
+    if not params.bad_words:
+        return params
+    if tokenizer is None:
+        raise InvalidRequest("bad_words need a tokenizer, and the model has none.", "bad_words")
+    bare = [word.lstrip() or word for word in params.bad_words]
+    spelled = (
+        tuple(tokenizer.encode(text, add_special_tokens=False))
+        for word in bare
+        for text in (word, f" {word}")
+    )
+    return msgspec.structs.replace(params, bad_words_token_ids=[*dict.fromkeys(spelled)])
 
 
 def fan_out(

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from engine.embedding import Pooling
 from engine.errors import InvalidRequest
-from engine.inputs import Prompt, check_token_options, fan_out, prompt_text, tokenize_prompt
+from engine.inputs import (
+    Prompt,
+    check_token_options,
+    fan_out,
+    prompt_text,
+    spell_bad_words,
+    tokenize_prompt,
+)
 from engine.output_processor import OutputProcessor, TextDelta
 from engine.outputs import RequestMetrics, RequestOutput, TokenDelta
 from engine.request import EngineRequest
@@ -53,6 +60,7 @@ class Job:
             InvalidRequest: the prompt or an option cannot be served.
         """
         ids = tokenize_prompt(prompt, tokenizer, max_model_len, vocab_size, pooling is None)
+        params = spell_bad_words(params, tokenizer)
         check_token_options(params, vocab_size)
         if params.structured_outputs is not None and tokenizer is None:
             param = params.structured_outputs.param

@@ -100,7 +100,8 @@ class Request:
         num_prompt = len(wire.prompt_token_ids)
         limit = max_model_len + (wire.pooling is not None)  # a vector takes no room
         if wire.params.max_tokens is not None:
-            limit = min(limit, num_prompt + wire.params.max_tokens)
+            # With one token comes what was computed of the prompt, even if none is wanted.
+            limit = min(limit, num_prompt + max(1, wire.params.max_tokens))
         return cls(
             request_id=wire.request_id,
             token_ids=wire.prompt_token_ids + wire.output_token_ids,

@@ -3,7 +3,13 @@ import random
 import pytest
 
 from engine.errors import InvalidRequest
-from engine.inputs import check_token_options, fan_out, prompt_text, tokenize_prompt
+from engine.inputs import (
+    check_token_options,
+    fan_out,
+    prompt_text,
+    spell_bad_words,
+    tokenize_prompt,
+)
 from engine.sampling_params import SamplingParams
 from tests.engine.tokenizer_cases import smollm2
 
@@ -67,13 +73,47 @@ def test_text_needs_a_tokenizer():
 
 @pytest.mark.parametrize(
     ("options", "param"),
-    [({"stop_token_ids": [5, 10]}, "stop_token_ids"), ({"logit_bias": {10: 1.0}}, "logit_bias")],
+    [
+        ({"stop_token_ids": [5, 10]}, "stop_token_ids"),
+        ({"logit_bias": {10: 1.0}}, "logit_bias"),
+        ({"allowed_token_ids": [10]}, "allowed_token_ids"),
+        ({"bad_words_token_ids": [[1], [2, 10]]}, "bad_words"),
+    ],
 )
 def test_options_must_name_tokens_of_the_vocabulary(options, param):
     with pytest.raises(InvalidRequest, match="token 10") as caught:
         check_token_options(SamplingParams(**options), 10)
     assert caught.value.param == param
     check_token_options(SamplingParams(**options), 11)
+
+
+def test_bad_words_are_spelled_at_the_start_of_a_text_and_within_it():
+    tokenizer = smollm2()
+    params = SamplingParams(bad_words=["Paris", " Paris", "foo bar", " "])
+    spelled = [
+        tokenizer.decode(ids) for ids in spell_bad_words(params, tokenizer).bad_words_token_ids
+    ]
+    assert spelled == ["Paris", " Paris", "foo bar", " foo bar", " ", "  "]
+    assert spell_bad_words(SamplingParams(), None) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("words", "has_tokenizer", "message"),
+    [(["x"], False, "need a tokenizer"), (["one " * 17], True, "1 to 16 tokens")],
+)
+def test_bad_words_that_cannot_be_spelled(words, has_tokenizer, message):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        spell_bad_words(SamplingParams(bad_words=words), smollm2() if has_tokenizer else None)
+    assert caught.value.param == "bad_words"
+
+
+def test_bad_words_must_leave_an_allowed_token():
+    fields = {"allowed_token_ids": [3, 4], "bad_words_token_ids": [[3], [4]]}
+    with pytest.raises(InvalidRequest, match="allow another") as caught:
+        check_token_options(SamplingParams(**fields), 10)
+    assert caught.value.param == "bad_words"
+    fields["bad_words_token_ids"] = [[3], [4, 4]]
+    check_token_options(SamplingParams(**fields), 10)
 
 
 def test_single_completion_keeps_its_id_and_seed():
