@@ -47,11 +47,19 @@ _ASSERTIONS = {
 }
 _ESCAPED_IN_JSON = re.compile(r'"|\\\\|(?<!\[\^)\\[nrt]')
 """Literals of a regular expression that a JSON string must spell another way."""
+_COUNTS = re.compile(r"\{([\d\s,]*)\}")
+"""How often something repeats, in a regular expression or a grammar."""
+MAX_COUNT = 2**31 - 1
+"""xgrammar takes larger numbers of repetitions for others, far smaller ones."""
+TOO_OFTEN = f"repeats something more than {MAX_COUNT} times, which is not supported."
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "propertyNames", "unevaluatedProperties")
 _LOOKED_AT = frozenset(
-    (*_NOT_KEPT, *_ALTERNATIVES, *_SCHEMAS_BY_NAME, *_SCHEMA_LISTS, *_SCHEMAS, "pattern")
+    (
+        *(*_NOT_KEPT, *_ALTERNATIVES, *_SCHEMAS_BY_NAME, *_SCHEMA_LISTS, *_SCHEMAS),
+        *("pattern", "maxProperties"),
+    )
 )
 
 
@@ -80,6 +88,13 @@ def check_schema(text: str) -> None:
         ]
 
 
+def repeats_too_often(expression: str) -> bool:
+    """Whether a regular expression or a grammar has a count above `MAX_COUNT`."""
+    counts = (count.strip() for each in _COUNTS.findall(expression) for count in each.split(","))
+    digits = (count.lstrip("0") for count in counts)
+    return any(len(each) > len(str(MAX_COUNT)) or int(each or 0) > MAX_COUNT for each in digits)
+
+
 def _look(schema: dict[str, Any]) -> Iterator[Any]:
     """Check one schema; the schemas within it."""
     for name in _NOT_KEPT:
@@ -97,19 +112,29 @@ def _look(schema: dict[str, Any]) -> Iterator[Any]:
                 f"has {', '.join(sorted(beside))} beside {name}, which is not supported; move "
                 f"them into {name}."
             )
-    patterns = [schema.get("pattern"), *_mapping(schema, "patternProperties")]
-    if any(isinstance(each, str) and _ESCAPED_IN_JSON.search(each) for each in patterns):
-        raise ValueError(
-            "has a pattern with a quote, a backslash or a line break, which is not supported."
-        )
-    if "pattern" in schema and not schema.keys().isdisjoint(("minLength", "maxLength")):
-        raise ValueError("has pattern beside minLength or maxLength; put the length into pattern.")
+    _check_patterns(schema)
+    most = schema.get("maxProperties")
+    if isinstance(most, (int, float)) and most > MAX_COUNT:
+        raise ValueError(f"allows more than {MAX_COUNT} properties; leave maxProperties out.")
     for name in _SCHEMAS_BY_NAME:
         yield from _mapping(schema, name).values()
     for name in _SCHEMA_LISTS:
         if isinstance(listed := schema.get(name), list):
             yield from listed
     yield from (schema[name] for name in _SCHEMAS if name in schema)
+
+
+def _check_patterns(schema: dict[str, Any]) -> None:
+    given = [schema.get("pattern"), *_mapping(schema, "patternProperties")]
+    patterns = [each for each in given if isinstance(each, str)]
+    if any(map(_ESCAPED_IN_JSON.search, patterns)):
+        raise ValueError(
+            "has a pattern with a quote, a backslash or a line break, which is not supported."
+        )
+    if any(map(repeats_too_often, patterns)):
+        raise ValueError(f"has a pattern that {TOO_OFTEN}")
+    if "pattern" in schema and not schema.keys().isdisjoint(("minLength", "maxLength")):
+        raise ValueError("has pattern beside minLength or maxLength; put the length into pattern.")
 
 
 def _mapping(schema: dict[str, Any], name: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import numpy as np
 import xgrammar
 
 from engine.model_source import resolve_model
+from engine.structured_outputs.json_schema import TOO_OFTEN, repeats_too_often
 from engine.structured_outputs.mask_memory import MaskMemory
 from engine.structured_outputs.messages import (
     MaskRequest,
@@ -91,6 +92,8 @@ def compile_grammar(source: GrammarSource, vocabulary: Vocabulary) -> xgrammar.C
     Raises:
         RuntimeError: there is a mistake in it.
     """
+    if source.kind != "json" and repeats_too_often(source.text):
+        raise RuntimeError(TOO_OFTEN)
     info = vocabulary.json if source.kind == "json" else vocabulary.any
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     if source.kind == "regex":
