@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gguf
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from engine.config import BUNDLED_MODEL
 from engine.model_source import resolve_model
@@ -23,6 +23,21 @@ TEXTS = [
     "",
 ]
 
+CORPUS = [
+    *TEXTS,
+    "👍🏽 🧑🏿‍🚀 🏴󠁧󠁢󠁳󠁣󠁴󠁿 ❤️‍🔥 1️⃣ ☎︎ 👨🏻‍❤️‍💋‍👨🏿 🇺🇦🇯🇵",  # skin tones, joiners, tags, selectors
+    "ไทยไม่มีช่องว่าง, ភាសាខ្មែរ, မြန်မာ, བོད་ཡིག, አማርኛ, ქართული, հայերեն, ᏣᎳᎩ",
+    "বাংলা, தமிழ், తెలుగు, മലയാളം, ਪੰਜਾਬੀ, සිංහල, ગુજરાતી",
+    "Tiếng Việt, Türkçe İıŞş, íslenska þæð, čeština, ŁódŹ, ﬁ ligature, e\u0301 é",
+    "한글 \u1112\u1161\u11ab, 𠮷野家 𩸽, ｶﾀｶﾅ ｱﾞ, 「引用」、〜ー",
+    "שָׁלוֹם \u202bعَرَبِيّ\u202c اردو، فارسی‌ها \u200f.",  # noqa: RUF001
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, 🄰🅱️ ½ ⅷ ② ﷽ 🜁 𓀀 𐍈",  # noqa: RUF001
+    "\ufeffBOM, \u00a0no-break\u2003em\u3000wide, soft\u00adhyphen, zero\u200bwidth, \U0010fffd",
+    "tab\tnewline\nreturn\r\nform\x0cnext\x85line\u2028paragraph\u2029",
+    "🙂" * 40 + "é" * 40 + "漢" * 40,
+]
+"""Scripts of all kinds and emoji; every one decodes to itself."""
+
 
 @functools.cache
 def smollm2() -> Tokenizer:
@@ -32,12 +47,7 @@ def smollm2() -> Tokenizer:
 @functools.cache
 def sentencepiece_like() -> Tokenizer:
     """Bytes, a few words and `▁`, decoded as Llama 2's tokenizer.json does."""
-    words = ["▁", "▁Hello", "Hello", "▁wor", "ld", "▁▁", "é", "▁日本", "."]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True)
-    )
+    backend = _with_byte_fallback()
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
@@ -49,6 +59,40 @@ def sentencepiece_like() -> Tokenizer:
             decoders.Strip(" ", 1, 0),
         ]
     )
+    return _with_ends(backend)
+
+
+@functools.cache
+def metaspace_like() -> Tokenizer:
+    """The same vocabulary as newer conversions of Mistral's have it, a space before the text."""
+    return _metaspace("first")
+
+
+@functools.cache
+def bare_metaspace_like() -> Tokenizer:
+    """The same without a space before the text."""
+    return _metaspace("never")
+
+
+def _metaspace(scheme: str) -> Tokenizer:
+    backend = _with_byte_fallback()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace("▁", scheme, split=False)]
+    )
+    return _with_ends(backend)
+
+
+def _with_byte_fallback() -> tokenizers.Tokenizer:
+    words = ["▁", "▁Hello", "Hello", "▁wor", "ld", "▁▁", "é", "▁日本", "."]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True)
+    )
+
+
+def _with_ends(backend: tokenizers.Tokenizer) -> Tokenizer:
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return Tokenizer(backend, special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
 
