@@ -45,7 +45,7 @@ class RequestCounts:
         self.first_token_s = Histogram()
         """Seconds to the first token of a prompt's completions."""
         self.latency_s = Histogram()
-        """Seconds to the last token of a prompt's completions."""
+        """Seconds to the last token of a prompt's completions, or to its embedding."""
         self.token_s = Histogram()
         """Seconds between tokens, the mean of a completion."""
 
@@ -68,12 +68,11 @@ class RequestCounts:
             self.generation_tokens += len(processor.token_ids)
             self.ended[processor.finish_reason or unfinished] += 1
         times = job.metrics
-        if times.first_token_time is None:
+        if times.finished_time is not None:
+            self.latency_s.add(times.finished_time - times.arrival_time)
+        if times.first_token_time is None:  # an embedding has no tokens
             return
         self.first_token_s.add(times.first_token_time - times.arrival_time)
-        if times.finished_time is None:
-            return
-        self.latency_s.add(times.finished_time - times.arrival_time)
         longest = max(len(processor.token_ids) for processor in job.processors.values())
-        if longest > 1:
+        if times.finished_time is not None and longest > 1:
             self.token_s.add((times.finished_time - times.first_token_time) / (longest - 1))

@@ -124,6 +124,14 @@ async def test_an_input_may_fill_the_model(plane):
     assert vectors(answer) == [expected([3]), expected([4])]
 
 
+async def test_counts(plane):
+    await embed(plane, input=[[3, 4], [5]])
+    counts = plane.model.counts
+    assert (counts.prompt_tokens, counts.generation_tokens) == (3, 0)
+    assert counts.ended == {"stop": 2}
+    assert (sum(counts.latency_s.counts), sum(counts.first_token_s.counts)) == (2, 0)
+
+
 async def test_beside_generation(plane):
     body = {"model": "m", "prompt": TEXT, "max_tokens": 40}
     alone = (await plane.http.post("/v1/completions", json=body)).json()["choices"]
