@@ -7,7 +7,6 @@ from engine.errors import InvalidRequest
 from engine.structured_outputs import process
 from engine.structured_outputs.constraints import Constraints
 from engine.structured_outputs.grammar import GrammarHost
-from engine.structured_outputs.json_schema import MAX_COUNT
 from engine.structured_outputs.messages import Setup
 from engine.structured_outputs.params import StructuredOutputsParams
 from tests.engine.byte_model import EOS, write_byte_model
