@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow test-faults test-soak test-clients bench bench-gpu bench-serving clean
+.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow test-faults test-soak test-clients test-clients-python bench bench-gpu bench-serving clean
 
 # Interpreter that .venv is made with; unset, the first of these that is 3.11 or 3.12.
 RIGHT_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -102,10 +102,18 @@ tests/clients/node/node_modules: tests/clients/node/package-lock.json
 	$(call step,install the clients for Node,npm --prefix tests/clients/node ci --silent)
 	@touch $@
 
+# $(call test_clients,arguments for pytest): the suites, through one server as `make serve` has it.
+define test_clients
+$(call step,pass the client suites,cd tests/clients && \
+	TRUNKLINE_PYTHON=$(abspath $(PY)) ../../$(CLIENTS_PY) -m pytest -c pytest.ini $(1) $(PYTEST_ARGS))
+endef
+
 test-clients: install .venv-clients/.installed $(if $(shell command -v npm),tests/clients/node/node_modules)
-test-clients: ## Use the server through the clients that people have
-	$(call step,pass the client suites,cd tests/clients && \
-		TRUNKLINE_PYTHON=$(abspath $(PY)) ../../$(CLIENTS_PY) -m pytest -c pytest.ini $(PYTEST_ARGS))
+test-clients: ## Use the server through the clients that people have, Python's and Node's
+	$(call test_clients,)
+
+test-clients-python: install .venv-clients/.installed ## Use it through Python's clients alone
+	$(call test_clients,--ignore=test_node.py)
 
 bench: install-dev ## Measure offline speed on this CPU beside transformers, and compare
 	$(PY) -m benchmarks.offline run --suite cpu --engines trunkline transformers
