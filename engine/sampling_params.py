@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from typing import NamedTuple
 
 import msgspec
 
@@ -35,7 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     n: int = 1
     """Completions to generate for the prompt."""
     temperature: float = 1.0
-    """Divides the logits; 0 (or below `MIN_TEMPERATURE`) means greedy."""
+    """Divides the logits; 0, or anything below 0.00001, means greedy."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probabilities sum to at least this."""
     top_k: int = 0
@@ -77,7 +78,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     """Log-probabilities of the sampled token and of this many likeliest ones."""
     prompt_logprobs: int | None = None
-    """The same for each prompt token; such a prompt is always computed in full."""
+    """Log-probabilities of each prompt token and of this many likeliest ones; such a prompt is
+    always computed in full."""
     structured_outputs: StructuredOutputsParams | None = None
     """The form that the output must have."""
 
@@ -101,27 +103,38 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
 
-_RANGES: dict[str, tuple[type, float, float, str]] = {
-    "n": (int, 1, 128, "an integer from 1 to 128"),
-    "temperature": (float, 0.0, 100.0, "a number from 0 to 100"),
-    "top_p": (float, 1e-9, 1.0, "a number above 0, up to 1"),
-    "top_k": (int, -1, 2**31 - 1, "-1, 0 or a positive integer"),
-    "min_p": (float, 0.0, 1.0, "a number from 0 to 1"),
-    "presence_penalty": (float, -2.0, 2.0, "a number from -2 to 2"),
-    "frequency_penalty": (float, -2.0, 2.0, "a number from -2 to 2"),
-    "repetition_penalty": (float, 1e-6, 100.0, "a number above 0, up to 100"),
-    "seed": (int, -(2**63), 2**63 - 1, "a 64-bit integer"),
-    "max_tokens": (int, 0, 2**31 - 1, "a positive integer, or 0 with prompt_logprobs"),
-    "min_tokens": (int, 0, 2**31 - 1, "0 or a positive integer"),
-    "logprobs": (int, 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
-    "prompt_logprobs": (int, 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
+class Range(NamedTuple):
+    """What a number may be."""
+
+    kind: type
+    low: float
+    high: float
+    meaning: str
+    """The same in words, to go on with after "must be"."""
+
+
+RANGES: dict[str, Range] = {
+    "n": Range(int, 1, 128, "an integer from 1 to 128"),
+    "temperature": Range(float, 0.0, 100.0, "a number from 0 to 100"),
+    "top_p": Range(float, 1e-9, 1.0, "a number above 0, up to 1"),
+    "top_k": Range(int, -1, 2**31 - 1, "-1, 0 or a positive integer"),
+    "min_p": Range(float, 0.0, 1.0, "a number from 0 to 1"),
+    "presence_penalty": Range(float, -2.0, 2.0, "a number from -2 to 2"),
+    "frequency_penalty": Range(float, -2.0, 2.0, "a number from -2 to 2"),
+    "repetition_penalty": Range(float, 1e-6, 100.0, "a number above 0, up to 100"),
+    "seed": Range(int, -(2**63), 2**63 - 1, "a 64-bit integer"),
+    "max_tokens": Range(int, 0, 2**31 - 1, "a positive integer, or 0 with prompt_logprobs"),
+    "min_tokens": Range(int, 0, 2**31 - 1, "0 or a positive integer"),
+    "logprobs": Range(int, 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
+    "prompt_logprobs": Range(int, 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
 }
+"""Of the fields that are numbers, by name."""
 _OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
 _FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 
 
 def _check_numbers(params: SamplingParams) -> None:
-    for name, (kind, low, high, _) in _RANGES.items():
+    for name, (kind, low, high, _) in RANGES.items():
         value = getattr(params, name)
         if value is None and name in _OPTIONAL:
             continue
@@ -140,7 +153,7 @@ def _check_numbers(params: SamplingParams) -> None:
 
 
 def _out_of_range(name: str, value: object) -> InvalidRequest:
-    return InvalidRequest(f"{name} must be {_RANGES[name][3]}, got {value!r}.", name)
+    return InvalidRequest(f"{name} must be {RANGES[name].meaning}, got {value!r}.", name)
 
 
 def _is_number(value: object, kind: type = float) -> bool:
