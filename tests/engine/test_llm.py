@@ -103,11 +103,30 @@ def test_n_gives_distinct_reproducible_completions(llm):
     assert len(set(unseeded)) > 1
 
 
-def test_logprobs_equal_transformers(llm):
+@pytest.fixture(scope="module")
+def reference():
     source = resolve_model("smollm2-135m-instruct")
-    reference = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         source.path.parent, gguf_file=source.path.name, dtype=torch.float32
     )
+
+
+@torch.inference_mode()
+def test_embeddings_equal_transformers(llm, reference):
+    texts = [PARIS, REPEATING, "Paris"]
+    for pooling in ("last", "mean"):
+        outputs = llm.embed(texts, pooling=pooling, normalize=False, use_tqdm=False)
+        for text, output in zip(texts, outputs, strict=True):
+            assert output.prompt == text
+            hidden = reference.model(torch.tensor([output.prompt_token_ids])).last_hidden_state[0]
+            wanted = hidden[-1] if pooling == "last" else hidden.mean(dim=0)
+            found = torch.tensor(output.outputs.embedding)
+            assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+            normalized = llm.embed(text, pooling=pooling, use_tqdm=False)[0].outputs.embedding
+            assert normalized == pytest.approx((wanted / wanted.norm()).tolist(), abs=1e-4)
+
+
+def test_logprobs_equal_transformers(llm, reference):
     output = greedy(llm, PARIS, logprobs=3, prompt_logprobs=2)
     ids = output.prompt_token_ids + output.tokens
     with torch.inference_mode():
