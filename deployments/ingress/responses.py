@@ -6,8 +6,6 @@ Nothing is kept: whoever goes on with an answer sends its items again.
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -16,19 +14,22 @@ from starlette.responses import Response
 
 from deployments.ingress.answers import EventStream, to_json, usage
 from deployments.ingress.errors import json_response, to_api_error
-from deployments.ingress.message_style import MessageForm, MessageParser
+from deployments.ingress.message_style import MessageForm
 from deployments.ingress.prompts import render_chat, tokenize
+from deployments.ingress.response_items import Output, new_id
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
 from deployments.protocols.body import read_body
-from deployments.protocols.message_events import Event, Reasoning, Text
+from deployments.protocols.logprobs import chat_logprobs
 from deployments.protocols.reasoning import thinking_in_prompt
-from deployments.protocols.responses import ResponsesBody
+from deployments.protocols.responses import ResponsesBody, renamed
 from engine.errors import InvalidRequest
 from engine.job import Job
-from engine.outputs import FinishReason
+from engine.outputs import Logprob
 
 _PLAIN = MessageForm(None, None, None, None)
 """Reads all text as content."""
+_FUNCTION = {"description": None, "parameters": None, "strict": None}
+"""What answers say of a function whose request does not."""
 
 
 async def handle_responses(
@@ -38,11 +39,21 @@ async def handle_responses(
     body = await read_body(ResponsesBody, data)
     model = models.find(body.model)
     body.check()
-    params = model.style.params(body.to_params(), None)
+    try:
+        return await _respond(model, body, len(data))
+    except InvalidRequest as error:
+        raise renamed(error) from None
+
+
+async def _respond(
+    model: ServedModel, body: ResponsesBody, body_length: int
+) -> Response | EventStream:
+    tool_use = body.tool_use()
+    params = model.style.params(body.to_params(), tool_use)
     body.check_template_options(model.allow_request_chat_templates)
-    answer_id = _new_id("resp")
+    answer_id = new_id("resp")
     with model.admission(1, params, "input"):
-        text = await _render(model, body, len(data))
+        text = await render_chat(model, body, body.messages(), tool_use, body_length)
         (job,) = await build_jobs(
             model,
             answer_id,
@@ -52,9 +63,10 @@ async def handle_responses(
             cache_salt=body.cache_salt,
             param="input",
         )
-    may_think = params.structured_outputs is None
-    form = model.style.form(None, thinking_in_prompt(text), may_think=may_think) or _PLAIN
-    output = Output(form.parser())
+        form = model.style.form(
+            tool_use, thinking_in_prompt(text), may_think=params.structured_outputs is None
+        )
+        output = _output(model, body, form)
     header = _header(answer_id, body)
     if body.stream:
         writer = _Writer(header, job, output)
@@ -69,100 +81,27 @@ async def handle_responses(
     return json_response(_answer(header, job, output))
 
 
-async def _render(model: ServedModel, body: ResponsesBody, body_length: int) -> str:
-    """The prompt; errors name the field that the messages came in."""
-    try:
-        return await render_chat(model, body, body.messages(), None, body_length)
-    except InvalidRequest as error:
-        param = "input" if error.param == "messages" else error.param
-        raise InvalidRequest(error.message, param) from None
+def _output(model: ServedModel, body: ResponsesBody, form: MessageForm | None) -> Output:
+    """What takes in the answer.
 
-
-class Output:
-    """The items of an answer as it grows: thinking, if any, and then a message.
-
-    Args:
-        parser: tells which text is which.
+    Raises:
+        InvalidRequest: log-probabilities are asked for where not all tokens are the message's.
     """
+    if body.wants_logprobs and form is not None:
+        raise InvalidRequest(
+            "include: there are no log-probabilities of answers in which calls or thinking are "
+            "told from the text; leave them out, or ask /v1/chat/completions.",
+            "include",
+        )
 
-    def __init__(self, parser: MessageParser) -> None:
-        self.items: list[dict[str, Any]] = []
-        self.finish_reason: FinishReason | None = None
-        self.num_reasoning_tokens = 0
-        """Of the output's tokens, to within those that came with the thinking's last one."""
-        self._parser = parser
-        self._kind: type[Event] | None = None
-        """Of what the last item holds."""
+    def read_logprobs(entries: list[dict[int, Logprob]]) -> list[dict[str, Any]]:
+        token_bytes = model.need_tokenizer("include").token_bytes(skip_special_tokens=False)
+        content: list[dict[str, Any]] = chat_logprobs(entries, body.top_logprobs or 0, token_bytes)[
+            "content"
+        ]
+        return content
 
-    @property
-    def status(self) -> str:
-        """Of the answer and its last item, as OpenAI calls it."""
-        if self.finish_reason is None:
-            return "in_progress"
-        return "incomplete" if self.finish_reason == "length" else "completed"
-
-    def push(self, piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Take in a piece, and tell the types and fields of the events that it makes."""
-        reason = piece.delta.finish_reason
-        for event in self._parser.push(piece.delta.text, reason is not None):
-            if type(event) is not self._kind:
-                yield from self._end_item("completed")
-                yield from self._begin_item(type(event))
-            if isinstance(event, Reasoning):
-                self.num_reasoning_tokens = _num_tokens(piece.job)
-            if isinstance(event, Text | Reasoning) and event.text:
-                self._part["text"] += event.text
-                yield self._event("delta", delta=event.text)
-        if reason is not None:
-            self.finish_reason = reason
-            if not self.items:
-                yield from self._begin_item(Text)
-            yield from self._end_item(self.status)
-
-    @property
-    def _part(self) -> dict[str, Any]:
-        part: dict[str, Any] = self.items[-1]["content"][0]
-        return part
-
-    def _begin_item(self, kind: type[Event]) -> Iterator[tuple[str, dict[str, Any]]]:
-        self._kind = kind
-        item: dict[str, Any]
-        part: dict[str, Any]
-        if kind is Reasoning:
-            part = {"type": "reasoning_text", "text": ""}
-            item = {"type": "reasoning", "id": _new_id("rs"), "summary": []}
-        else:
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            item = {"type": "message", "id": _new_id("msg"), "role": "assistant"}
-        item |= {"status": "in_progress", "content": []}
-        self.items.append(item)
-        yield "response.output_item.added", {"output_index": self._index, "item": item}
-        item["content"] = [part]
-        yield "response.content_part.added", self._place(part=part)
-
-    def _end_item(self, status: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        if not self.items:
-            return
-        item, part = self.items[-1], self._part
-        item["status"] = status
-        yield self._event("done", text=part["text"])
-        yield "response.content_part.done", self._place(part=part)
-        yield "response.output_item.done", {"output_index": self._index, "item": item}
-
-    def _event(self, what: str, **fields: str) -> tuple[str, dict[str, Any]]:
-        kind = self._part["type"]
-        place = self._place(**fields)
-        if kind == "output_text":
-            place["logprobs"] = []
-        return f"response.{kind}.{what}", place
-
-    def _place(self, **fields: Any) -> dict[str, Any]:
-        item_id = self.items[-1]["id"]
-        return {"item_id": item_id, "output_index": self._index, "content_index": 0, **fields}
-
-    @property
-    def _index(self) -> int:
-        return len(self.items) - 1
+    return Output(form or _PLAIN, read_logprobs, bool(body.stream))
 
 
 class _Writer:
@@ -211,11 +150,6 @@ class _Writer:
         return b"event: " + kind.encode() + b"\ndata: " + to_json(value) + b"\n\n"
 
 
-def _new_id(prefix: str) -> str:
-    """OpenAI's ids of answers and their items have underscores; some clients look at the prefix."""
-    return f"{prefix}_{uuid.uuid4().hex}"
-
-
 def _header(answer_id: str, body: ResponsesBody) -> dict[str, Any]:
     """An answer that has only begun: it repeats what was asked for."""
     return {
@@ -236,15 +170,15 @@ def _header(answer_id: str, body: ResponsesBody) -> dict[str, Any]:
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
         "prompt_cache_key": body.prompt_cache_key,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": body.effort(), "summary": None},
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": False,
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": {"format": body.text_format(), "verbosity": "medium"},
         "tool_choice": body.tool_choice or "auto",
-        "tools": [],
-        "top_logprobs": 0,
+        "tools": [_FUNCTION | tool for tool in body.tools or ()],
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",
         "usage": None,
@@ -277,7 +211,3 @@ def _usage(job: Job, output: Output) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": output.num_reasoning_tokens},
         "total_tokens": so_far["total_tokens"],
     }
-
-
-def _num_tokens(job: Job) -> int:
-    return sum(len(processor.token_ids) for processor in job.processors.values())

@@ -1,13 +1,15 @@
-"""Request bodies of OpenAI's `/v1/responses`, as far as they are about text."""
+"""Request bodies of OpenAI's `/v1/responses`, as far as they are about text and functions."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 from deployments.protocols.body import Body
+from deployments.protocols.response_input import input_messages
 from deployments.protocols.sampling import SamplingFields
 from deployments.protocols.structured_outputs import with_form
-from deployments.protocols.template import TemplateFields
+from deployments.protocols.template import ReasoningEffort, TemplateFields
+from deployments.protocols.tool_calls import ToolUse, read_tool_use
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs.params import StructuredOutputsParams
@@ -17,15 +19,11 @@ MAX_METADATA = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 
-_ROLES = frozenset(("user", "assistant", "system", "developer"))
-_TEXT_PARTS = {
-    "input_text": "text",
-    "output_text": "text",
-    "reasoning_text": "text",
-    "text": "text",
-    "refusal": "refusal",
-}
-"""Types of content parts, and which field holds their text."""
+_LOGPROBS = "message.output_text.logprobs"
+"""What `include` calls the log-probabilities of an answer."""
+_NAMES = {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs", "messages": "input"}
+"""What fields of chats are called here."""
+_FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 
 
 class TextOptions(Body):
@@ -38,16 +36,24 @@ class TextOptions(Body):
     """Only `medium`."""
 
 
+class ReasoningOptions(Body):
+    """`reasoning`: how much to think. There are no summaries."""
+
+    effort: ReasoningEffort | None = None
+    """As `reasoning_effort`, which chats call it."""
+    summary: None = None
+    """Only null: what the model thought is told in full."""
+    generate_summary: None = None
+    """Likewise."""
+
+
 class ResponsesBody(TemplateFields, SamplingFields):
     """Body of `/v1/responses`, with the sampling fields that vLLM adds to it."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "background": (False,),
         "prompt": (),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "truncation": ("disabled",),
-        "top_logprobs": (0,),
         "context_management": ([],),
         "moderation": (),
         "n": (1,),
@@ -70,10 +76,20 @@ class ResponsesBody(TemplateFields, SamplingFields):
     """Whether the answer comes as server-sent events."""
     text: TextOptions | None = None
     """The form of the answer."""
+    tools: list[Any] | None = None
+    """Functions that the model may call: `{"type": "function", "name", "description",
+    "parameters"}`."""
+    tool_choice: str | dict[str, Any] | None = None
+    """`auto`, `none`, `required`, or `{"type": "function", "name": ...}`."""
+    parallel_tool_calls: bool | None = None
+    """Whether one answer may hold several calls; null means true."""
     include: list[Any] | None = None
-    """Accepted, and without effect."""
-    reasoning: dict[str, Any] | None = None
-    """Only with null values."""
+    """With `message.output_text.logprobs` the answer's text has log-probabilities; other values
+    are without effect."""
+    top_logprobs: int | None = None
+    """How many of the likeliest tokens they tell at each position."""
+    reasoning: ReasoningOptions | None = None
+    """How much to think."""
     metadata: dict[str, Any] | None = None
     """Comes back with the answer: up to 16 texts of up to 512 characters, by names of up to 64."""
     previous_response_id: str | None = None
@@ -82,10 +98,6 @@ class ResponsesBody(TemplateFields, SamplingFields):
     """Only null."""
     store: bool | None = None
     """Accepted, and without effect: nothing is kept."""
-    tool_choice: str | None = None
-    """Only `none` and `auto`, as there are no tools."""
-    parallel_tool_calls: bool | None = None
-    """Comes back with the answer, and has no other effect."""
     safety_identifier: str | None = None
     """Comes back with the answer, and has no other effect."""
     prompt_cache_key: str | None = None
@@ -106,12 +118,10 @@ class ResponsesBody(TemplateFields, SamplingFields):
                     "before in input.",
                     name,
                 )
-        if "message.output_text.logprobs" in (self.include or ()):
-            raise InvalidRequest(
-                "include: message.output_text.logprobs is not supported; leave it out.", "include"
-            )
-        if any(value is not None for value in (self.reasoning or {}).values()):
-            raise InvalidRequest("reasoning is not supported; leave it out.", "reasoning")
+        if self.max_tokens is not None:
+            raise InvalidRequest("max_tokens is called max_output_tokens here.", "max_tokens")
+        if self.top_logprobs is not None and self.top_logprobs > 0 and not self.wants_logprobs:
+            raise InvalidRequest(f"top_logprobs needs {_LOGPROBS} in include.", "top_logprobs")
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             raise InvalidRequest("text: verbosity is not supported; leave it out.", "text")
         _check_metadata(self.metadata or {})
@@ -120,19 +130,33 @@ class ResponsesBody(TemplateFields, SamplingFields):
         """Sampling options; without a limit the answer may fill the model's context.
 
         Raises:
-            InvalidRequest: a value is out of range.
+            InvalidRequest: a value is out of range; see `renamed`.
         """
-        if self.max_tokens is not None:
-            raise InvalidRequest("max_tokens is called max_output_tokens here.", "max_tokens")
-        try:
-            params = self.sampling_params(max_tokens=self.max_output_tokens)
-        except InvalidRequest as error:
-            if error.param != "max_tokens":
-                raise
-            message = error.message.replace("max_tokens", "max_output_tokens")
-            raise InvalidRequest(message, "max_output_tokens") from None
+        params = self.sampling_params(
+            max_tokens=self.max_output_tokens,
+            logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+        )
         form = self._form()
         return params if form is None else with_form(params, form)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer's text is to have log-probabilities."""
+        return _LOGPROBS in (self.include or ())
+
+    def tool_use(self) -> ToolUse | None:
+        """What the model may call, or None when it may call nothing.
+
+        Raises:
+            InvalidRequest: the fields on tools are wrong.
+        """
+        tools = [_chat_tool(index, tool) for index, tool in enumerate(self.tools or ())]
+        return read_tool_use(tools, _chat_choice(self.tool_choice), self.parallel_tool_calls)
+
+    def effort(self) -> ReasoningEffort | None:
+        """How much to think, by either name."""
+        named = None if self.reasoning is None else self.reasoning.effort
+        return self.reasoning_effort if named is None else named
 
     def text_format(self) -> dict[str, Any]:
         """`text.format`, or OpenAI's default."""
@@ -149,20 +173,7 @@ class ResponsesBody(TemplateFields, SamplingFields):
             found.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
             return [*found, {"role": "user", "content": self.input}]
-        thought = ""
-        for index, item in enumerate(self.input):
-            where = f"input[{index}]"
-            if not isinstance(item, dict):
-                raise InvalidRequest(f"{where} must be an object.", "input")
-            if item.get("type") == "reasoning":
-                thought = _text(f"{where}.content", item.get("content") or "")
-                continue
-            message = _message(where, item)
-            if thought and message["role"] == "assistant":
-                message["reasoning_content"] = thought
-            thought = ""
-            found.append(message)
-        return found
+        return found + input_messages(self.input)
 
     def _form(self) -> StructuredOutputsParams | None:
         match self.text_format():
@@ -179,38 +190,36 @@ class ResponsesBody(TemplateFields, SamplingFields):
         )
 
 
-def _message(where: str, item: dict[str, Any]) -> dict[str, Any]:
-    kind, role = item.get("type", "message"), item.get("role")
-    if kind != "message":
+def renamed(error: InvalidRequest) -> InvalidRequest:
+    """An error of what this shares with chats, under the name that its field has here."""
+    name = error.param or ""
+    if (here := _NAMES.get(name)) is None:
+        return error
+    return InvalidRequest(error.message.replace(name, here), here)
+
+
+def _chat_tool(index: int, tool: Any) -> dict[str, Any]:
+    """A tool in the form that chats have for it."""
+    if not isinstance(tool, dict) or tool.get("type") != "function" or "function" in tool:
         raise InvalidRequest(
-            f"{where}: items must be of the type message or reasoning; this server answers to "
-            "text only.",
-            "input",
+            f'tools[{index}] must be of the form {{"type": "function", "name": "..."}}; this '
+            "server has no tools of its own.",
+            "tools",
         )
-    if not isinstance(role, str) or role not in _ROLES:
-        raise InvalidRequest(f"{where}: role must be one of {', '.join(sorted(_ROLES))}.", "input")
-    return {"role": role, "content": _text(f"{where}.content", item.get("content"))}
+    function = {key: tool[key] for key in _FUNCTION_FIELDS if tool.get(key) is not None}
+    return {"type": "function", "function": function}
 
 
-def _text(where: str, content: Any) -> str:
-    """The text of a content, whose parts are joined by newlines as in chats."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise InvalidRequest(f"{where} must be text or a list of parts.", "input")
-    return "\n".join(_part_text(f"{where}[{index}]", part) for index, part in enumerate(content))
-
-
-def _part_text(where: str, part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get(_TEXT_PARTS.get(kind, "")) if isinstance(kind, str) else None
-    if not isinstance(text, str):
-        raise InvalidRequest(
-            f'{where} must be of the form {{"type": "input_text", "text": "..."}}; this server '
-            "takes text only.",
-            "input",
-        )
-    return text
+def _chat_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    match choice:
+        case None | "none" | "auto" | "required":
+            return choice
+        case {"type": "function", "name": str(name)}:
+            return {"type": "function", "function": {"name": name}}
+    raise InvalidRequest(
+        'tool_choice must be "none", "auto", "required" or {"type": "function", "name": "..."}.',
+        "tool_choice",
+    )
 
 
 def _check_metadata(metadata: dict[str, Any]) -> None:

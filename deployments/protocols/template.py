@@ -49,10 +49,14 @@ class TemplateFields(Body):
         told: dict[str, Any] = {}
         if self.documents is not None:
             told["documents"] = self.documents
-        if self.reasoning_effort is not None:
-            told["reasoning_effort"] = self.reasoning_effort
-            told["enable_thinking"] = self.reasoning_effort != "none"
+        if (effort := self.effort()) is not None:
+            told["reasoning_effort"] = effort
+            told["enable_thinking"] = effort != "none"
         return told | (self.chat_template_kwargs or {})
+
+    def effort(self) -> ReasoningEffort | None:
+        """How much to think."""
+        return self.reasoning_effort
 
     def check_template_options(self, allow_template: bool) -> None:
         """Refuse a template of the client's own, and variables of names that are taken.

@@ -76,7 +76,7 @@ def read_tool_use(
         tools = [tool for tool in tools if tool["function"]["name"] == name][:1]
         if not tools:
             raise InvalidRequest(
-                f"tool_choice names '{name}', which is not among the tools.", "tool_choice"
+                f"tool_choice names '{name[:200]}', which is not among the tools.", "tool_choice"
             )
     return ToolUse(tools, kind, parallel is not False)
 
@@ -131,7 +131,7 @@ def _call_schema(function: dict[str, Any], shared: dict[str, dict[str, Any]]) ->
         for name, definition in (definitions if isinstance(definitions, dict) else {}).items():
             if shared.setdefault(place, {}).setdefault(name, definition) != definition:
                 raise InvalidRequest(
-                    f"tools define different schemas as {place}/{name}; rename one of them.",
+                    f"tools define different schemas as {place}/{name[:200]}; rename one of them.",
                     "tools",
                 )
     if _SAYS_WHAT.isdisjoint(schema):

@@ -19,8 +19,9 @@ from deployments.ingress.message_style import MessageStyle
 from deployments.wire import decode_submissions
 from engine.errors import EngineDead
 from tests.deployments.plane import MAX_MODEL_LEN, Plane, open_plane
-from tests.deployments.test_chat_messages import END, repeater
+from tests.deployments.test_chat_messages import BROKEN, CALL_1, CALL_2, END, LISTED, repeater
 from tests.deployments.test_hostile_bodies import NASTY, Target, places, target  # noqa: F401
+from tests.deployments.test_logprobs import LogprobCore
 
 PATH = "/v1/responses"
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -40,6 +41,11 @@ ITEMS: list[dict[str, Any]] = [
     },
     {"role": "user", "content": "three"},
 ]
+WEATHER: dict[str, Any] = {"type": "function", "name": "get_weather", "parameters": {}}
+ADD: dict[str, Any] = {"type": "function", "name": "add", "description": "a + b", "strict": True}
+TOOLS = [WEATHER, ADD]
+CALLED = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 1}'}
+RESULT = {"type": "function_call_output", "call_id": "c1", "output": "2"}
 
 
 @pytest.fixture
@@ -197,6 +203,150 @@ async def test_items_become_the_messages_of_a_chat():
         assert again.output_text == f"{expected}assistant:{expected};user:three;"
 
 
+def kinds_of(events: list[Any]) -> list[str]:
+    """The types of events, but for repeated deltas."""
+    kinds = [event.type.removeprefix("response.") for event in events]
+    return [
+        kind
+        for kind, last in zip(kinds, ["", *kinds], strict=False)
+        if kind != last or not kind.endswith("delta")
+    ]
+
+
+async def test_calls_are_items(plane):
+    plane.model.style = MessageStyle.of(plane.model.tokenizer, "hermes", "qwen3")
+    body = saying(f"<think>hm</think>I look.\n{CALL_1}\n{CALL_2}", tools=TOOLS)
+    response = await whole(plane, body)
+    assert [item.type for item in response.output] == [
+        *("reasoning", "message", "function_call", "function_call"),
+    ]
+    assert (response.output_text, response.status) == ("I look.\n", "completed")
+    calls = response.output[2:]
+    expected = [("get_weather", {"city": "Zürich 🌧"}), ("add", {"a": 1, "b": [2]})]
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == expected
+    assert len({call.call_id for call in calls} | {call.id for call in calls}) == 4
+    assert [tool.name for tool in response.tools] == ["get_weather", "add"]
+    assert [tool.strict for tool in response.tools] == [None, True]
+    assert (response.tool_choice, response.parallel_tool_calls) == ("auto", True)
+
+    events = await streamed(plane, body)
+    call = ("output_item.added", *(f"function_call_arguments.{what}" for what in ("delta", "done")))
+    assert kinds_of(events[2:]) == [
+        *("output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done"),
+        *("content_part.done", "output_item.done", "output_item.added", "content_part.added"),
+        *("output_text.delta", "output_text.done", "content_part.done", "output_item.done"),
+        *(*call, "output_item.done", *call, "output_item.done", "completed"),
+    ]
+    told = events[-1].response.output
+    assert [(item.name, json.loads(item.arguments)) for item in told[2:]] == expected
+    for index, item in enumerate(told[2:], 2):
+        mine = [event for event in events if getattr(event, "output_index", None) == index]
+        added, *deltas, done, ended = mine
+        assert (added.item.arguments, added.item.status) == ("", "in_progress")
+        assert "".join(e.delta for e in deltas) == done.arguments == item.arguments
+        assert deltas and {e.item_id for e in (*deltas, done)} == {item.id}
+        assert ended.item == item and item.status == "completed"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "add"}])
+async def test_calls_that_must_be(plane, monkeypatch, choice):
+    seen = []
+    submit = plane.actors["e0"].submit
+    monkeypatch.setattr(plane.actors["e0"], "submit", lambda d: (seen.append(d), submit(d))[1])
+    body = saying(LISTED, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
+    response = await whole(plane, body)
+    (call,) = response.output
+    assert (call.name, call.arguments, response.parallel_tool_calls) == ("add", '{"a":1}', False)
+    (told,) = (await streamed(plane, body))[-1].response.output
+    assert (told.name, told.arguments) == (call.name, call.arguments)
+    (submission,) = decode_submissions(seen[0])
+    items = json.loads(submission.request.params.structured_outputs.json)["items"]["anyOf"]
+    names = [item["properties"]["name"]["const"] for item in items]
+    assert names == (["get_weather", "add"] if choice == "required" else ["add"])
+
+
+async def test_what_is_no_valid_call(plane):
+    plane.model.style = MessageStyle.of(plane.model.tokenizer, "hermes", None)
+    body = saying(f"So:\n{BROKEN}", tools=TOOLS)
+    response = await whole(plane, body)
+    assert [item.type for item in response.output] == ["message"]
+    assert response.output_text == f"So:\n{BROKEN}"
+    items = (await streamed(plane, body))[-1].response.output
+    assert [(item.type, item.status) for item in items] == [
+        *(("message", "completed"), ("function_call", "incomplete"), ("message", "completed")),
+    ]  # what has been told cannot be taken back
+    cut = saying(CALL_2, tools=TOOLS, max_output_tokens=18)
+    assert (await whole(plane, cut)).output[0].type == "message"
+    last = (await streamed(plane, cut))[-1]
+    assert (last.type, last.response.output[0].status) == ("response.incomplete", "incomplete")
+    for less in ({"tool_choice": "none"}, {"tools": []}):
+        assert (await whole(plane, saying(CALL_2, tools=TOOLS) | less)).output_text == CALL_2
+
+
+async def test_calls_and_their_outputs_go_to_the_template():
+    template = "{{ tools | tojson }}|{{ messages | tojson }}" + END
+    items = [
+        {"role": "user", "content": "1 + 1?"},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "h"}]},
+        {"role": "assistant", "content": "I add."},
+        {**CALLED, "id": "fc_1", "status": "completed"},
+        {**CALLED, "call_id": "c2", "arguments": "{"},
+        RESULT,
+        {**RESULT, "call_id": "c2", "output": [{"type": "input_text", "text": "3"}]},
+        {**CALLED, "call_id": "c3"},
+        {**RESULT, "call_id": "c3", "output": "4", "status": None},
+    ]
+    async with open_plane(tokenizer=repeater(template)) as plane:
+        plane.model.max_model_len = 2000
+        body = {"model": "m", "input": items, "tools": [ADD], "tool_choice": "auto", "stop": END}
+        said = (await whole(plane, body)).output_text
+    tools, _, messages = said.partition("|")
+    function = {"name": "add", "description": "a + b", "strict": True}
+    assert json.loads(tools) == [{"type": "function", "function": function}]
+    user, first, *results = json.loads(messages)
+    assert user == {"role": "user", "content": "1 + 1?"}
+    assert (first["content"], first["reasoning_content"]) == ("I add.", "h")
+    assert [(c["id"], c["function"]["arguments"]) for c in first["tool_calls"]] == [
+        *(("c1", {"a": 1}), ("c2", "{")),
+    ]
+    assert [m["role"] for m in results] == ["tool", "tool", "assistant", "tool"]
+    assert [(m["tool_call_id"], m["content"]) for m in results if m["role"] == "tool"] == [
+        *(("c1", "2"), ("c2", "3"), ("c3", "4")),
+    ]
+
+
+async def test_log_probabilities_of_the_text(monkeypatch):
+    monkeypatch.setattr("tests.deployments.plane.FakeCore", LogprobCore)
+    async with open_plane(tokenizer=repeater()) as plane:
+        body = saying("smile 🚀 café", include=["message.output_text.logprobs"], top_logprobs=2)
+        response = await whole(plane, body)
+        events = await streamed(plane, body)
+        assert await refused(plane, top_logprobs=2)
+        plane.model.style = MessageStyle.of(plane.model.tokenizer, "hermes", None)
+        error = await refused(plane, tools=TOOLS, include=["message.output_text.logprobs"])
+        assert error["param"] == "include"
+        plane.model.logprobs.limit = 1
+        error = await refused(plane, include=["message.output_text.logprobs"])
+        assert error["param"] == "top_logprobs"
+    entries = response.output[0].content[0].logprobs
+    assert len(entries) == response.usage.output_tokens and response.top_logprobs == 2
+    read = b"".join(bytes(entry.bytes) for entry in entries).decode()
+    assert read.startswith("smile 🚀 café") and {len(e.top_logprobs) for e in entries} == {2}
+    assert events[-1].response.output[0].content[0].logprobs == entries
+    told = [t for e in events if e.type == "response.output_text.delta" for t in e.logprobs]
+    assert [t.token for t in told] == [e.token for e in entries]
+
+
+@pytest.mark.parametrize("effort", ["none", "high"])
+async def test_effort_goes_to_the_template(effort):
+    template = "{{ reasoning_effort }}-{{ enable_thinking }}" + END
+    async with open_plane(tokenizer=repeater(template)) as plane:
+        body = {"model": "m", "input": "x", "stop": END, "reasoning": {"effort": effort}}
+        response = await whole(plane, body)
+    assert response.output_text == f"{effort}-{effort != 'none'}"
+    assert response.reasoning.effort == effort
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -206,12 +356,21 @@ async def test_items_become_the_messages_of_a_chat():
         ("background", True),
         ("prompt", {"id": "pmpt_1"}),
         ("tools", [{"type": "web_search"}]),
-        ("tools", [{"type": "function", "name": "f", "parameters": {}}]),
+        ("tools", [WEATHER, {"type": "function", "function": {"name": "f"}}]),
+        ("tools", [{"type": "function"}]),
+        ("tools", [{"type": "function", "name": "f", "parameters": []}]),
+        ("tools", [{"type": "function", "name": "f", "strict": "yes"}]),
+        ("tools", [7]),
         ("tool_choice", "required"),
+        ("tool_choice", "always"),
+        ("tool_choice", {"type": "function", "name": "f"}),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": [WEATHER]}),
+        ("parallel_tool_calls", "no"),
         ("truncation", "auto"),
         ("top_logprobs", 2),
-        ("include", ["message.output_text.logprobs"]),
-        ("reasoning", {"effort": "high"}),
+        ("reasoning", {"effort": "huge"}),
+        ("reasoning", {"summary": "auto"}),
         ("n", 2),
         ("max_tokens", 5),
         ("max_output_tokens", 0),
@@ -231,7 +390,14 @@ async def test_items_become_the_messages_of_a_chat():
         ("input", [{"role": "user"}]),
         ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]),
         ("input", [{"type": "item_reference", "id": "msg_1"}]),
-        ("input", [{"type": "function_call_output", "call_id": "1", "output": "2"}]),
+        ("input", [RESULT]),
+        ("input", [CALLED, {**RESULT, "call_id": "c2"}]),
+        ("input", [CALLED, {**RESULT, "call_id": []}]),
+        ("input", [CALLED, {**RESULT, "output": None}]),
+        ("input", [CALLED, {**RESULT, "output": [{"type": "input_image", "image_url": "x"}]}]),
+        ("input", [{**CALLED, "call_id": None}]),
+        ("input", [{**CALLED, "arguments": {}}]),
+        ("input", [{"type": "web_search_call", "id": "1"}]),
         ("input", "one " * 2 * MAX_MODEL_LEN),
     ],
 )
@@ -331,6 +497,8 @@ class Broken:
 def test_every_place_with_every_nasty_value(target, stream):  # noqa: F811
     good = {"model": "m", "input": ITEMS, "text": {"format": {"type": "text"}}}
     good |= {"max_output_tokens": 2, "metadata": {"k": "v"}, "stream": stream}
+    good |= {"tools": [ADD], "tool_choice": {"type": "function", "name": "add"}}
+    good["input"] = [*ITEMS[1:4], CALLED, RESULT]
     assert target.request(method="POST", url=PATH, json=good).status_code == 200
     for path in places(good):
         for value in NASTY:
