@@ -19,7 +19,9 @@ class EmbeddingsBody(Body):
         "embed_dtype": ("float32",),
         "endianness": ("native", "little"),
         "mm_processor_kwargs": ({},),
+        "padding": ("do_not_pad",),
         "truncation_side": ("left",),
+        "use_activation": (True,),
     }
 
     model: str
