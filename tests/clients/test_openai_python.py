@@ -252,6 +252,77 @@ def test_responses(client, server):
     assert caught.value.param == "previous_response_id"
 
 
+def test_embeddings(client, server):
+    texts = ["The capital of France is Paris.", "A cat sleeps."]
+
+    def embed(given: Any = texts, **options: Any) -> Any:
+        return client.embeddings.create(model=server.model, input=given, user="u", **options)
+
+    answer = embed()  # the client asks for base64
+    assert (answer.object, [item.index for item in answer.data]) == ("list", [0, 1])
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens
+    vectors = [item.embedding for item in answer.data]
+    assert [sum(x * x for x in vector) for vector in vectors] == pytest.approx([1, 1], abs=1e-4)
+    floats = [item.embedding for item in embed(encoding_format="float").data]
+    for one, other in zip(vectors, floats, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert embed(texts[0]).data[0].embedding == pytest.approx(vectors[0], abs=1e-5)
+    short = embed(dimensions=64).data[0].embedding
+    assert len(short) == 64
+    assert sum(x * x for x in short) == pytest.approx(1, abs=1e-4)
+    assert [len(item.embedding) for item in embed([[3, 4, 5], [6]]).data] == [len(vectors[0])] * 2
+    for given, options, param in [
+        ("", {}, "input"),
+        ([3, 10**6], {}, "input"),
+        ("word " * 9000, {}, "input"),
+        ("a", {"dimensions": 10**6}, "dimensions"),
+    ]:
+        with pytest.raises(openai.BadRequestError) as caught:
+            embed(given, **options)
+        assert caught.value.param == param
+
+
+def test_responses_with_tools(client, server):
+    tool = {"type": "function", **WEATHER["function"]}
+    options = {"model": server.model, "temperature": 0, "max_output_tokens": 200}
+    forced = {"tool_choice": "required", "parallel_tool_calls": False, "input": QUESTION}
+    answer = client.responses.create(**options, **forced, tools=[tool])
+    (call,) = answer.output
+    assert (call.type, call.name, call.status) == ("function_call", "Weather", "completed")
+    Weather.model_validate_json(call.arguments)
+    with client.responses.stream(**options, **forced, tools=[tool]) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    deltas = [e for e in events if e.type == "response.function_call_arguments.delta"]
+    assert deltas[-1].snapshot == final.output[0].arguments
+    assert json.loads(final.output[0].arguments) == json.loads(call.arguments)
+
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
+    said = client.responses.create(**options, tools=[tool], input=[*QUESTION, call, result])
+    assert said.usage.input_tokens > answer.usage.input_tokens and said.output
+    forced["tool_choice"] = {"type": "function", "name": "Weather"}
+    parsed = client.responses.parse(
+        **options, **forced, tools=[openai.pydantic_function_tool(Weather)]
+    )
+    assert isinstance(parsed.output[0].parsed_arguments, Weather)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(**options, input="Hi", tools=[{"type": "web_search"}])
+    assert caught.value.param == "tools"
+
+
+def test_log_probabilities_of_responses(client, server):
+    answer = client.responses.create(
+        model=server.model,
+        input=QUESTION,
+        max_output_tokens=8,
+        include=["message.output_text.logprobs"],
+        top_logprobs=2,
+    )
+    (part,) = answer.output[0].content
+    assert len(part.logprobs) == answer.usage.output_tokens
+    assert all(len(entry.top_logprobs) == 2 for entry in part.logprobs)
+
+
 def test_parsed_responses(client, server):
     answer = client.responses.parse(
         model=server.model, input="Invent a person.", text_format=Person, max_output_tokens=400

@@ -11,6 +11,7 @@ from functools import reduce
 from operator import getitem
 from typing import Any
 
+import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
@@ -263,6 +264,34 @@ async def test_calls_that_must_be(plane, monkeypatch, choice):
     items = json.loads(submission.request.params.structured_outputs.json)["items"]["anyOf"]
     names = [item["properties"]["name"]["const"] for item in items]
     assert names == (["get_weather", "add"] if choice == "required" else ["add"])
+
+
+class Add(BaseModel):
+    a: int
+    b: list[int] = []
+
+
+async def test_openais_client_goes_round_the_loop_of_tools(plane):
+    plane.model.style = MessageStyle.of(plane.model.tokenizer, "hermes", "qwen3")
+    client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="-", http_client=plane.http)
+    tools: list[Any] = [openai.pydantic_function_tool(Add, name="add")]
+    asked = saying(f"<think>hm</think>So:\n{CALL_2}\n{CALL_2}")
+    options: dict[str, Any] = {"model": "m", "extra_body": {"stop": END}, "tools": tools}
+    async with client.responses.stream(input=asked["input"], **options) as stream:
+        events = [event async for event in stream]
+        final = await stream.get_final_response()
+    thought, message, *calls = final.output
+    assert (thought.type, message.type) == ("reasoning", "message")
+    assert [call.parsed_arguments for call in calls] == [Add(a=1, b=[2])] * 2
+    snapshots = [e.snapshot for e in events if e.type == "response.function_call_arguments.delta"]
+    assert snapshots[-1] == calls[1].arguments
+    results = [
+        {"type": "function_call_output", "call_id": call.call_id, "output": "3"} for call in calls
+    ]
+    turns = [{"role": "user", "content": "?"}, *final.output, *results, saying("It is 3.")["input"]]
+    turns[-1] = {"role": "user", "content": turns[-1]}
+    answer = await client.responses.parse(input=turns, **options)
+    assert answer.output_text == "It is 3."
 
 
 async def test_what_is_no_valid_call(plane):

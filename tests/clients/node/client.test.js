@@ -110,6 +110,21 @@ test("responses, whole, streamed and parsed", async () => {
   Person.parse(parsed.output_parsed);
 });
 
+test("responses with tools", async () => {
+  const tools = [{ type: "function", ...weather.function, strict: true }];
+  const options = { model, tools, temperature: 0, max_output_tokens: 100 };
+  const forced = { ...options, input: messages, tool_choice: "required" };
+  forced.parallel_tool_calls = false;
+  const whole = await client.responses.create(forced);
+  const [call] = whole.output;
+  assert.equal(call.name, "weather");
+  const [streamed] = (await client.responses.stream(forced).finalResponse()).output;
+  assert.deepEqual(JSON.parse(streamed.arguments), JSON.parse(call.arguments));
+  const result = { type: "function_call_output", call_id: call.call_id, output: "Sunny." };
+  const said = await client.responses.create({ ...options, input: [...messages, call, result] });
+  assert.ok(said.output.length > 0);
+});
+
 test("errors", async () => {
   const bad = client.chat.completions.create({ ...options, temperature: -1 });
   await assert.rejects(bad, (error) => {
