@@ -26,7 +26,8 @@ def run(options: argparse.Namespace) -> int:
     path, values, _ = read_settings(options)
     checked = parse_values(values, path)
     args = checked.args.check()
-    check_plugin_paths(args.plugin_classes().values())
+    plugins = args.plugin_classes()
+    check_plugin_paths(plugins.values())
     gpu_bytes = None if options.gpu_memory is None else int(options.gpu_memory * GIB)
     knows_gpu = gpu_bytes is not None or has_gpus()  # asks this machine, and later the cluster
     nodes = None if options.address is None else free_resources(options.address)
@@ -35,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
     for name, model in args.models.items():
         needs = engine_resources(model.engine, model.deployment, on_gpus)
         lines += ["", name, *_model_lines(name, model, needs)]
+        if name in plugins:
+            lines.append(_row("plug-in", f"{plugins[name].__name__} at {plugins[name].path}"))
         if needs.get("GPU") and not knows_gpu:
             lines.append(_row("memory", "no GPU on this machine; give --gpu-memory GIB"))
         else:

@@ -27,7 +27,8 @@ def main(words: list[str] | None = None) -> int:
         words: of the command line, without the program; None takes those of this process.
     """
     options = _parser().parse_args(words)
-    sys.path.append(os.getcwd())  # where the server's processes find plug-ins too
+    if options.command in ("serve", "check"):
+        sys.path.append(os.getcwd())  # where the server's processes find plug-ins too
     try:
         command = importlib.import_module(f"deployments.cli.{options.command}")
         status = int(command.run(options))

@@ -47,6 +47,18 @@ def test_nothing_runs_what_it_reads():
         assert "trust_remote_code=True" not in source, path
 
 
+def test_what_imports_by_name():
+    """What the allow-list has; else only modules of ours, by names that our code lists."""
+    importing = {
+        str(path.relative_to(ROOT))
+        for room in ("engine", "deployments")
+        for path in (ROOT / room).rglob("*.py")
+        if {"importlib.import_module", "__import__"} & names(ast.parse(path.read_text()))
+    }
+    ours = {"deployments/cli/main.py", "engine/__init__.py"}
+    assert importing == {"deployments/plugins/loading.py", *ours}
+
+
 @pytest.mark.parametrize(
     "name", ["/etc/passwd", "../../etc", "smollm2-135m-instruct", "m/", "./m", "file:///etc", "M"]
 )

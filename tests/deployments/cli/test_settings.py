@@ -201,6 +201,22 @@ def test_check_for_a_gpu(capsys):
         assert words in said
 
 
+def test_check_tells_of_plugins(capsys):
+    words = ["--set", "class_name=OllamaGenerate"]
+    allowed = "ingress.allowed_classes=[cluster.examples.ollama:OllamaGenerate]"
+    assert "OllamaGenerate at /api/generate" in check(capsys, CONFIG, *words, "--set", allowed)
+    assert main(["check", CONFIG, *words]) == 1
+    assert "not on the allow-list" in capsys.readouterr().err
+
+
+def test_plugins_are_found_in_the_folder(capsys, tmp_path, monkeypatch):
+    (tmp_path / "my_plugin.py").write_text("from cluster.examples.ollama import OllamaGenerate\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = ["class_name=OllamaGenerate", "ingress.allowed_classes=[my_plugin:OllamaGenerate]"]
+    assert "at /api/generate" in check(capsys, *(w for s in words for w in ("--set", s)))
+
+
 def test_check_tells_of_autoscaling(capsys, two):
     assert "2, later 2 to 3" in check(capsys, two)
 
