@@ -19,6 +19,8 @@ from benchmarks.probes import (
     decode_attention,
     flash,
     gpu_samples,
+    ingress,
+    masks,
     pages,
     prefill_attention,
     products,
@@ -29,6 +31,7 @@ from benchmarks.probes.bench import Bench, Sustained
 from benchmarks.probes.records import record, skipped, table
 from benchmarks.probes.weights import weight_sizes
 from benchmarks.roofline import Shape
+from tests.engine.byte_model import write_byte_model
 
 torch.set_num_threads(1)
 TINY = Shape(
@@ -325,7 +328,7 @@ def run_command(tmp_path, monkeypatch, measure, names):
         command, "import_module", lambda name: SimpleNamespace(measure=measure(name))
     )
     options = command._parse([*names, "--out", str(tmp_path / "out.json")])
-    command.run(ToyBench(), options)
+    command.run(ToyBench(), names, options)
 
 
 def test_the_file_tells_what_was_run(tmp_path, monkeypatch, capsys):
@@ -363,6 +366,30 @@ def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         command._parse(["rotory"])
     assert "no probe is called rotory" in capsys.readouterr().err
+
+
+def test_ingress():
+    found = list(ingress.measure(num_tokens=120, messages=(1, 3), chats=20))
+    assert [(r["method"], r["shape"]["messages"]) for r in found] == [
+        (method, messages)
+        for messages in (1, 3)
+        for method in ("whole", "validate", "template", "encode")
+    ]
+    assert all(100 <= r["shape"]["tokens"] <= 140 for r in found)
+    assert all(0 < r["microseconds"] <= r["p90"] for r in found)
+
+
+def test_masks(tmp_path):
+    cases = ((1, 1), (3, 2))
+    model = write_byte_model(tmp_path / "model")
+    found = list(masks.measure([model], steps=30, cases=cases))
+    assert [(r["method"], r["shape"]["rows"], r["shape"].get("grammars")) for r in found] == [
+        ("fill", 1, None),
+        ("fill", 3, None),
+        ("masks", 1, 1),
+        ("masks", 3, 2),
+    ]
+    assert all(0 < r["microseconds"] <= r["p90"] for r in found)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
