@@ -36,7 +36,7 @@ _MAX_MODEL_LEN = 1 << 20
 
 
 def measure(
-    num_tokens: int = 1000, messages: tuple[int, ...] = (1, 9, 41), chats: int = 200
+    num_tokens: int = 1000, messages: tuple[int, ...] = (1, 9, 41), chats: int = 100
 ) -> Iterator[Record]:
     """Measure chats of the bundled model.
 
