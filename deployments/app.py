@@ -12,7 +12,6 @@ from deployments.config import (
     AppArgs,
     Autoscaling,
     DeploymentOptions,
-    IngressOptions,
     ModelOptions,
     deployment_name,
 )
@@ -20,6 +19,7 @@ from deployments.engine_actor import StartCore
 from deployments.engine_replica import EngineReplica
 from deployments.ingress.app import check_plugin_paths
 from deployments.ingress.deployment import IngressASGI
+from deployments.ingress.options import IngressOptions
 from deployments.names import INGRESS
 from deployments.routing import EngineRouter
 from deployments.watchdog import WatchOptions

@@ -14,11 +14,12 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from deployments.cli.client import Answer
-from deployments.config import IngressOptions, ModelOptions
+from deployments.config import ModelOptions
 from deployments.engine_actor import EngineActor, StartCore
 from deployments.engine_client import EngineClient
 from deployments.ingress.app import build_asgi_app
 from deployments.ingress.deployment import load_served_model
+from deployments.ingress.options import IngressOptions
 from deployments.ingress.served import ServedModels
 from deployments.load_table import LoadTable
 from deployments.placement import Booking

@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp
 
-from deployments.config import IngressOptions
 from deployments.ingress.bodies import Bodies
 from deployments.ingress.chat import handle_chat
 from deployments.ingress.completions import handle_completion
@@ -32,6 +31,7 @@ from deployments.ingress.info import (
 )
 from deployments.ingress.metrics_page import handle_metrics
 from deployments.ingress.openapi import handle_openapi
+from deployments.ingress.options import IngressOptions
 from deployments.ingress.plugged import PluggedProtocol
 from deployments.ingress.responses import handle_responses
 from deployments.ingress.served import ServedModels

@@ -13,7 +13,7 @@ from ray.serve.context import _get_global_client
 from starlette.types import ASGIApp
 
 from deployments.backlog import BacklogLimits
-from deployments.config import AppArgs, IngressOptions, ModelOptions
+from deployments.config import AppArgs, ModelOptions
 from deployments.engine_client import EngineClient
 from deployments.failover import FailoverLimits
 from deployments.flags import missing_flags
@@ -21,6 +21,7 @@ from deployments.ingress.app import build_asgi_app
 from deployments.ingress.draining import Draining
 from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.ingress.message_style import MessageStyle
+from deployments.ingress.options import IngressOptions
 from deployments.ingress.response_cache import ResponseCache
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import load_table

@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 
-from deployments.config import IngressOptions
 from deployments.engine_actor import EngineActor
 from deployments.engine_client import EngineClient
 from deployments.failover import FailoverLimits
 from deployments.ingress.app import build_asgi_app
+from deployments.ingress.options import IngressOptions
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import LoadTable
 from deployments.placement import Booking

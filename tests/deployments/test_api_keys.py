@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from deployments import launch
 from deployments.api_keys import CHECK_PERIOD_S, KEY_VARIABLES, KeySource, read_key_file
 from deployments.app import build
-from deployments.config import AppArgs, IngressOptions
+from deployments.config import AppArgs
+from deployments.ingress.options import IngressOptions
 from deployments.launch import read_plan
 from engine.errors import ConfigError
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
-from deployments.config import IngressOptions
 from deployments.ingress.bodies import Bodies
 from deployments.ingress.exchange import PIECE_BYTES, Endpoint
 from deployments.ingress.gate import KeyUse
+from deployments.ingress.options import IngressOptions
 from tests.deployments.exchange import Exchange
 from tests.deployments.plane import open_plane
 

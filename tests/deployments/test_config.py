@@ -19,13 +19,13 @@ from deployments.config import (
     AppArgs,
     Autoscaling,
     DeploymentOptions,
-    IngressOptions,
     ModelOptions,
     deployment_name,
 )
 from deployments.flags import FAST_PATH, missing_flags
 from deployments.haproxy import haproxy_settings
 from deployments.ingress.deployment import load_served_model
+from deployments.ingress.options import IngressOptions
 from deployments.ingress.prompts import render_chat
 from deployments.launch import Plan, check_port_free, read_plan
 from deployments.protocols.template import TemplateFields

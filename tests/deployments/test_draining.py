@@ -7,9 +7,9 @@ import asyncio
 import httpx
 import pytest
 
-from deployments.config import IngressOptions
 from deployments.ingress.app import build_asgi_app
 from deployments.ingress.draining import DrainGate, Draining
+from deployments.ingress.options import IngressOptions
 from deployments.ingress.served import ServedModels
 
 

@@ -11,9 +11,9 @@ import pytest
 from ray._common.utils import import_attr
 
 from deployments.api_keys import KEY_VARIABLES
-from deployments.config import IngressOptions
 from deployments.flags import SERVE_MIDDLEWARE
 from deployments.ingress.gate import MAX_HEADER_BYTES, MAX_HEADERS, KeyUse
+from deployments.ingress.options import IngressOptions
 from tests.deployments.exchange import Exchange
 from tests.deployments.plane import open_plane
 

@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from deployments.api_keys import KEY_VARIABLES
-from deployments.config import IngressOptions
 from deployments.ingress.app import build_asgi_app
+from deployments.ingress.options import IngressOptions
 from deployments.ingress.served import ServedModels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import sys
@@ -16,8 +17,9 @@ from pydantic import ValidationError, field_validator
 
 from cluster.examples.ollama import OllamaGenerate
 from deployments.app import build
-from deployments.config import AppArgs, IngressOptions
+from deployments.config import AppArgs
 from deployments.ingress.app import build_asgi_app, check_plugin_paths
+from deployments.ingress.options import IngressOptions
 from deployments.ingress.served import ServedModels
 from deployments.plugins import Body, InvalidRequest, SamplingParams, ServingEngine
 from deployments.plugins.loading import load_classes
@@ -81,6 +83,15 @@ class Ask(ServingEngine[AskBody]):
     def _fail(self, request, method: str) -> None:
         if request.raises == method:
             raise KeyError(SECRET)
+
+
+class Named(Ask):
+    """Tells which instance answers."""
+
+    path = "/named"
+
+    def create_response(self, request, output):
+        return {"by": self.model_name}
 
 
 @asynccontextmanager
@@ -214,6 +225,21 @@ async def test_what_a_plugin_refuses_is_a_400(plane):
 async def test_models_are_those_of_the_class(plane):
     answer = await plane.http.post("/ask/other", json={})
     assert (answer.status_code, answer.json()["code"]) == (404, "model_not_found")
+
+
+async def test_several_models_of_a_class_have_an_instance_each(plane):
+    others = {name: dataclasses.replace(plane.model, name=name) for name in ("n", "bare")}
+    models = ServedModels({"m": plane.model, **others})
+    plane.http._transport.app = build_asgi_app(
+        models, OPTIONS, plugins={name: Named(name) for name in ("m", "n")}
+    )
+    for name in ("m", "n"):
+        answer = await plane.http.post("/named", json={"model": name})
+        assert answer.json() == {"by": name}
+    answer = await plane.http.post("/named", json={"model": "bare"})
+    assert (answer.status_code, "m, n." in answer.json()["oops"]) == (404, True)
+    answer = await plane.http.post("/named", json={})
+    assert (answer.status_code, answer.json()["param"]) == (400, "model")
 
 
 async def test_limits_stay_the_servers(plane):

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.config import IngressOptions
 from deployments.ingress.message_style import MessageStyle
+from deployments.ingress.options import IngressOptions
 from deployments.ingress.response_cache import CHUNK_TOKENS, ResponseCache, entry_bytes
 from engine.errors import InvalidRequest
 from engine.outputs import TokenDelta, TokenLogprobs, refusal
