@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 from engine.config import EngineConfig
+from engine.embedding import POOLED_PARAMS
 from engine.outputs import TokenDelta, TokenLogprobs
 from engine.request import EngineRequest, Request
 from engine.sampling_params import SamplingParams
@@ -19,6 +20,10 @@ from engine.step import StepPlan, StepResult
 
 EOS = 0
 VOCAB = 12
+
+
+def pooled(truth: Truth, length: int) -> bytes:
+    return str(truth.chain[length - 1]).encode()
 
 
 def sampled_token(seed: int, position: int) -> int:
@@ -53,6 +58,8 @@ class Truth:
 
     def expected(self) -> tuple[list[int], str, int | None]:
         """Brute force: sample one by one until a rule says stop."""
+        if self.wire.pooling is not None:
+            return [], "stop", None
         params, first = self.wire.params, len(self.wire.prompt_token_ids)
         length = first + len(self.wire.output_token_ids)
         start = length
@@ -78,13 +85,17 @@ class FakeRunner:
         self.tables = [[0] * num_blocks for _ in range(max_num_seqs)]
         self.last_token: list[int | None] = [None] * max_num_seqs
         self.owner: list[Truth | None] = [None] * max_num_seqs
+        self.summed = [0] * max_num_seqs
+        """Leading tokens of each row whose hidden states have been seen without a gap."""
 
     def execute(self, plan: StepPlan, truths: dict[str, Truth]) -> StepResult:
         for new in plan.new_rows:
             truth = truths[new.request_id]
             assert new.token_ids == truth.tokens[: len(new.token_ids)]
             assert new.num_prompt_tokens == len(truth.wire.prompt_token_ids)
+            assert new.pooling == truth.wire.pooling
             self.owner[new.row], self.last_token[new.row] = truth, None
+            self.summed[new.row] = 0
         for row, (first, blocks) in plan.new_blocks.items():
             assert 0 not in blocks, "the null block was handed out"
             self.tables[row][first : first + len(blocks)] = blocks
@@ -123,6 +134,8 @@ class FakeRunner:
         for row, start, count, samples in spans:
             truth = self.owner[row]
             wire, end = truth.wire, start + count
+            if start == self.summed[row]:
+                self.summed[row] = end
             if wire.params.prompt_logprobs is not None:
                 positions = range(start + 1, min(end + 1, len(wire.prompt_token_ids)))
                 result.prompt_logprobs[row] = [
@@ -131,6 +144,9 @@ class FakeRunner:
             if samples:
                 truth.reach(end + 1)
                 token = self.last_token[row] = truth.tokens[end]
+                if wire.pooling is not None:
+                    assert wire.pooling == "last" or self.summed[row] == end
+                    result.pooled[len(result.token_ids)] = pooled(truth, end)
                 result.token_ids.append(token)
                 if wire.params.logprobs is not None:
                     result.logprobs[row] = TokenLogprobs([token], [float(end)], 1)
@@ -171,10 +187,12 @@ class Driver:
         self._idle_plans = 0
 
     def add(self, request_id: str, prompt: list[int], outputs=(), **options) -> Truth:
-        names = ("priority", "cache_salt", "arrival_time")
+        names = ("priority", "cache_salt", "arrival_time", "pooling")
         wire_options = {name: options.pop(name) for name in names if name in options}
         wire_options.setdefault("arrival_time", float(len(self.truths)))
         params = SamplingParams(**{"seed": 0, "ignore_eos": True, "max_tokens": 4, **options})
+        if wire_options.get("pooling") is not None:
+            params = POOLED_PARAMS
         wire = EngineRequest(
             request_id, prompt, params, output_token_ids=list(outputs), **wire_options
         )
@@ -270,7 +288,9 @@ class Driver:
     def _take(self, delta: TokenDelta) -> None:
         truth = self.live[delta.request_id]  # a KeyError: a word after its end
         params = truth.wire.params
-        assert delta.token_ids or delta.prompt_logprobs, "a delta says nothing"
+        assert delta.token_ids or delta.prompt_logprobs or delta.pooled, "a delta says nothing"
+        if truth.wire.pooling is not None:
+            assert delta.pooled == pooled(truth, len(truth.wire.prompt_token_ids))
         assert not delta.num_cached_tokens or truth.num_deltas == 0
         truth.num_deltas += 1
         known = len(truth.wire.prompt_token_ids) + len(truth.wire.output_token_ids)

@@ -7,6 +7,8 @@ import torch
 
 from engine.attention import select_backend
 from engine.core import EngineCore
+from engine.embedding import POOLED_PARAMS
+from engine.request import EngineRequest
 from engine.runner.cuda_graphs import StepGraphs
 from tests.engine.conftest import TINY_LLAMA, request, run_core, tiny_config
 from tests.engine.gpu import needs_gpu
@@ -154,6 +156,11 @@ def test_launching_a_step_never_waits_for_the_device(tiny_checkpoint, monkeypatc
     )
     wires = [*requests(SEEDED, 12), *(request(f"g{i}", p) for i, p in enumerate(prompts(6, 1)))]
     wires += [request(f"l{i}", p, logprobs=3) for i, p in enumerate(prompts(6, 2))]
+    wires += [
+        EngineRequest(f"{pooling} {i}", p, POOLED_PARAMS, pooling=pooling)
+        for pooling in ("last", "mean")
+        for i, p in enumerate(prompts(6, 3))
+    ]
     first = run_core(core, wires)  # kernels are compiled
     execute, mixed, decodes = core.runner.execute, [], []
 

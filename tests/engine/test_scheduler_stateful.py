@@ -60,8 +60,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, 0]),
         priority=st.integers(-1, 1),
         salt=st.sampled_from([None, None, "a"]),
+        pooling=st.sampled_from([None, None, None, "last", "mean"]),
     )
-    def add(self, base, length, resumed, seed, max_tokens, min_tokens, salt, **options):
+    def add(self, base, length, resumed, seed, max_tokens, min_tokens, salt, pooling, **options):
+        if pooling is not None:
+            resumed = 0
         resumed = min(resumed, max_tokens - 1, MAX_LEN - 1 - length)
         outputs = [sampled_token(seed, length + i) for i in range(resumed)]
         self.count += 1
@@ -73,6 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_tokens=max_tokens,
             min_tokens=min(min_tokens, max_tokens),
             cache_salt=salt,
+            pooling=pooling,
             **options,
         )
 
