@@ -1,0 +1,57 @@
+"""Plots of simulated policies. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from benchmarks.plots import STYLE, save
+
+
+def plot_policies(document: dict[str, Any], folder: Path, stem: str) -> list[Path]:
+    """Draw, for each trace, first tokens, cost and cache hits by rate, one colour a policy.
+
+    Args:
+        document: what `cluster.simulate run` wrote.
+        folder: where to put the files.
+        stem: their name.
+
+    Returns:
+        The files.
+    """
+    records = document["records"]
+    traces = list(dict.fromkeys(record["trace"] for record in records))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(15, 4 * len(traces)), layout="constrained")
+        rows = figure.subplots(len(traces), 3, squeeze=False)
+        for trace, row in zip(traces, rows, strict=True):
+            _draw_trace([record for record in records if record["trace"] == trace], row)
+        return save(figure, folder, stem)
+
+
+def _draw_trace(records: Sequence[dict[str, Any]], row: Sequence[Axes]) -> None:
+    times, costs, hits = row
+    for index, policy in enumerate(dict.fromkeys(record["policy"] for record in records)):
+        line = sorted((r for r in records if r["policy"] == policy), key=lambda r: r["rate"])
+        rates, colour = [record["rate"] for record in line], f"C{index}"
+        for rank, style in (("p50", "o-"), ("p95", "^--")):
+            ttft = [record["ttft_ms"][rank] for record in line]
+            times.plot(rates, ttft, style, color=colour, label=f"{policy}, {rank}")
+        costs.plot(rates, [r["busy_s_per_mtok"] for r in line], "o-", color=colour, label=policy)
+        hits.plot(rates, [r["cache_hits"] for r in line], "o-", color=colour, label=policy)
+    times.set_yscale("log")
+    times.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    hits.yaxis.set_major_formatter(PercentFormatter(1.0))
+    hits.set_ylim(-0.05, 1.05)
+    labels = ("time to first token (ms)", "seconds of work / million tokens", "cache hits")
+    for axes, label in zip(row, labels, strict=True):
+        axes.set_ylabel(label)
+        axes.set_xlabel("requests a second and engine")
+        axes.legend(frameon=False, fontsize=9)
+    times.set_title(f"{records[0]['trace']} · {records[0]['engines']:,} engines", loc="left")
