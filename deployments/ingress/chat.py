@@ -120,7 +120,7 @@ async def _whole(
     if body.return_token_ids:
         answer["prompt_token_ids"] = job.prompt_token_ids
     if body.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs)
+        answer["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs, body.prompt_logprobs)
     return answer
 
 

@@ -20,7 +20,8 @@ def choice_logprobs(
     if entries is None:
         return None
     token_bytes = model.need_tokenizer("logprobs").token_bytes(skip_special_tokens=False)
-    return chat_logprobs(entries, body.top_logprobs or 0, token_bytes)
+    by_id = bool(body.return_tokens_as_token_ids)
+    return chat_logprobs(entries, body.top_logprobs or 0, token_bytes, by_id)
 
 
 class ChatWriter:

@@ -16,13 +16,16 @@ from deployments.ingress.answers import (
     open_stream,
     usage,
 )
+from deployments.ingress.echo import Echo
 from deployments.ingress.errors import json_response
-from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
+from deployments.ingress.logprob_budget import most_logprobs
+from deployments.ingress.served import Piece, ServedModel, ServedModels, aside, build_jobs
 from deployments.ingress.token_ids import TokenIdChunks
 from deployments.protocols.body import read_body
-from deployments.protocols.logprobs import completion_logprobs, prompt_logprobs
+from deployments.protocols.logprobs import completion_logprobs, joined_logprobs, prompt_logprobs
 from deployments.protocols.openai import CompletionBody
 from engine.job import Job
+from engine.outputs import Logprob
 
 
 async def handle_completion(
@@ -33,6 +36,7 @@ async def handle_completion(
     model = models.find(body.model)
     params = body.to_params()
     body.check_stream_options()
+    echo = Echo(model, body)
     answer_id = new_id("cmpl")
     prompts = body.prompts()
     with model.admission(len(prompts), params, "prompt"):
@@ -46,57 +50,58 @@ async def handle_completion(
             add_special_tokens=body.add_special_tokens,
             keep_last=body.num_kept(model.max_model_len, params),
         )
-        if body.echo:
-            _write_prompts(model, jobs)
     begin = header(answer_id, "text_completion", body.model)
     if body.stream:
-        return await _stream(model, body, jobs, begin)
+        return await _stream(model, body, jobs, echo, begin)
     await model.finish(jobs)
-    return json_response({**begin, "choices": _choices(body, jobs), "usage": usage(jobs)})
+    num_logprobs = sum(most_logprobs(job, model.max_model_len) for job in jobs)
+    choices = await aside(num_logprobs, lambda: _choices(body, jobs, echo))
+    return json_response({**begin, "choices": choices, "usage": usage(jobs)})
 
 
 async def _stream(
-    model: ServedModel, body: CompletionBody, jobs: Sequence[Job], begin: dict[str, Any]
+    model: ServedModel,
+    body: CompletionBody,
+    jobs: Sequence[Job],
+    echo: Echo,
+    begin: dict[str, Any],
 ) -> EventStream:
     if body.return_token_ids:
         chunks = TokenIdChunks(body, jobs, begin, in_choice=True)
-        write = chunks.noting(_Writer(body, chunks).write)
+        write = chunks.noting(_Writer(body, chunks, echo).write)
         return await open_stream(model, jobs, write, chunks.last)
     plain = Chunks(body, jobs, begin)
-    return await open_stream(model, jobs, _Writer(body, plain).write, plain.last)
+    return await open_stream(model, jobs, _Writer(body, plain, echo).write, plain.last)
 
 
-def _write_prompts(model: ServedModel, jobs: Sequence[Job]) -> None:
-    """Give prompts that came as token ids their text."""
-    for job in jobs:
-        if job.prompt is None:
-            tokenizer = model.need_tokenizer("echo")
-            job.prompt = tokenizer.decode(job.prompt_token_ids, skip_special_tokens=False)
+def _logprobs(
+    body: CompletionBody, entries: list[dict[int, Logprob]] | None, offset: int
+) -> dict[str, Any] | None:
+    """OpenAI's `logprobs` of output tokens from `offset` on, or None when there are none."""
+    if entries is None:
+        return None
+    by_id = bool(body.return_tokens_as_token_ids)
+    return completion_logprobs(entries, body.logprobs or 0, offset, by_id)
 
 
-def _echoed(body: CompletionBody, job: Job) -> str:
-    return (job.prompt or "") if body.echo else ""
-
-
-def _choices(body: CompletionBody, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def _choices(body: CompletionBody, jobs: Sequence[Job], echo: Echo) -> list[dict[str, Any]]:
     choices: list[dict[str, Any]] = []
     for job in jobs:
-        result = job.output()
+        result, echoed, scores = job.output(), echo.text(job), echo.logprobs(job)
         for output in result.outputs:
             choice: dict[str, Any] = {
                 "index": len(choices),
-                "text": _echoed(body, job) + output.text,
-                "logprobs": None,
+                "text": echoed + output.text,
+                "logprobs": joined_logprobs(scores, _logprobs(body, output.logprobs, len(echoed))),
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
             }
-            if output.logprobs is not None:
-                choice["logprobs"] = completion_logprobs(output.logprobs, body.logprobs or 0, 0)
             if body.return_token_ids:
                 choice["prompt_token_ids"] = job.prompt_token_ids
                 choice["token_ids"] = output.token_ids
-            if result.prompt_logprobs is not None:
-                choice["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs)
+            if body.prompt_logprobs is not None:
+                entries = prompt_logprobs(result.prompt_logprobs, body.prompt_logprobs)
+                choice["prompt_logprobs"] = entries
             choices.append(choice)
     return choices
 
@@ -104,30 +109,40 @@ def _choices(body: CompletionBody, jobs: Sequence[Job]) -> list[dict[str, Any]]:
 class _Writer:
     """Writes the chunks of one answer."""
 
-    def __init__(self, body: CompletionBody, chunks: Chunks) -> None:
+    def __init__(self, body: CompletionBody, chunks: Chunks, echo: Echo) -> None:
         self._chunks = chunks
         self._body = body
+        self._echo = echo
         self._written: dict[int, int] = {}
         """Characters written so far, by choice."""
+        self._early: list[Piece] = []
+        """Pieces whose prompts are not scored yet, as another completion has to bring that."""
 
     def write(self, piece: Piece) -> bytes:
-        """The chunk of a piece, unless there is nothing in it."""
-        delta, index = piece.delta, piece.choice
-        text = delta.text
-        if index not in self._written:
-            text = _echoed(self._body, piece.job) + text
-        so_far = self._written.get(index, 0)
-        self._written[index] = so_far + len(text)
-        if not text and delta.finish_reason is None and not delta.logprobs:
+        """The chunk of a piece, after those that had to wait for the same."""
+        if not self._echo.is_scored(piece.job):
+            self._early.append(piece)
             return b""
-        logprobs = delta.logprobs and completion_logprobs(
-            delta.logprobs, self._body.logprobs or 0, so_far
-        )
+        early = [one for one in self._early if one.job is piece.job]
+        self._early = [one for one in self._early if one.job is not piece.job]
+        return b"".join(map(self._write, (*early, piece)))
+
+    def _write(self, piece: Piece) -> bytes:
+        """The chunk of a piece, unless there is nothing in it."""
+        delta, index, job = piece.delta, piece.choice, piece.job
+        echoed, scores = "", None
+        if index not in self._written:
+            echoed, scores = self._echo.text(job), self._echo.logprobs(job)
+        text, offset = echoed + delta.text, self._written.get(index, len(echoed))
+        logprobs = joined_logprobs(scores, _logprobs(self._body, delta.logprobs or None, offset))
+        self._written[index] = offset + len(delta.text)
+        if not text and delta.finish_reason is None and not logprobs:
+            return b""
         return self._chunks.chunk(
             {
                 "index": index,
                 "text": text,
-                "logprobs": logprobs or None,
+                "logprobs": logprobs,
                 "finish_reason": delta.finish_reason,
                 "stop_reason": delta.stop_reason,
             }

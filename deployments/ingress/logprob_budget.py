@@ -29,7 +29,7 @@ class LogprobBudget:
             InvalidRequest: the jobs alone may come to more than the limit.
             ApiError: 429 when there is no room now.
         """
-        count = sum(_count(job, max_model_len) for job in jobs)
+        count = sum(most_logprobs(job, max_model_len) for job in jobs)
         if count > self.limit:
             raise InvalidRequest(
                 f"the request may come to {count} log-probabilities, but this server takes at most "
@@ -45,8 +45,9 @@ class LogprobBudget:
             self.held -= count
 
 
-def _count(job: Job, max_model_len: int) -> int:
-    """Most that a job may come to; an answer has the prompt's with each of its completions."""
+def most_logprobs(job: Job, max_model_len: int) -> int:
+    """How many log-probabilities a job may come to; an answer has the prompt's with each of its
+    completions."""
     params = next(iter(job.requests.values())).params  # those of the others ask for no more
     prompt = len(job.prompt_token_ids)
     output = max_model_len - prompt

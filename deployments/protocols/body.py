@@ -32,7 +32,14 @@ class Body(BaseModel):
     )
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Field → values that ask for nothing and so are accepted."""
+    """Field → values that ask for nothing and so are accepted. Bodies that extend this one refuse
+    the same, and more."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Take over what is refused by the bodies that this one extends."""
+        named = [vars(base).get("unsupported", {}) for base in reversed(cls.__mro__)]
+        cls.unsupported = {name: values for each in named for name, values in each.items()}
 
 
 B = TypeVar("B", bound=Body)

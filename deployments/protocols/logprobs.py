@@ -2,56 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.outputs import Logprob
 
 
 def chat_logprobs(
-    entries: list[dict[int, Logprob]], num_top: int, token_bytes: Mapping[int, bytes]
+    entries: list[dict[int, Logprob]],
+    num_top: int,
+    token_bytes: Mapping[int, bytes],
+    by_id: bool = False,
 ) -> dict[str, Any]:
     """The form of chat completions; the sampled token comes first in each entry.
 
     `bytes` are the token's own, taken from `token_bytes`: clients join them where a character
-    spans tokens, whose texts show it as U+FFFD.
+    spans tokens, whose texts show it as U+FFFD. `by_id` names tokens by their ids.
     """
     content = []
     for entry in entries:
-        tokens = [_chat_token(item, token_bytes[token]) for token, item in entry.items()]
+        tokens = [
+            _chat_token(token_name(token, item.decoded_token, by_id), item, token_bytes[token])
+            for token, item in entry.items()
+        ]
         ranked = sorted(tokens, key=lambda token: -token["logprob"])
         content.append({**tokens[0], "top_logprobs": ranked[:num_top]})
     return {"content": content}
 
 
+def token_name(token_id: int, text: str | None, by_id: bool) -> str:
+    """What a token is called: its text, if it has one or, to be told apart, `token_id:5`."""
+    return f"token_id:{token_id}" if by_id or text is None else text
+
+
 def completion_logprobs(
-    entries: list[dict[int, Logprob]], num_top: int, offset: int
+    entries: Sequence[dict[int, Logprob]], num_top: int, offset: int, by_id: bool = False
 ) -> dict[str, Any]:
-    """The form of text completions; `offset` is the length of the text so far."""
-    sampled = [next(iter(entry.values())) for entry in entries]
+    """The form of text completions; the sampled token comes first in each entry.
+
+    Args:
+        entries: one for each token.
+        num_top: alternatives that were asked for.
+        offset: length of the text so far.
+        by_id: name tokens by their ids.
+    """
+    sampled = [next(iter(entry.items())) for entry in entries]
     offsets = []
-    for item in sampled:
+    for _, item in sampled:
         offsets.append(offset)
         offset += len(item.decoded_token or "")
     return {
-        "tokens": [item.decoded_token for item in sampled],
-        "token_logprobs": [item.logprob for item in sampled],
-        "top_logprobs": [_top(entry, num_top) for entry in entries] if num_top else None,
+        "tokens": [token_name(token, item.decoded_token, by_id) for token, item in sampled],
+        "token_logprobs": [item.logprob for _, item in sampled],
+        "top_logprobs": [_top(entry, num_top, by_id) for entry in entries] if num_top else None,
         "text_offset": offsets,
     }
 
 
+def joined_logprobs(
+    before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The log-probabilities of two parts of a text, in the form of text completions."""
+    if before is None or after is None:
+        return before or after
+    return {name: values and values + after[name] for name, values in before.items()}
+
+
 def prompt_logprobs(
-    entries: list[dict[int, Logprob] | None] | None,
+    entries: list[dict[int, Logprob] | None] | None, num_top: int
 ) -> list[dict[str, dict[str, Any]] | None] | None:
-    """vLLM's form: for each prompt position, token id → its log-probability, rank and text."""
+    """vLLM's form: for each prompt position, token id → its log-probability, rank and text.
+
+    Args:
+        entries: one for each token of the prompt, which comes first in it; None for the first one.
+        num_top: alternatives that were asked for; there may be more in the entries.
+    """
     if entries is None:
         return None
-    return [_prompt_entry(entry) if entry else None for entry in entries]
+    return [_prompt_entry(entry, num_top) if entry else None for entry in entries]
 
 
-def _prompt_entry(entry: dict[int, Logprob]) -> dict[str, dict[str, Any]]:
-    return {str(token): _prompt_token(item) for token, item in entry.items()}
+def _prompt_entry(entry: dict[int, Logprob], num_top: int) -> dict[str, dict[str, Any]]:
+    first = next(iter(entry))
+    return {
+        str(token): _prompt_token(item)
+        for token, item in entry.items()
+        if token == first or (item.rank or 0) <= num_top
+    }
 
 
 def _prompt_token(item: Logprob) -> dict[str, Any]:
@@ -62,7 +99,7 @@ def _prompt_token(item: Logprob) -> dict[str, Any]:
     }
 
 
-def _top(entry: dict[int, Logprob], num_top: int) -> dict[str, float]:
+def _top(entry: dict[int, Logprob], num_top: int, by_id: bool) -> dict[str, float]:
     """The likeliest tokens, and the sampled one, which may not be among them.
 
     Tokens may share a text, such as parts of characters, which show as U+FFFD: those after the
@@ -71,10 +108,10 @@ def _top(entry: dict[int, Logprob], num_top: int) -> dict[str, float]:
     ranked = sorted(entry, key=lambda token: -entry[token].logprob)[:num_top]
     named: dict[str, float] = {}
     for token in dict.fromkeys((*ranked, next(iter(entry)))):
-        text = entry[token].decoded_token or ""
-        named[f"token_id:{token}" if text in named else text] = entry[token].logprob
+        text = entry[token].decoded_token
+        named[token_name(token, text, by_id or text in named)] = entry[token].logprob
     return named
 
 
-def _chat_token(item: Logprob, data: bytes) -> dict[str, Any]:
-    return {"token": item.decoded_token or "", "logprob": item.logprob, "bytes": list(data)}
+def _chat_token(name: str, item: Logprob, data: bytes) -> dict[str, Any]:
+    return {"token": name, "logprob": item.logprob, "bytes": list(data)}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import FailFast, PlainValidator
 
 from deployments.protocols.body import Body
-from deployments.protocols.sampling import SamplingFields
+from deployments.protocols.sampling import NOTHING, SamplingFields
 from deployments.protocols.template import TemplateFields
 from deployments.protocols.tool_calls import ToolUse, read_tool_use
 from engine.errors import InvalidRequest
@@ -16,25 +16,6 @@ from engine.sampling_params import SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` for `/v1/completions`."""
-
-_NOTHING: tuple[Any, ...] = (False, [], {}, "")
-_VLLM_ONLY = {
-    "best_of": (1,),
-    "use_beam_search": _NOTHING,
-    "guided_whitespace_pattern": (),
-    "structural_tag": (),
-    "logits_processors": _NOTHING,
-    "allowed_token_ids": _NOTHING,
-    "bad_words": _NOTHING,
-    "logprob_token_ids": _NOTHING,
-    "repetition_detection": _NOTHING,
-    "return_tokens_as_token_ids": _NOTHING,
-    "spaces_between_special_tokens": (True,),
-    "thinking_token_budget": (-1,),
-    "truncation_side": ("left",),
-    "vllm_xargs": _NOTHING,
-    "watermarking": _NOTHING,
-}
 
 
 class StreamOptions(Body):
@@ -49,6 +30,8 @@ class StreamOptions(Body):
 class GenerationBody(SamplingFields):
     """What completions and chat have in common."""
 
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"truncation_side": ("left",)}
+
     model: str
     """Name of a served model."""
     stream: bool | None = None
@@ -59,6 +42,8 @@ class GenerationBody(SamplingFields):
     """Prompts share cached prefixes only with those of the same salt."""
     return_token_ids: bool | None = None
     """Whether the answer has the ids of the tokens of prompt and output."""
+    return_tokens_as_token_ids: bool | None = None
+    """Whether log-probabilities name tokens as `token_id:5`, as tokens may share a text."""
     truncate_prompt_tokens: int | None = None
     """So many tokens are kept of a prompt, its last ones; -1 keeps what leaves room for the
     output."""
@@ -139,17 +124,16 @@ class CompletionBody(GenerationBody):
     """Body of `/v1/completions`."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **_VLLM_ONLY,
-        "suffix": _NOTHING,
-        "prompt_embeds": _NOTHING,
+        "suffix": NOTHING,
+        "prompt_embeds": NOTHING,
     }
 
     prompt: Prompts
     """One text, one list of token ids, or a list of either; each is answered `n` times."""
     logprobs: int | None = None
-    """Log-probabilities of each token of the output and of this many likeliest ones, 0 to 20."""
+    """Log-probabilities of each token of the text and of this many likeliest ones, 0 to 20."""
     echo: bool | None = None
-    """Whether the text begins with the prompt."""
+    """Whether the text begins with the prompt; `max_tokens` may then be 0."""
     add_special_tokens: bool = True
     """Whether the tokens that the model wants around a text, such as a first one, are put there."""
 
@@ -160,11 +144,16 @@ class CompletionBody(GenerationBody):
             InvalidRequest: a value is out of range.
         """
         max_tokens = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest(
-                "echo with logprobs is not supported; use prompt_logprobs instead.", "echo"
-            )
-        return self.sampling_params(max_tokens=max_tokens, logprobs=self.logprobs)
+        return self.sampling_params(
+            max_tokens=max_tokens, logprobs=self.logprobs, prompt_logprobs=self._num_scored()
+        )
+
+    def _num_scored(self) -> int | None:
+        """Alternatives wanted at each position of the prompt, or None if it is not scored."""
+        wanted = [self.prompt_logprobs]
+        if self.echo:
+            wanted += [self.logprobs, 0 if self.max_tokens == 0 else None]
+        return max((count for count in wanted if count is not None), default=None)
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or many.
@@ -179,8 +168,7 @@ class ChatBody(TemplateFields, GenerationBody):
     """Body of `/v1/chat/completions`."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **_VLLM_ONLY,
-        "functions": _NOTHING,
+        "functions": NOTHING,
         "function_call": ("none", "auto"),
         "audio": (),
         "modalities": (["text"],),
@@ -188,9 +176,9 @@ class ChatBody(TemplateFields, GenerationBody):
         "moderation": (),
         "verbosity": ("medium",),
         "web_search_options": (),
-        "return_prompt_text": _NOTHING,
-        "echo": _NOTHING,
-        "add_special_tokens": _NOTHING,
+        "return_prompt_text": NOTHING,
+        "echo": NOTHING,
+        "add_special_tokens": NOTHING,
     }
 
     messages: Annotated[list[dict[str, Any]], FailFast()]
@@ -221,7 +209,7 @@ class ChatBody(TemplateFields, GenerationBody):
             raise InvalidRequest(
                 "max_tokens and max_completion_tokens mean the same; give one.", "max_tokens"
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
         limit = self.max_tokens
         if self.max_completion_tokens is not None:

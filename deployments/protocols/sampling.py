@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -23,16 +23,37 @@ _COPIED = (
     "min_tokens",
     "stop",
     "stop_token_ids",
+    "allowed_token_ids",
+    "bad_words",
     "ignore_eos",
     "include_stop_str_in_output",
     "skip_special_tokens",
     "prompt_logprobs",
 )
 
+NOTHING: tuple[Any, ...] = (False, [], {}, "")
+"""Values by which clients ask for nothing."""
+
 
 class SamplingFields(FormFields):
     """Null means the default; ranges, and the elements of lists and mappings, are checked by
     `SamplingParams`."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "best_of": (1,),
+        "use_beam_search": NOTHING,
+        "length_penalty": (1,),
+        "guided_whitespace_pattern": (),
+        "structural_tag": (),
+        "logits_processors": NOTHING,
+        "logprob_token_ids": NOTHING,
+        "repetition_detection": NOTHING,
+        "thinking_token_budget": (-1,),
+        "vllm_xargs": NOTHING,
+        "kv_transfer_params": NOTHING,
+        "ec_transfer_params": NOTHING,
+        "watermarking": NOTHING,
+    }
 
     n: int | None = None
     temperature: float | None = None
@@ -48,6 +69,8 @@ class SamplingFields(FormFields):
     min_tokens: int | None = None
     stop: str | list[Any] | None = None
     stop_token_ids: list[Any] | None = None
+    allowed_token_ids: list[Any] | None = None
+    bad_words: list[Any] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None

@@ -1,4 +1,5 @@
-"""An engine actor without Ray, around a core whose steps take a millisecond."""
+"""An engine actor without Ray, around a core whose steps take a millisecond; and a plane around
+a real engine with tiny weights."""
 
 from functools import partial
 from typing import Any
@@ -8,7 +9,12 @@ import pytest
 from deployments import crash_dump, watchdog
 from deployments.engine_actor import EngineActor
 from engine.config import EngineConfig
+from engine.model_source import resolve_model
+from engine.tokenizer import Tokenizer
 from tests.deployments.fake_core import FakeCore
+from tests.deployments.plane import open_plane
+from tests.engine.byte_model import write_byte_model
+from tests.engine.conftest import TINY_LLAMA, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +35,30 @@ async def actor():
     await started.start()
     yield started
     await started.drain()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A folder with a tiny model that knows bytes, and the same model by transformers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-checkpoint")
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in TINY_LLAMA.items() if k not in ("architectures", "torch_dtype")}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2)).eval()
+    model.save_pretrained(folder)
+    write_byte_model(folder)
+    return str(folder), model
+
+
+@pytest.fixture
+async def tiny_plane(tiny_checkpoint, monkeypatch):
+    from engine.startup import start_engine
+
+    folder, _ = tiny_checkpoint
+    config = tiny_config(folder, load_format="auto", max_num_batched_tokens=16)
+    monkeypatch.setattr("tests.deployments.plane.FakeCore", lambda _: start_engine(config))
+    async with open_plane(tokenizer=Tokenizer.load(resolve_model(folder))) as opened:
+        opened.model.vocab_size = TINY_LLAMA["vocab_size"]
+        yield opened

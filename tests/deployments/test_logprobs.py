@@ -45,6 +45,26 @@ async def test_bytes_of_chat_logprobs_join_to_the_text(monkeypatch, stream):
         assert bytes(other["bytes"]) == tokenizer.token_bytes(False)[token + 1]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_tokens_are_named_by_their_ids(monkeypatch, path):
+    monkeypatch.setattr("tests.deployments.plane.FakeCore", LogprobCore)
+    async with open_plane() as plane:
+        chat = path == "/v1/chat/completions"
+        body = {"model": "m", "max_tokens": 4, "return_token_ids": True}
+        body |= {"return_tokens_as_token_ids": True}
+        if chat:
+            body |= {"messages": [{"role": "user", "content": TEXT}], "logprobs": True}
+        else:
+            body |= {"prompt": TEXT, "logprobs": 1}
+        (choice,) = (await plane.http.post(path, json=body)).json()["choices"]
+    names = [f"token_id:{token}" for token in choice["token_ids"]]
+    if chat:
+        assert [entry["token"] for entry in choice["logprobs"]["content"]] == names
+    else:
+        assert choice["logprobs"]["tokens"] == names
+        assert [[*top] for top in choice["logprobs"]["top_logprobs"]] == [[name] for name in names]
+
+
 def test_alternatives_of_equal_text_are_kept_apart():
     entry = {
         7: Logprob(-3.0, 9, "\ufffd"),

@@ -211,7 +211,21 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_toke
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_grammar": ["a"]}, "guided_grammar"),
         ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, "guided_regex"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"echo": True, "logprobs": 21}, "logprobs"),
+        ({"max_tokens": 0, "logprobs": 1}, "max_tokens"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [49152]}, "allowed_token_ids"),
+        ({"allowed_token_ids": ["5"]}, "allowed_token_ids"),
+        ({"allowed_token_ids": 5}, "allowed_token_ids"),
+        ({"allowed_token_ids": list(range(1025))}, "allowed_token_ids"),
+        ({"bad_words": "bad"}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words": ["long " * 17]}, "bad_words"),
+        ({"bad_words": ["word"] * 257}, "bad_words"),
+        ({"bad_words": [5]}, "bad_words"),
+        ({"length_penalty": 0.5}, "length_penalty"),
+        ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     ],
 )
@@ -254,6 +268,32 @@ async def test_bad_field_is_named(plane, change, param):
 async def test_bad_chat_field_is_named(plane, change, param):
     response = await plane.http.post("/v1/chat/completions", json={**CHAT, **change})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def test_no_alternatives_need_no_logprobs(plane):
+    """Clients send the defaults of both."""
+    body = {**CHAT, "logprobs": False, "top_logprobs": 0}
+    assert (await plane.http.post("/v1/chat/completions", json=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "asks"),
+    [
+        ("/v1/chat/completions", {"messages": CHAT["messages"]}),
+        ("/generate", {"prompt": "hi"}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 2}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("field", "value", "harmless"), [("best_of", 2, 1), ("use_beam_search", True, False)]
+)
+async def test_other_ways_to_search_are_refused_everywhere(
+    plane, path, asks, field, value, harmless
+):
+    body = {"model": "m", **asks}
+    response = await plane.http.post(path, json={**body, field: value})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+    assert (await plane.http.post(path, json={**body, field: harmless})).status_code == 200
 
 
 async def test_chat_template_of_trusted_clients(plane):

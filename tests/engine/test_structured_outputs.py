@@ -156,6 +156,24 @@ def test_resumed_outputs_go_on_as_they_would_have(make_core, alone, ahead):
     assert run_core(core, resumed, 10**6) == alone
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_tokens_are_ruled_out_but_where_nothing_else_is_allowed(make_core, tokenizer, ahead):
+    a, c, y = tokenizer.encode("acy")
+    rules = {
+        "allowed": {"allowed_token_ids": [a]},
+        "bad": {"bad_words_token_ids": [[c], [y]]},
+        "both": {"allowed_token_ids": [a, c], "bad_words_token_ids": [[a, a]]},
+    }
+    form = {"regex": "[ac]{6}xyz"}
+    wires = [wire(rid, form, temperature=1.0, seed=4, **fields) for rid, fields in rules.items()]
+    outputs = run_core(make_core(async_scheduling=ahead), wires, 10**6)
+    texts = {rid: tokenizer.decode(tokens) for rid, (tokens, _) in outputs.items()}
+    assert {reason for _, reason in outputs.values()} == {"stop"}
+    assert all(len(text) == 9 and text.endswith("xyz") for text in texts.values())
+    assert texts["allowed"] == texts["bad"] == "aaaaaaxyz"
+    assert "aa" not in texts["both"]
+
+
 def test_the_end_is_kept_back_but_where_nothing_else_is_allowed(make_core, tokenizer):
     forms = {
         "ignored": ({"regex": "a{3,6}"}, {"ignore_eos": True}),
