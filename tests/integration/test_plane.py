@@ -35,12 +35,14 @@ ARGS = {
             "deployment": {"num_replicas": 2, "num_cpus": 0.1, "graceful_shutdown_timeout_s": 5},
             "tool_call_parser": "hermes",
             "reasoning_parser": "qwen3",
+            "class_name": "OllamaGenerate",
         }
     },
     "ingress": {
         "num_replicas": 2,
         "graceful_shutdown_timeout_s": 5,
         "allow_request_chat_templates": True,
+        "allowed_classes": ["cluster.examples.ollama:OllamaGenerate"],
     },
 }
 
@@ -115,6 +117,21 @@ async def read_chunks(response: httpx.Response) -> tuple[str, list[Any]]:
 def connect(server: Server) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=200)
     return httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits)
+
+
+async def test_a_plugin_serves_its_protocol(server):
+    body = {"model": "m", "prompt": "one two three", "raw": True, "options": {"num_predict": 12}}
+    async with connect(server) as client:
+        answers = [await client.post("/api/generate", json=body) for _ in range(4)]
+        wrong = await client.post("/api/generate", json={**body, "prompt": 5})
+        unknown = await client.post("/api/generate", json={**body, "model": "other"})
+    for answer in answers:  # of either ingress
+        *parts, last = map(json.loads, answer.text.splitlines())
+        assert "".join(part["response"] for part in parts) == echo(body["prompt"], 12)
+        assert (last["done"], last["done_reason"], last["eval_count"]) == (True, "length", 12)
+    assert (wrong.status_code, list(wrong.json())) == (400, ["error"])
+    assert unknown.status_code == 404
+    wait_for(server, idle)
 
 
 async def test_concurrent_streams_are_not_mixed_up(server):
