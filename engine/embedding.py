@@ -56,7 +56,12 @@ def to_embedding(
 
     Returns:
         float32 [dimensions], little-endian.
+
+    Raises:
+        ValueError: there is none.
     """
+    if not pooled:
+        raise ValueError("the engine ended the request without a vector; is it an older one?")
     vector = np.frombuffer(pooled, dtype="<f4")[:dimensions]
     if normalize:
         vector = vector / np.maximum(np.linalg.norm(vector), np.float32(_SMALLEST_NORM))

@@ -36,8 +36,8 @@ class Job:
     """Request id → request, in the completions' order."""
     processors: dict[str, OutputProcessor]
     metrics: RequestMetrics
-    pooled: bytes | None = None
-    """The vector of a prompt that was to be pooled; see `TokenDelta.pooled`."""
+    pooled: bytes = b""
+    """The vector of a prompt that was to be pooled, once it has come; see `TokenDelta.pooled`."""
 
     @classmethod
     def build(

@@ -279,7 +279,7 @@ class LLM:
 
 
 def _embedding_output(job: Job, dimensions: int | None, normalize: bool) -> EmbeddingRequestOutput:
-    vector = to_embedding(job.pooled or b"", dimensions, normalize)
+    vector = to_embedding(job.pooled, dimensions, normalize)
     return EmbeddingRequestOutput(
         request_id=job.request_id,
         prompt=job.prompt,

@@ -59,7 +59,7 @@ def _answer(body: EmbeddingsBody, jobs: Sequence[Job], begin: dict[str, Any]) ->
 
 
 def _embedding(body: EmbeddingsBody, job: Job) -> str | msgspec.Raw:
-    vector = to_embedding(job.pooled or b"", body.dimensions, body.normalize)
+    vector = to_embedding(job.pooled, body.dimensions, body.normalize)
     if body.encoding_format == "base64":
         return b64encode(vector.tobytes()).decode()
     return msgspec.Raw(to_json(vector.tolist()))  # each by itself: others may run between

@@ -162,6 +162,8 @@ def test_dimensions_and_normalize():
     assert to_embedding(stored, 2, normalize=False).tolist() == [3.0, 4.0]
     assert to_embedding(bytes(12)).tolist() == [0.0, 0.0, 0.0]
     assert to_embedding(stored).dtype == np.float32
+    with pytest.raises(ValueError, match="without a vector"):
+        to_embedding(b"")
 
 
 def test_offline_options(tiny_model):

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -181,7 +182,8 @@ def parsed(client: openai.OpenAI, seed: int) -> Person:
 
 
 def parse_among_neighbours(client: openai.OpenAI, seeds: Sequence[int]) -> list[Person]:
-    """Answers in a form, among 16 free ones whose text they must not change."""
+    """Answers in a form, at any time among 16 free ones whose text they must not change."""
+    all_parsed = threading.Event()
 
     def ask(number: int) -> str:
         answer = client.completions.create(
@@ -189,10 +191,19 @@ def parse_among_neighbours(client: openai.OpenAI, seeds: Sequence[int]) -> list[
         )
         return answer.choices[0].text
 
+    def keep_asking(number: int) -> set[str]:
+        texts = {ask(number)}
+        while not all_parsed.is_set():
+            texts.add(ask(number))
+        return texts
+
     with ThreadPoolExecutor(32) as pool:
-        before = list(pool.map(ask, range(16)))
-        neighbours = pool.map(ask, range(16))
-        people = list(pool.map(lambda seed: parsed(client, seed), seeds))
+        before = [{text} for text in pool.map(ask, range(16))]
+        neighbours = pool.map(keep_asking, range(16))
+        try:
+            people = list(pool.map(lambda seed: parsed(client, seed), seeds))
+        finally:
+            all_parsed.set()
         assert list(neighbours) == before
     return people
 
@@ -203,6 +214,7 @@ def test_openai_client_parses_answers_of_a_form(client):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_all_of_200_answers_have_their_form(client):
     assert len(parse_among_neighbours(client, range(200))) == 200
 
@@ -256,6 +268,31 @@ def test_64_streams_each_get_their_own_answer(client):
     sample = range(0, 64, 8)
     assert [together[i] for i in sample] == [ask(prompts[i]) for i in sample]
     assert len(set(together)) > 48
+
+
+def test_openai_client_embeds_beside_streams(client):
+    texts = ["The capital of France is Paris.", "A cat sleeps."]
+
+    def embed(**options: Any) -> list[list[float]]:
+        answer = client.embeddings.create(model=MODEL, input=texts, **options)
+        assert answer.usage.prompt_tokens == answer.usage.total_tokens > len(texts)
+        return [item.embedding for item in answer.data]
+
+    alone = embed(encoding_format="float")  # else the client asks for base64
+    with ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(complete_stream, client, f"{i}, {i + 1},") for i in range(8)]
+        among = [future.result() for future in [pool.submit(embed) for _ in range(8)]]
+        assert all(len(stream.result()) > 12 for stream in streams)
+    for found in among:
+        for one, other in zip(found, alone, strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+    assert sum(x * y for x, y in zip(*alone, strict=True)) < 0.999
+
+
+def complete_stream(client: openai.OpenAI, prompt: str) -> str:
+    options: dict[str, Any] = {"max_tokens": 48, "temperature": 0, "stream": True}
+    parts = client.completions.create(model=MODEL, prompt=prompt, **options)
+    return "".join(part.choices[0].text for part in parts)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -315,17 +352,19 @@ def test_command_line_answers_a_batch(launched, tmp_path):
             "url": "/v1/completions",
             "body": {"prompt": "The capital of France is"},
         },
+        {"custom_id": "vector", "url": "/v1/embeddings", "body": {"input": "Paris"}},
     ]
     for line in lines:
         line["body"] |= {"model": MODEL, "temperature": 0, "max_tokens": 12}
     requests.write_text("".join(json.dumps(line) + "\n" for line in lines) + "no request\n")
     said = trunkline("batch", str(requests), str(out), "--url", launched.url)
-    assert "2 answered, 0 refused, 1 bad lines" in said
+    assert "3 answered, 0 refused, 1 bad lines" in said
     found = {r["custom_id"]: r for r in map(json.loads, out.read_text().splitlines())}
     for custom_id in ("chat", "text"):
         response = found[custom_id]["response"]
         assert response["status_code"] == 200 and "Paris" in json.dumps(response["body"])
-    assert found[None]["error"]["line"] == 3
+    assert len(found["vector"]["response"]["body"]["data"][0]["embedding"]) == 576
+    assert found[None]["error"]["line"] == 4
     before = out.read_bytes()
     trunkline("batch", str(requests), str(out), "--url", launched.url)
     assert out.read_bytes() == before
