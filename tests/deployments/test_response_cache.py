@@ -16,6 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deployments.config import ModelOptions
+from deployments.ingress.deployment import load_served_model
 from deployments.ingress.message_style import MessageStyle
 from deployments.ingress.options import IngressOptions
 from deployments.ingress.response_cache import CHUNK_TOKENS, ResponseCache, entry_bytes
@@ -207,6 +209,13 @@ async def test_it_is_off_by_default():
     async with open_plane() as plane:
         for _ in range(2):
             assert (await ask(plane, BODY))[0] is None
+
+
+def test_the_option_says_how_much_a_model_may_keep():
+    options = IngressOptions(response_cache_bytes=12345)
+    client: Any = None
+    model = load_served_model("m", ModelOptions(), options, client)
+    assert model.cache.max_bytes == 12345
 
 
 async def test_of_many_prompts_only_the_new_ones_are_computed(plane):
