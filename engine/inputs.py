@@ -132,7 +132,8 @@ def fan_out(
 ) -> list[tuple[str, SamplingParams]]:
     """One request for each of the `n` completions, with its seed.
 
-    Only the first is asked for log-probabilities of the prompt, which are the same for all.
+    Only the first is asked for log-probabilities of the prompt, which are the same for all, unless
+    all do nothing else.
 
     Args:
         params: as the caller gave them.
@@ -150,7 +151,7 @@ def fan_out(
     if params.n == 1:
         return [(request_id, params if params.seed is not None else replace(params, seed=seed))]
     seeds = [_wrap_int64(seed + i) for i in range(params.n)]
-    others = replace(params, prompt_logprobs=None)
+    others = params if params.max_tokens == 0 else replace(params, prompt_logprobs=None)
     return [
         (f"{request_id}-{i}", replace(others if i else params, n=1, seed=each))
         for i, each in enumerate(seeds)

@@ -109,6 +109,15 @@ async def test_harnesses_score_continuations_of_token_ids(tiny_plane, tiny_check
         )
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_nothing_may_be_asked_for_twice(tiny_plane, stream):
+    fields = {"prompt": [TEXT, "ab"], "n": 2, "max_tokens": 0, "stream": stream}
+    choices = await ask(tiny_plane, logprobs=1, **fields)
+    assert [choice["text"] for choice in choices] == [TEXT, TEXT, "ab", "ab"]
+    assert choices[0]["logprobs"] == choices[1]["logprobs"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices[2:]] == [1, 1]
+
+
 async def test_usage_counts_nothing_that_was_not_wanted(tiny_plane):
     body = {"model": "m", "prompt": TEXT, "max_tokens": 0, "echo": True}
     answer = (await tiny_plane.http.post("/v1/completions", json=body)).json()

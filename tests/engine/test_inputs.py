@@ -134,6 +134,11 @@ def test_log_probabilities_of_the_prompt_are_computed_once():
     assert [params.logprobs for _, params in children] == [1, 1, 1]
 
 
+def test_completions_of_nothing_are_as_many_as_were_asked_for():
+    children = fan_out(SamplingParams(n=2, seed=0, prompt_logprobs=2, max_tokens=0), "r")
+    assert [params.max_tokens for _, params in children] == [0, 0]
+
+
 def test_missing_seeds_are_drawn():
     drawn = fan_out(SamplingParams(n=2), "r", random.Random(1))
     assert drawn == fan_out(SamplingParams(n=2), "r", random.Random(1))
