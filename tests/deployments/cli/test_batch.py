@@ -79,7 +79,7 @@ BAD = {
     b"[1]": "invalid_line",
     b'{"custom_id": 7}': "invalid_line",
     line("m1", method="GET"): "invalid_method",
-    line("u1", url="/v1/embeddings"): "invalid_url",
+    line("u1", url="/v1/moderations"): "invalid_url",
     line("u2", url=None): "invalid_url",
     line("b1", body=None): "invalid_body",
     line("b2", body={"model": "m", "prompt": "x", "stream": True}): "invalid_body",
