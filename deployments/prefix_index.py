@@ -58,6 +58,8 @@ class PrefixIndex:
         Takes O(log n) for a sequence of n blocks.
         """
         known = self._blocks
+        if not blocks or blocks[0] not in known:  # as on most engines
+            return 0
         return ROUTING_BLOCK * bisect_left(blocks, True, key=lambda block: block not in known)
 
     def use(self, blocks: Sequence[bytes]) -> None:

@@ -14,6 +14,7 @@ draws what `run` wrote. docs/simulator.md says how to read them.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.machine import describe_run, read_cpu_seconds
+from benchmarks.machine import describe_run
 from cluster.simulate import check, choices
 from cluster.simulate.cell import CellSettings
 from cluster.simulate.engine import EngineShape
@@ -81,7 +82,7 @@ def _runs(options: argparse.Namespace, shape: EngineShape) -> Iterator[results.R
             options.seed,
             options.max_tokens,
         )
-        began, others = time.monotonic(), read_cpu_seconds()[0]
+        began, spent = time.monotonic(), _cpu_s()
         tally = simulate(settings, options.workers)
         seconds = time.monotonic() - began
         print(f"{trace}, {policy}: {seconds:.1f} s", file=sys.stderr)
@@ -93,8 +94,13 @@ def _runs(options: argparse.Namespace, shape: EngineShape) -> Iterator[results.R
             "cells": settings.num_cells,
             **tally.record(),
             "wall_s": round(seconds, 1),
-            "machine_cpu_s": round(read_cpu_seconds()[0] - others, 1),
+            "cpu_s": round(_cpu_s() - spent, 1),
         }
+
+
+def _cpu_s() -> float:
+    """CPU seconds of this process and of workers that have ended."""
+    return sum(os.times()[:4])
 
 
 def check_prediction(options: argparse.Namespace) -> None:

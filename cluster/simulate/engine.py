@@ -6,6 +6,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.simulate.block_cache import BlockCache
 from cluster.simulate.chats import Request
@@ -32,8 +33,7 @@ class EngineShape:
     """Steps that are planned before the one that runs has ended: 1 with async scheduling, or 0."""
 
 
-@dataclass(frozen=True, slots=True)
-class News:
+class News(NamedTuple):
     """What a stretch of steps brought; see `LoadTable.report`."""
 
     engine: Engine
@@ -97,7 +97,8 @@ class Engine:
         """Steps of the stretch; 0 if idle."""
         self._chunks: list[tuple[Request, int]] = []
         """Prompt tokens that its only step computes, if it prefills."""
-        self._began = 0.0
+        self._began = self._seconds = 0.0
+        """Of the stretch."""
         self._version = 0
         """Of the stretch's end; those of earlier versions are off."""
 
@@ -167,10 +168,11 @@ class Engine:
 
     def _plan_end(self) -> None:
         self._version += 1
-        self._events.at(self._began + self._seconds(), self._end, self._version)
+        self._seconds = self._length()
+        self._events.at(self._began + self._seconds, self._end, self._version)
 
-    def _seconds(self) -> float:
-        """Length of the stretch."""
+    def _length(self) -> float:
+        """Seconds of the stretch."""
         rows = len(self._ends)
         if not self._chunks:
             return self._time.decode(rows, self._context, self._num_steps)
@@ -181,8 +183,9 @@ class Engine:
 
     def _begin(self) -> None:
         """Begin the next step, and with it those that will be like it."""
-        self._admit()
-        self._cut_chunks()
+        if self._waiting:
+            self._admit()
+        self._chunks = self._cut_chunks() if self._prefilling else []
         self._began = self._events.now
         if self._chunks:
             self._num_steps = 1
@@ -198,8 +201,6 @@ class Engine:
     def _admit(self) -> None:
         """Start waiting requests while budget, rows and blocks last."""
         waiting = self._waiting
-        if not waiting:
-            return
         budget = self._shape.max_num_batched_tokens - len(self._ends)
         budget -= sum(request.num_missing for request in self._prefilling)
         alone = idle = not self._ends and not self._prefilling  # no step was planned ahead
@@ -217,28 +218,31 @@ class Engine:
             self._to_compute -= request.num_cached
             self._prefilled += request.num_cached
 
-    def _cut_chunks(self) -> None:
+    def _cut_chunks(self) -> list[tuple[Request, int]]:
         """Give the step's budget to those that prefill, in order."""
-        self._chunks = []
+        chunks: list[tuple[Request, int]] = []
         budget = self._shape.max_num_batched_tokens - len(self._ends)
         for request in self._prefilling:
             if budget <= 0:
-                return
+                break
             count = min(request.num_missing, budget)
             budget -= count
-            self._chunks.append((request, count))
+            chunks.append((request, count))
+        return chunks
 
     def _end(self, version: int) -> None:
         """Take in the stretch, tell of it, and begin the next."""
         if version != self._version:
             return
-        steps, rows, seconds = self._num_steps, len(self._ends), self._seconds()
+        steps, rows, seconds = self._num_steps, len(self._ends), self._seconds
         if rows:
             self._itl.add(seconds / steps, rows * steps)
         self._step += steps
         self._context += rows * steps
         self.tally.busy_s += seconds
-        ended = self._decode() + self._prefill()
+        ended = self._decode()
+        if self._chunks:
+            ended += self._prefill()
         self.tell(ended)
         self._begin()
 

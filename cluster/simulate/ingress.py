@@ -103,15 +103,16 @@ class Ingress:
         unread, table, now = self._unread, self.table, self._events.now
         while unread and unread[0][0] <= now:
             self._now, news = unread.popleft()
-            own = [r.request_id for r in news.taken if r.ingress is self]
-            heard = [_prompt_blocks(r) for r in news.taken if r.ingress is not self]
+            own: list[str] = []
+            heard: list[list[bytes]] = []
+            for request in news.taken:
+                if request.ingress is self:
+                    own.append(request.request_id)
+                else:
+                    heard.append(request.chat.blocks(ROUTING_BLOCK, request.num_prompt))
             table.report(news.engine.name, news.load, own, heard)
             for request in news.ended:
                 if request.ingress is self:
                     blocks = request.chat.blocks(ROUTING_BLOCK, request.num_tokens)
                     table.release(request.request_id, blocks)
         self._now = now
-
-
-def _prompt_blocks(request: Request) -> list[bytes]:
-    return request.chat.blocks(ROUTING_BLOCK, request.num_prompt)
