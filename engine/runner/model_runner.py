@@ -197,7 +197,7 @@ class ModelRunner:
     ) -> None:
         """Launch the sampling of a step, whose first kernel came after `first`."""
         if inputs.samples.rows:
-            pending.pooled = self._pooler.pool(inputs.samples.rows, hidden)
+            pending.pooled = self._pooler.pool(inputs.samples, hidden)
             logits = self.model.compute_logits(hidden)
             output = pending.output = self.sampler.sample(logits, inputs.samples, masks)
             self.batch.store_sampled(inputs, output.token_ids)

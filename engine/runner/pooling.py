@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.sampling.rows import to_device
+from engine.sampling.rows import Batch, to_device
 from engine.step import NewRow, StepPlan
 
 
@@ -56,7 +56,7 @@ class Pooler:
 
     def needs_all(self, plan: StepPlan) -> bool:
         """Whether a step's hidden states are needed of all tokens, not only before samples."""
-        return not self._sums.keys().isdisjoint(plan.rows)
+        return bool(self._sums) and not self._sums.keys().isdisjoint(plan.rows)
 
     def accumulate(self, plan: StepPlan, hidden: torch.Tensor) -> None:
         """Take in the hidden states of all of a step's tokens, [tokens, hidden]."""
@@ -68,20 +68,20 @@ class Pooler:
                 self._sums[row] = chunk if total is None else total + chunk
             offset += count
 
-    def pool(self, rows: list[int], hidden: torch.Tensor) -> PooledRows | None:
+    def pool(self, batch: Batch, hidden: torch.Tensor) -> PooledRows | None:
         """The vectors of those rows whose prompts end with this step.
 
         Args:
-            rows: that sample.
-            hidden: of the tokens that the samples would follow, [len(rows), hidden].
+            batch: the rows that sample.
+            hidden: of the tokens that the samples would follow, [batch, hidden].
         """
-        places = [place for place, row in enumerate(rows) if row in self._rows]
+        places = batch.members(self._rows.keys())
         if not places:
             return None
         vectors = hidden[to_device(places, hidden.device)].float()
         for vector, place in zip(vectors, places, strict=True):
-            new_row = self._rows.pop(rows[place])
-            total = self._sums.pop(rows[place], None)
+            new_row = self._rows.pop(batch.rows[place])
+            total = self._sums.pop(new_row.row, None)
             if total is not None:
                 torch.div(total, new_row.num_prompt_tokens, out=vector)
         return PooledRows(places, vectors)
