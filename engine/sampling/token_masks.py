@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+_TERMS = torch.tensor(
+    [[0.0 if octet >> bit & 1 else -torch.inf for bit in range(8)] for octet in range(256)]
+)
+"""What is added to the logits of eight tokens, by the octet that stands for them in a mask."""
+
 
 @dataclass(slots=True)
 class TokenMasks:
@@ -51,7 +56,7 @@ class TokenMasks:
             packed = self.packed.to(logits.device, non_blocking=True)
             apply_token_masks(logits, packed, len(self.places))
             return
-        shifts = torch.arange(32, dtype=torch.int32)
-        for place, words in zip(self.places, self.bits, strict=True):
-            allowed = ((words[:, None] >> shifts) & 1).view(-1)[: self.vocab_size]
-            logits[place].masked_fill_(allowed == 0, -torch.inf)
+        # Sums take a tenth of the time of filling in by a mask.
+        for place, octets in zip(self.places, self.bits.view(torch.uint8).int(), strict=True):
+            terms = _TERMS.index_select(0, octets).view(-1)
+            logits[place].add_(terms[: self.vocab_size])
