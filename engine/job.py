@@ -75,7 +75,7 @@ class Job:
             params,
             {rid: EngineRequest(rid, ids, each, priority, pooling=pooling) for rid, each in parts},
             {
-                rid: OutputProcessor(tokenizer, each, ids, index)
+                rid: OutputProcessor(tokenizer if each.detokenize else None, each, ids, index)
                 for index, (rid, each) in enumerate(parts)
             },
             RequestMetrics(time.monotonic()),

@@ -75,6 +75,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Keep the stop string in the text."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    detokenize: bool = True
+    """Make text of the output; false leaves its token ids, and finds no stop strings."""
     logprobs: int | None = None
     """Log-probabilities of the sampled token and of this many likeliest ones."""
     prompt_logprobs: int | None = None
@@ -130,7 +132,7 @@ RANGES: dict[str, Range] = {
 }
 """Of the fields that are numbers, by name."""
 _OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
-_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
 
 
 def _check_numbers(params: SamplingParams) -> None:
@@ -170,6 +172,8 @@ def _check_stops(params: SamplingParams) -> None:
             f"stop takes up to {MAX_STOP_STRINGS} strings of up to {MAX_STOP_LENGTH} characters.",
             "stop",
         )
+    if texts and not params.detokenize:
+        raise InvalidRequest("stop strings need detokenize to be true.", "stop")
     _check_token_ids("stop_token_ids", ids)
 
 

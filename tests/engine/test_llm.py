@@ -147,6 +147,21 @@ def test_logprobs_equal_transformers(llm, reference):
     assert output.outputs[0].cumulative_logprob == pytest.approx(total, abs=1e-4)
 
 
+def test_text_may_be_left_out(llm):
+    plain = greedy(llm, PARIS, logprobs=1)
+    bare = greedy(llm, PARIS, logprobs=1, detokenize=False)
+    assert (bare.text, bare.tokens) == ("", plain.tokens)
+    assert all(
+        entry.decoded_token is None for e in bare.outputs[0].logprobs for entry in e.values()
+    )
+
+
+def test_bad_words_and_allowed_tokens_act(llm):
+    assert "Paris" not in greedy(llm, PARIS, bad_words=["Paris"]).text
+    ids = llm.tokenizer.encode(" Rome Berlin")
+    assert {*greedy(llm, PARIS, allowed_token_ids=ids).tokens} <= {*ids}
+
+
 def test_penalties_and_bias_act(llm):
     plain = greedy(llm, REPEATING, max_tokens=16)
     assert len(set(plain.tokens)) < 8

@@ -28,6 +28,7 @@ BAD = [
     *[("logit_bias", {1: v}) for v in (100.5, -101, math.nan, math.inf)],
     *[(flag, v) for flag in ("ignore_eos", "skip_special_tokens") for v in (1, None, "yes")],
     ("include_stop_str_in_output", 0),
+    ("detokenize", "no"),
 ]
 
 
@@ -58,6 +59,12 @@ def test_bad_words_have_one_to_sixteen_tokens(ids):
     with pytest.raises(InvalidRequest, match="1 to 16 tokens") as caught:
         SamplingParams(bad_words_token_ids=[[1], ids])
     assert caught.value.param == "bad_words"
+
+
+def test_stop_strings_need_text():
+    with pytest.raises(InvalidRequest, match="need detokenize") as caught:
+        SamplingParams(stop="end", detokenize=False)
+    assert caught.value.param == "stop"
 
 
 def test_nothing_is_generated_only_to_score_the_prompt():
