@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install install-dev lint format test-unit test-integration test-slow test-faults test-soak test-clients test-clients-python bench bench-gpu bench-serving clean
+.PHONY: help serve test install install-dev lint format docs test-unit test-integration test-slow test-faults test-soak test-clients test-clients-python bench bench-gpu bench-serving clean
 
 # Interpreter that .venv is made with; unset, the first of these that is 3.11 or 3.12.
 RIGHT_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -71,6 +71,9 @@ format: install-dev ## Put the code into the project's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: install-dev ## Write the pages of docs/ that are made from the code
+	$(call step,write the pages,$(PY) -m docs.generate)
+
 test-unit: install-dev ## Tests that need no cluster
 	$(call step,pass the unit tests,$(PYTEST) -n auto --dist worksteal --ignore=tests/integration)
 
@@ -133,4 +136,4 @@ clean: ## Remove what these targets made
 	@[ ! -e $(VENV)/.by-make ] || rm -rf $(VENV)
 	rm -rf .venv-clients tests/clients/node/node_modules
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
-	find benchmarks cluster deployments engine tests -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks cluster deployments docs engine tests -name __pycache__ -prune -exec rm -rf {} +

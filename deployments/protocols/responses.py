@@ -101,7 +101,7 @@ class ResponsesBody(TemplateFields, SamplingFields):
     safety_identifier: str | None = None
     """Comes back with the answer, and has no other effect."""
     prompt_cache_key: str | None = None
-    """Likewise."""
+    """Comes back with the answer, and has no other effect."""
     cache_salt: str | None = None
     """Prompts share cached prefixes only with those of the same salt."""
 
