@@ -131,6 +131,18 @@ async def test_usage_counts_nothing_that_was_not_wanted(tiny_plane):
     assert len(answer["choices"][0]["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
 
 
+async def test_prompts_of_chats_are_scored_alone(tiny_plane):
+    tiny_plane.model.tokenizer.chat_template = "{{ messages[0].content }}"
+    body = {"model": "m", "messages": [{"role": "user", "content": TEXT}], "prompt_logprobs": 0}
+    body |= {"max_completion_tokens": 0, "return_token_ids": True}
+    answer = (await tiny_plane.http.post("/v1/chat/completions", json=body)).json()
+    first, *rest = answer["prompt_logprobs"]
+    assert first is None
+    assert [[*entry] for entry in rest] == [[str(i)] for i in answer["prompt_token_ids"][1:]]
+    assert answer["choices"][0]["message"]["content"] == ""
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
 async def test_each_kind_of_scores_has_as_many_alternatives_as_were_asked_for(tiny_plane):
     fields = {"prompt": TEXT, "max_tokens": 2, "return_tokens_as_token_ids": True}
     for logprobs, of_prompt in ((1, 4), (4, 1)):
