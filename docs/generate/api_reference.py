@@ -122,8 +122,7 @@ def _shared() -> Iterator[str]:
         yield f"### {heading}\n\n{told}\n"
         others = [other for other in _SHARED if other is not kind and issubclass(kind, other)]
         yield fields_table(kind, own_fields(kind, *others), defaults)
-    for model in models_of(*_bodies()):
-        yield _group(model)
+    yield from map(_group, models_of(*_bodies()))
 
 
 def _common(values: list[Any]) -> Any:
@@ -142,8 +141,8 @@ def _errors() -> Iterator[str]:
 
 def _options() -> Iterator[str]:
     yield "## Options\n\nOf `serve_config.yaml`, under `args` of the application; see serving.md.\n"
-    for model in (AppArgs, *models_of(AppArgs)):
-        yield _group(model)
+    models: list[type[BaseModel]] = [AppArgs, *models_of(AppArgs)]
+    yield from map(_group, models)
 
 
 def _group(model: type[BaseModel]) -> str:
