@@ -1,1 +1,1 @@
-"""What concerns more than one node. Empty so far: autoscaling and deployment files come here."""
+"""What concerns more than one node. Deployment files, and a simulator of fleets."""

@@ -32,7 +32,7 @@ from cluster.simulate.tally import Histogram
 
 SETTINGS = {
     "engines": "4",
-    "step-ms": "20",
+    "step-ms": "30",
     "token-us": "60",
     "cache-tokens": "40960",
     "max-num-batched-tokens": "2048",

@@ -46,7 +46,9 @@ def _draw_trace(records: Sequence[dict[str, Any]], row: Sequence[Axes]) -> None:
         costs.plot(rates, [r["busy_s_per_mtok"] for r in line], "o-", color=colour, label=policy)
         hits.plot(rates, [r["cache_hits"] for r in line], "o-", color=colour, label=policy)
     times.set_yscale("log")
-    times.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    for set_formatter in (times.yaxis.set_major_formatter, times.yaxis.set_minor_formatter):
+        set_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    costs.set_ylim(bottom=0)
     hits.yaxis.set_major_formatter(PercentFormatter(1.0))
     hits.set_ylim(-0.05, 1.05)
     labels = ("time to first token (ms)", "seconds of work / million tokens", "cache hits")
