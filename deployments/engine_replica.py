@@ -62,6 +62,9 @@ class EngineReplica:
             .options(
                 name=engine_actor_name(replica_id),
                 max_concurrency=1000,
+                # As for Serve's own actors: the cluster's head would keep a record of every call,
+                # a hundred thousand of them.
+                enable_task_events=False,
                 **actor_options,
             )
             .remote(config, start_core, options)
