@@ -98,9 +98,10 @@ def judge(sent: Sent, right: dict[Script, Said], windows: Iterable[Window]) -> t
         if sent.left:
             return Outcome.LEFT, ""
         away = any(exchange.sent <= end and sent.ended >= begin for begin, end in windows)
-        fault = exchange.error is not None and away
+        if exchange.error is not None and away:
+            return Outcome.BROKEN, ""
         after = f"status {exchange.status}, {sent.ended - exchange.sent:.1f} s after it was sent"
-        return (Outcome.BROKEN, "") if fault else (Outcome.LOST, f"{script.name}: {error} ({after})")
+        return Outcome.LOST, f"{script.name}: {error} ({after})"
     if said == right[script]:
         return Outcome.COMPLETED, ""
     return Outcome.WRONG, f"{script.name}: {said} instead of {right[script]}"
