@@ -81,6 +81,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chats", type=int, default=64, help="of 8 turns, all at the same time")
 
 
+def cases(options: argparse.Namespace) -> list[Case]:
+    """The loads of the check."""
+    return [
+        Case("poisson", Mix((160, 480), (32, 96)), options.requests, options.rate),
+        Case("chats", Mix((60, 400), (20, 60), turns=8, think_s=2.0), options.chats, None),
+    ]
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Predict and serve; returns what the result file holds.
 
@@ -88,15 +96,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         RuntimeError: the server did not start, or requests failed.
         ValueError: an option of the fake engine is not like name=value.
     """
-    cases = [
-        Case("poisson", Mix((160, 480), (32, 96)), options.requests, options.rate),
-        Case("chats", Mix((60, 400), (20, 60), turns=8, think_s=2.0), options.chats, None),
-    ]
     settings = fake_settings(SETTINGS, options.fake)
     records = []
     with tempfile.TemporaryDirectory(prefix="tl-") as folder:
         wires = None
-        for case in cases:  # each finds empty caches
+        for case in cases(options):  # each finds empty caches
             with serve_fake(settings, Path(folder) / f"{case.name}.log") as fake:
                 wires = wires or _learn_wires(fake)
                 drive = partial(case.drive, fake_target(fake), options.seed)

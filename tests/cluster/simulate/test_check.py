@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+from contextlib import contextmanager
+
 import pytest
 
 from benchmarks.serving.answers import Answer
 from benchmarks.serving.conversations import Mix, arrivals, count_words
+from cluster.simulate import __main__ as command
 from cluster.simulate import check
 from cluster.simulate.ingress import Wires
+from tests.benchmarks.test_serving_run import served
 
 FAKE = {
     "step_ms": 20.0,
@@ -41,6 +47,31 @@ def test_prediction_is_a_step_and_the_plane_where_nothing_waits():
     predicted = check._predict(case, FAKE, Wires(0.003, 0.004), 0)
     assert predicted["ttft_ms"]["p50"] == pytest.approx(20 + 300 * 0.06 + 7, rel=0.01)
     assert predicted["itl_ms"]["p50"] == pytest.approx(20, rel=0.01)
+
+
+def test_command_writes_what_was_predicted_and_what_came(tmp_path, monkeypatch):
+    @contextmanager
+    def serve_stub(settings, log):
+        with served() as at:
+            url = f"http://{at.host}:{at.port}"
+            yield {**FAKE, "url": url, "model": at.model, "pid": os.getpid()}
+
+    loads = [
+        check.Case("poisson", Mix((5, 9), (2, 4)), 6, 100.0),
+        check.Case("chats", Mix((5, 9), (2, 4), turns=2, think_s=0.01), 3, None),
+    ]
+    monkeypatch.setattr(check, "serve_fake", serve_stub)
+    monkeypatch.setattr(check, "cases", lambda options: loads)
+    out = tmp_path / "check.json"
+    command.main(["check", "--out", str(out)])
+    document = json.loads(out.read_text())
+    assert document["plane_ms"] >= 0
+    assert [record["load"] for record in document["records"]] == ["poisson", "chats"]
+    for record in document["records"]:
+        predicted, measured = (record[side]["ttft_ms"] for side in ("predicted", "measured"))
+        assert predicted["p50"] >= FAKE["step_ms"]
+        error = predicted["p50"] / measured["p50"] - 1
+        assert record["errors"]["p50"] == pytest.approx(error, abs=1e-4)
 
 
 def test_failed_request_spoils_the_check():
