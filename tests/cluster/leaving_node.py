@@ -41,6 +41,7 @@ def main() -> None:
     os.environ.update(kept | FLAGS | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"})
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = drain_s
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     adopt_orphans()
     folder = Path(tempfile.mkdtemp(prefix="tl-"))
     try:
