@@ -98,13 +98,16 @@ def judge(sent: Sent, right: dict[Script, Said], windows: Iterable[Window]) -> t
         if sent.left:
             return Outcome.LEFT, ""
         away = any(exchange.sent <= end and sent.ended >= begin for begin, end in windows)
-        if exchange.error is not None and away:
-            return Outcome.BROKEN, ""
-        after = f"status {exchange.status}, {sent.ended - exchange.sent:.1f} s after it was sent"
-        return Outcome.LOST, f"{script.name}: {error} ({after})"
+        fault = exchange.error is not None and away
+        return (Outcome.BROKEN, "") if fault else (Outcome.LOST, _lost(sent, error))
     if said == right[script]:
         return Outcome.COMPLETED, ""
     return Outcome.WRONG, f"{script.name}: {said} instead of {right[script]}"
+
+
+def _lost(sent: Sent, error: ValueError) -> str:
+    after_s = sent.ended - sent.exchange.sent
+    return f"{sent.script.name}: {error} (status {sent.exchange.status}, after {after_s:.1f} s)"
 
 
 def _is_refused(exchange: Exchange) -> bool:
