@@ -99,15 +99,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings = fake_settings(SETTINGS, options.fake)
     records = []
     with tempfile.TemporaryDirectory(prefix="tl-") as folder:
-        wires = None
-        for case in cases(options):  # each finds empty caches
+        for case in cases(options):  # each has a server of its own
             with serve_fake(settings, Path(folder) / f"{case.name}.log") as fake:
-                wires = wires or _learn_wires(fake)
+                wires = _learn_wires(fake)
                 drive = partial(case.drive, fake_target(fake), options.seed)
                 records.append(_compare(case, fake, wires, options.seed, drive))
             print(f"{case.name}: {records[-1]['errors']}", file=sys.stderr)
-    plane_ms = round((wires.to_engine_s + wires.from_engine_s) * 1e3, 3) if wires else None
-    return {"server": {"fake": settings}, "plane_ms": plane_ms, "records": records}
+    return {"server": {"fake": settings}, "seed": options.seed, "records": records}
 
 
 def _compare(
@@ -120,6 +118,7 @@ def _compare(
     errors = {name: predicted["ttft_ms"][name] / ttft[name] - 1 for name in ttft}
     return {
         "load": case.name,
+        "plane_ms": round((wires.to_engine_s + wires.from_engine_s) * 1e3, 3),
         "predicted": predicted,
         "measured": measured,
         "errors": {name: round(error, 4) for name, error in errors.items()},
