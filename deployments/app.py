@@ -21,10 +21,10 @@ from deployments.ingress.app import check_plugin_paths
 from deployments.ingress.deployment import IngressASGI
 from deployments.ingress.options import IngressOptions
 from deployments.names import INGRESS
+from deployments.ranks import start_ranked_engine
 from deployments.routing import EngineRouter
 from deployments.watchdog import WatchOptions
 from engine.config import EngineConfig
-from engine.startup import start_engine
 
 REPLICA_CPUS = 0.1
 """An engine replica only passes requests on."""
@@ -47,7 +47,7 @@ def build(args: AppArgs) -> serve.Application:
     Raises:
         ConfigError: a model is not there, or an option does not fit it.
     """
-    return compose(args, start_engine)
+    return compose(args, start_ranked_engine)
 
 
 def compose(args: AppArgs, start_core: StartCore) -> serve.Application:
@@ -70,11 +70,13 @@ def compose(args: AppArgs, start_core: StartCore) -> serve.Application:
 
 def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.Application:
     options, engine = model.deployment, model.engine
+    ranks = engine.tensor_parallel_size
     resources = engine_resources(engine, options, has_gpus())
+    share = {name: amount / ranks for name, amount in resources.items()}
     deployment = serve.deployment(EngineReplica).options(
         name=deployment_name(name),
         ray_actor_options={"num_cpus": REPLICA_CPUS},
-        placement_group_bundles=[{"CPU": REPLICA_CPUS}, resources],
+        placement_group_bundles=[{"CPU": REPLICA_CPUS}, *[share] * ranks],
         # All of an engine's GPUs on one node: tensor parallelism over Ethernet is no use.
         placement_group_strategy="STRICT_PACK",
         max_constructor_retry_count=START_TRIES,
@@ -94,9 +96,9 @@ def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.
         **_size(options.num_replicas, options.autoscaling),
     )
     actor_options = {
-        "num_cpus": resources.get("CPU", 0),
-        "num_gpus": resources.get("GPU", 0),
-        "resources": {k: v for k, v in resources.items() if k not in ("CPU", "GPU")},
+        "num_cpus": share.get("CPU", 0),
+        "num_gpus": share.get("GPU", 0),
+        "resources": {k: v for k, v in share.items() if k not in ("CPU", "GPU")},
     }
     watch = WatchOptions(options.stall_limit_s, options.crash_dump_dir)
     return deployment.bind(engine, actor_options, start_core, watch)
@@ -126,7 +128,7 @@ def _size(num_replicas: int, scaling: Autoscaling | None) -> dict[str, Any]:
 def engine_resources(
     engine: EngineConfig, options: DeploymentOptions, has_gpus: bool
 ) -> dict[str, float]:
-    """What the engine actor takes of a node; resources of zero are left out.
+    """What an engine, all its ranks together, takes of a node; resources of zero are left out.
 
     Args:
         engine: options of the engine.

@@ -71,7 +71,8 @@ class EngineConfig(BaseModel):
     enforce_eager: bool = False
     """Do without CUDA graphs."""
     tensor_parallel_size: int = Field(1, ge=1, le=8)
-    """GPUs that share one model."""
+    """GPUs of one machine that share the model, or processes on the CPU; it must divide the model's
+    heads."""
     cpu_threads: int | None = Field(None, ge=1)
     """Threads of a CPU engine; None takes all cores that the process may use."""
 

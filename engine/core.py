@@ -14,9 +14,10 @@ from engine.errors import InvalidRequest, StepFailed
 from engine.failures import Failure, classify, drop_locals
 from engine.inputs import check_length
 from engine.outputs import EngineLoad, TokenDelta, failed, refusal
+from engine.parallel.leading import build_ranks
 from engine.profile import StepRecord, add_device_times
 from engine.request import EngineRequest, Request
-from engine.runner.build import EngineInfo, build_runner
+from engine.runner.build import EngineInfo
 from engine.sampling.token_masks import TokenMasks
 from engine.scheduler.scheduler import Scheduler
 from engine.snapshot import EngineSnapshot
@@ -91,7 +92,7 @@ class EngineCore:
         self,
         config: EngineConfig,
         stopwatch: Stopwatch | None = None,
-        build: BuildRunner = build_runner,
+        build: BuildRunner = build_ranks,
     ) -> None:
         self.config = config
         self.runner, self.info = build(config, stopwatch or Stopwatch())

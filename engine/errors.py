@@ -45,5 +45,9 @@ class StepFailed(TrunklineError, RuntimeError):
         self.deltas = deltas
 
 
+class RankLost(TrunklineError, RuntimeError):
+    """A rank of an engine has ended, or its ranks are out of step: the engine cannot go on."""
+
+
 class EngineDead(TrunklineError, RuntimeError):
     """The engine's loop has stopped; its unfinished requests are lost to it."""

@@ -7,6 +7,8 @@ import traceback
 
 import torch
 
+from engine.errors import RankLost
+
 
 class Failure(enum.Enum):
     """What an exception of the runner means."""
@@ -14,7 +16,8 @@ class Failure(enum.Enum):
     OUT_OF_MEMORY = enum.auto()
     """An allocation failed; smaller ones may succeed."""
     DEVICE_LOST = enum.auto()
-    """The device's context is broken: every later call fails, until the process is replaced."""
+    """The device's context is broken, or another rank is lost: every later call fails, until the
+    process is replaced."""
     OTHER = enum.auto()
 
 
@@ -28,6 +31,8 @@ def classify(error: BaseException) -> Failure:
     Not every CUDA error breaks the context for good, but which does cannot be told by the texts of
     all libraries: any that is not about memory counts as lost.
     """
+    if isinstance(error, RankLost):
+        return Failure.DEVICE_LOST
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return Failure.OUT_OF_MEMORY
     if not isinstance(error, RuntimeError):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 
 if TYPE_CHECKING:
     from engine.core import EngineCore
+    from engine.parallel.leading import LaunchRanks
 
 SPIN_COUNT = "3000"
 """Turns (some tens of microseconds) that a thread of a CPU step spins before it sleeps."""
@@ -36,8 +38,12 @@ class Stopwatch:
         return f"{sum(self.seconds.values()):.2f} s ({stages})"
 
 
-def start_engine(config: EngineConfig) -> EngineCore:
+def start_engine(config: EngineConfig, launch: LaunchRanks | None = None) -> EngineCore:
     """Import, load and warm up an engine, and log one line with the time of each stage.
+
+    Args:
+        config: of the engine.
+        launch: starts the other ranks, if several share the model; None starts processes.
 
     Raises:
         ConfigError: the model or an option cannot be used.
@@ -48,9 +54,10 @@ def start_engine(config: EngineConfig) -> EngineCore:
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     stopwatch = Stopwatch()
     from engine.core import EngineCore
+    from engine.parallel.leading import build_ranks
 
     stopwatch.lap("import")
-    core = EngineCore(config, stopwatch)
+    core = EngineCore(config, stopwatch, partial(build_ranks, launch=launch))
     info = core.info
     logger.info(
         "engine ready in %s: %s, %s on %s, KV cache of %d blocks of %d tokens, max_model_len %d",

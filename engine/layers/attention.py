@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from engine.attention.backend import AttentionBackend
-from engine.layers.linear import Linear
+from engine.layers.linear import Linear, SummedLinear
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig
+from engine.parallel.group import ALONE, TensorGroup
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class SelfAttention(nn.Module):
         qk_norm: normalise each head of queries and keys before the rotation.
         dtype: of the parameters.
         device: of the parameters.
+        group: of the ranks that have the other heads.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class SelfAttention(nn.Module):
         qk_norm: bool,
         dtype: torch.dtype,
         device: torch.device,
+        group: TensorGroup = ALONE,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
@@ -60,7 +63,9 @@ class SelfAttention(nn.Module):
         bias = config.attention_bias
         hidden = config.hidden_size
         self.qkv = Linear(hidden, (q_size, kv_size, kv_size), bias=bias, dtype=dtype, device=device)
-        self.out = Linear(q_size, (hidden,), bias=bias and output_bias, dtype=dtype, device=device)
+        self.out = SummedLinear(
+            group, q_size, hidden, bias=bias and output_bias, dtype=dtype, device=device
+        )
         self.norms: tuple[RMSNorm, RMSNorm] | None = None
         if qk_norm:
             eps = config.rms_norm_eps

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from engine.parallel.group import TensorGroup
 
 _PACK_ROWS = 32
 """Rows that oneDNN is told to expect when it chooses the packed layout, which then does well from
@@ -111,6 +114,32 @@ class Linear(nn.Module):
         if self.bias is None:
             return residual.addmm_(x, self.weight.t())
         return functional.linear(x, self.weight, self.bias).add_(residual)
+
+
+class SummedLinear(Linear):
+    """A projection of which each rank has some columns: the products of all are summed.
+
+    Args:
+        group: of the ranks.
+        others: as for `Linear`; `in_features` are those of this rank.
+    """
+
+    def __init__(
+        self, group: TensorGroup, in_features: int, out_features: int, **others: Any
+    ) -> None:
+        super().__init__(in_features, (out_features,), **others)
+        self._group = group
+
+    def finalize(self) -> None:
+        """As for `Linear`; the bias is the first rank's to add."""
+        if self.bias is not None and self._group.rank > 0:
+            self.bias.zero_()
+        super().finalize()
+
+    def forward_add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """As for `Linear`; the residual, which all ranks have, is the first one's to add."""
+        add = self._group.rank == 0
+        return self._group.sum(super().forward_add(x, residual) if add else self.forward(x))
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor | None:

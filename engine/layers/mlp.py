@@ -6,18 +6,25 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from engine.layers.linear import Linear
+from engine.layers.linear import Linear, SummedLinear
 from engine.model_config import ModelConfig
+from engine.parallel.group import ALONE, TensorGroup
 
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) · up(x)), gate and up merged."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: TensorGroup = ALONE,
+    ) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up = Linear(hidden, (inner, inner), bias=False, dtype=dtype, device=device)
-        self.down = Linear(inner, (hidden,), bias=False, dtype=dtype, device=device)
+        self.down = SummedLinear(group, inner, hidden, bias=False, dtype=dtype, device=device)
         self._activate = _silu_mul
         if device.type == "cuda":
             from engine.kernels.activation import silu_mul

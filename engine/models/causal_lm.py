@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +17,8 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig
+from engine.parallel.group import ALONE, TensorGroup
+from engine.parallel.partition import share_of, vocabulary_share
 
 
 class DecoderLayer(nn.Module):
@@ -30,15 +33,22 @@ class DecoderLayer(nn.Module):
         qk_norm: bool,
         dtype: torch.dtype,
         device: torch.device,
+        group: TensorGroup,
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
         self.attention = SelfAttention(
-            config, rotary, output_bias=output_bias, qk_norm=qk_norm, dtype=dtype, device=device
+            config,
+            rotary,
+            output_bias=output_bias,
+            qk_norm=qk_norm,
+            dtype=dtype,
+            device=device,
+            group=group,
         )
         self.mlp_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
-        self.mlp = GatedMLP(config, dtype, device)
+        self.mlp = GatedMLP(config, dtype, device, group)
 
     def forward(
         self,
@@ -69,6 +79,7 @@ class CausalLM(nn.Module):
 
     Args:
         config: shape of the checkpoint.
+        group: the ranks that share the model.
         dtype: of parameters and activations.
         device: of the parameters, which are not set yet: fill `slots()`, then call `finalize`.
         max_positions: longest sequence.
@@ -80,28 +91,38 @@ class CausalLM(nn.Module):
     """Each head of queries and keys is normalised."""
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_positions: int
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int,
+        group: TensorGroup = ALONE,
     ) -> None:
         super().__init__()
         self.config = config
+        self.group = group
+        share = share_of(config, group.size)
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embedding = torch.empty(vocab, hidden, dtype=dtype, device=device)
         self.rotary = RotaryEmbedding(config, max_positions, dtype, device)
         self.layers = nn.ModuleList(
             DecoderLayer(
-                config,
+                share,
                 self.rotary,
                 output_bias=self.output_bias,
                 qk_norm=self.qk_norm,
                 dtype=dtype,
                 device=device,
+                group=group,
             )
             for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
+        self._tokens = vocabulary_share(vocab, group)
+        """Those whose logits this rank computes."""
         self.head = Linear(
             hidden,
-            (0 if config.tie_word_embeddings else vocab,),
+            (0 if config.tie_word_embeddings else self._tokens.stop - self._tokens.start,),
             bias=False,
             dtype=dtype,
             device=device,
@@ -143,8 +164,12 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] → logits [rows, vocab]."""
-        logits: torch.Tensor = self.head(self.head.padded(hidden))
-        return logits[: len(hidden)]
+        logits: torch.Tensor = self.head(self.head.padded(hidden))[: len(hidden)]
+        if self.group.size == 1:
+            return logits
+        missing = math.ceil(self.config.vocab_size / self.group.size) - logits.shape[1]
+        logits = self.group.concatenate(functional.pad(logits, (0, missing)))
+        return logits[:, : self.config.vocab_size].contiguous()
 
     def slots(self) -> dict[str, torch.Tensor]:
         """Where each tensor of a checkpoint goes: Hugging Face name → view of a parameter."""
@@ -169,7 +194,7 @@ class CausalLM(nn.Module):
     def finalize(self) -> None:
         """Make the parameters ready to run, once all slots are filled."""
         if self.config.tie_word_embeddings:
-            self.head.weight = self.embedding
+            self.head.weight = self.embedding[self._tokens]
         for module in self.modules():
             if isinstance(module, Linear | RMSNorm):
                 module.finalize()

@@ -11,6 +11,7 @@ from engine.models.llama import LlamaForCausalLM
 from engine.models.mistral import MistralForCausalLM
 from engine.models.qwen2 import Qwen2ForCausalLM
 from engine.models.qwen3 import Qwen3ForCausalLM
+from engine.parallel.group import ALONE, TensorGroup
 
 MODELS: dict[str, type[CausalLM]] = {
     model.__name__: model
@@ -20,12 +21,17 @@ MODELS: dict[str, type[CausalLM]] = {
 
 
 def build_model(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, max_positions: int
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_positions: int,
+    group: TensorGroup = ALONE,
 ) -> CausalLM:
     """A model whose parameters are still to be filled.
 
     Raises:
-        ConfigError: the architecture or its rope scaling is not supported.
+        ConfigError: the architecture or its rope scaling is not supported, or so many ranks cannot
+            share it.
     """
     model = MODELS.get(config.architecture)
     if model is None:
@@ -33,4 +39,4 @@ def build_model(
             f"architecture '{config.architecture}' is not supported; "
             f"supported are {', '.join(sorted(MODELS))}."
         )
-    return model(config, dtype, device, max_positions)
+    return model(config, dtype, device, max_positions, group)

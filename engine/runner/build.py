@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from engine.errors import ConfigError
 from engine.failures import Failure, classify
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_source import resolve_model
+from engine.parallel.group import ALONE, TensorGroup
+from engine.parallel.partition import share_of
 from engine.runner.cuda_graphs import graph_sizes, padded_graph_sizes
 from engine.runner.input_batch import InputBatch
 from engine.runner.kv_memory import CacheLayout, count_blocks
@@ -53,45 +55,47 @@ class EngineInfo:
     """Seconds of each stage of the start, in order."""
 
 
-def build_runner(config: EngineConfig, stopwatch: Stopwatch) -> tuple[ModelRunner, EngineInfo]:
+def build_runner(
+    config: EngineConfig, stopwatch: Stopwatch, group: TensorGroup = ALONE
+) -> tuple[ModelRunner, EngineInfo]:
     """Load the model, size and allocate the KV cache, and run every path once.
+
+    Args:
+        config: of the engine.
+        stopwatch: gets the times of the start's stages.
+        group: the ranks that share the model, each of which builds a runner at the same time.
 
     Raises:
         ConfigError: an option does not fit the model or the machine.
     """
-    check_supported(config)
     source = resolve_model(config.model)
     shape = read_model_config(source)
     device = choose_device(config)
     _check_stream(device)
     if device.type == "cpu":
         # Not torch's default: launchers such as Ray set OMP_NUM_THREADS to what they account for.
-        torch.set_num_threads(config.cpu_threads or len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(config.cpu_threads or max(1, cores // group.size))
     dtype = choose_dtype(config, shape, device)
     max_model_len = config.resolve_max_model_len(shape.max_position_embeddings)
     step_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
     with _memory_for(f"the weights of {config.model}", "take a smaller model or dtype"):
-        model = load_model(config, source, shape, dtype, device, max_model_len)
+        model = load_model(config, source, shape, dtype, device, max_model_len, group)
     stopwatch.lap("weights")
     backend = select_backend(
         config.attention_backend, device, dtype, shape.head_dim, config.kvcache_block_size
     )
-    layout = CacheLayout.of(config, shape, backend, dtype)
+    layout = CacheLayout.of(config, share_of(shape, group.size), backend, dtype)
     row_blocks = math.ceil(max_model_len / layout.block_size)
     with _memory_for("the requests' rows", "lower max_num_seqs or max_model_len"):
         batch = InputBatch(config.max_num_seqs, row_blocks, layout.block_size, step_tokens, device)
         sampler = Sampler(config.max_num_seqs, shape.vocab_size, device, shape.eos_token_ids)
         runner = ModelRunner(model, backend, layout.allocate(1, device), batch, sampler)
     if device.type == "cuda":
+        calls = [*model.warm_ups(), *sampling_warm_ups(shape.vocab_size, device, dtype)]
         lower = f"lower max_num_batched_tokens (now {step_tokens}) or max_num_seqs"
         with _memory_for("the activations of the largest step", lower):
-            calls = [*model.warm_ups(), *sampling_warm_ups(shape.vocab_size, device, dtype)]
-            with ThreadPoolExecutor(_COMPILERS) as pool:
-                compiled = [pool.submit(call) for call in calls]
-                _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
-                for each in compiled:
-                    each.result()
-            torch.cuda.empty_cache()  # what follows is measured: alone, and always the same
+            _compile(runner, calls, config.max_num_seqs, step_tokens, max_model_len)
             stopwatch.lap("kernels")
             _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
         stopwatch.lap("largest step")
@@ -120,16 +124,6 @@ def _memory_for(what: str, remedy: str) -> Iterator[None]:
         if classify(error) is not Failure.OUT_OF_MEMORY:
             raise
         raise ConfigError(f"there is no memory for {what}; {remedy}.") from error
-
-
-def check_supported(config: EngineConfig) -> None:
-    """Refuse what no engine can do yet.
-
-    Raises:
-        ConfigError: it is asked for.
-    """
-    if config.tensor_parallel_size > 1:
-        raise ConfigError("tensor_parallel_size above 1 is not supported yet; set it to 1.")
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -183,7 +177,8 @@ def _fill_memory(
 ) -> int:
     """Give the KV cache what is left, and warm up in the rest; returns the number of blocks."""
     device = runner.batch.device
-    num_blocks = count_blocks(config, layout, device, max_model_len)
+    own = count_blocks(config, layout, device, max_model_len)
+    num_blocks = int(runner.model.group.least(own, device))  # what all ranks have room for
     lower = "lower gpu_memory_utilization, kv_cache_memory_bytes or num_kvcache_blocks"
     with _memory_for(f"a KV cache of {num_blocks} blocks", lower):
         runner.kv_caches = layout.allocate(num_blocks, device)
@@ -198,6 +193,22 @@ def _fill_memory(
             _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
             stopwatch.lap("CUDA graphs")
     return num_blocks
+
+
+def _compile(
+    runner: ModelRunner,
+    calls: Iterable[Callable[[], object]],
+    max_num_seqs: int,
+    step_tokens: int,
+    max_model_len: int,
+) -> None:
+    """Compile all kernels: those of the largest step, and meanwhile those that `calls` need."""
+    with ThreadPoolExecutor(_COMPILERS) as pool:
+        compiled = [pool.submit(call) for call in calls]
+        _run_largest_step(runner, max_num_seqs, step_tokens, max_model_len)
+        for each in compiled:
+            each.result()
+    torch.cuda.empty_cache()  # what follows is measured: alone, and always the same
 
 
 def _run_largest_step(

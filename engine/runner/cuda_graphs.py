@@ -52,6 +52,7 @@ class StepGraphs:
         measure: size of the batch that a plan needs, before padding; None if it is not of the kind.
         build: a plan's batch of a size, at the addresses of all batches of that size.
         forward: the pass; it may launch kernels only, and wait for nothing.
+        agree: a time of the slowest rank, given this one's, so that all keep the same sizes.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class StepGraphs:
         measure: Callable[[StepPlan], int | None],
         build: Callable[[StepPlan, int], StepInputs],
         forward: Forward,
+        agree: Callable[[float], float],
     ) -> None:
         self._sizes = sizes
         self._measure = measure
         self.build = build
         self._forward = forward
+        self._agree = agree
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def size_for(self, plan: StepPlan) -> int | None:
@@ -97,7 +100,7 @@ class StepGraphs:
         best, kept = math.inf, []
         for size in reversed(self._sizes):
             self.build(StepPlan(0), size)  # the addresses hold a batch of another size
-            seconds = self._time(size)
+            seconds = self._agree(self._time(size))
             if seconds < best * _MARGIN:
                 best = min(best, seconds)
                 kept.append(size)

@@ -13,13 +13,15 @@ from engine.errors import ConfigError
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model
 from engine.models.registry import build_model
-from engine.runner.build import check_supported, choose_device, choose_dtype
+from engine.parallel.group import TensorGroup
+from engine.parallel.partition import share_of
+from engine.runner.build import choose_device, choose_dtype
 from engine.runner.kv_memory import CacheLayout, blocks_of_sequence, cache_bytes, fit_blocks
 
 
 @dataclass(slots=True, frozen=True)
 class MemoryPlan:
-    """Memory of an engine by its own figures.
+    """Memory of an engine by its own figures; of one rank, if several share the model.
 
     On a GPU the cache is the most that it can be: the activations of the largest step and what the
     CUDA runtime takes are only known once they are there.
@@ -52,19 +54,19 @@ def plan_memory(config: EngineConfig, gpu_bytes: int | None = None) -> MemoryPla
         ConfigError: the model is not there, an option does not fit it, or the cache would not hold
             one sequence.
     """
-    check_supported(config)
     shape = read_model_config(resolve_model(config.model))
     device = _device(config, gpu_bytes)
     dtype = choose_dtype(config, shape, device)
     max_model_len = config.resolve_max_model_len(shape.max_position_embeddings)
-    slots = build_model(shape, dtype, torch.device("meta"), max_model_len).slots()
+    rank = TensorGroup(0, config.tensor_parallel_size)
+    slots = build_model(shape, dtype, torch.device("meta"), max_model_len, rank).slots()
     weight_bytes = sum(slot.numel() * slot.element_size() for slot in slots.values())
     memory = None
     if device.type == "cuda":
         total = gpu_bytes or torch.cuda.mem_get_info(device)[1]
         memory = (total - weight_bytes, total)
     backend = _backend(config, device, dtype, shape.head_dim)
-    layout = CacheLayout.of(config, shape, backend, dtype)
+    layout = CacheLayout.of(config, share_of(shape, rank.size), backend, dtype)
     num_blocks = fit_blocks(config, layout, cache_bytes(config, memory), max_model_len)
     return MemoryPlan(
         device=device.type,

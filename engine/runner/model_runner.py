@@ -88,10 +88,12 @@ class ModelRunner:
             decode_sizes: rows of the batches that only decode.
             padded_sizes: tokens of other batches; none if the backend does not capture those.
         """
-        batch = self.batch
+        batch, agree = self.batch, partial(self.model.group.most, device=self.batch.device)
         kinds = [
-            StepGraphs(decode_sizes, _num_decodes, batch.build_decode, self._forward),
-            StepGraphs(padded_sizes, self._num_padded, batch.build_padded, self._forward_padded),
+            StepGraphs(decode_sizes, _num_decodes, batch.build_decode, self._forward, agree),
+            StepGraphs(
+                padded_sizes, self._num_padded, batch.build_padded, self._forward_padded, agree
+            ),
         ]
         pool = torch.cuda.graph_pool_handle()
         for graphs in kinds:

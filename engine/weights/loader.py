@@ -12,6 +12,8 @@ from engine.model_config import ModelConfig
 from engine.model_source import ModelSource
 from engine.models.causal_lm import CausalLM
 from engine.models.registry import build_model
+from engine.parallel.group import ALONE, TensorGroup
+from engine.parallel.partition import Partition
 from engine.weights.dummy import fill_dummy
 from engine.weights.safetensors import read_safetensors
 
@@ -26,18 +28,21 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     max_positions: int,
+    group: TensorGroup = ALONE,
 ) -> CausalLM:
-    """Build the model of `source` and fill its parameters.
+    """Build the model of `source` and fill its parameters, of which this rank has a part.
 
     Raises:
         ConfigError: the architecture is not supported, or the weights are missing, damaged, or not
             of the configured shape.
     """
-    model = build_model(shape, dtype, device, max_positions)
+    model = build_model(shape, dtype, device, max_positions, group)
+    partition = Partition(shape, group)
     if config.load_format == "dummy":
-        fill_dummy(model.slots(), config.seed)
+        whole = build_model(shape, dtype, torch.device("meta"), max_positions).slots()
+        fill_dummy(model.slots(), whole, partition, config.seed)
     else:
-        _fill(model.slots(), _read(config.load_format, source, shape), source)
+        _fill(model.slots(), _read(config.load_format, source, shape), partition, source)
     model.finalize()
     return model
 
@@ -61,22 +66,24 @@ def _read(
 def _fill(
     slots: dict[str, torch.Tensor],
     tensors: Iterator[tuple[str, torch.Tensor]],
+    partition: Partition,
     source: ModelSource,
 ) -> None:
-    """Copy each tensor to its slot, and insist that every slot got one."""
+    """Copy the part of each tensor to its slot, and insist that every slot got one."""
     missing = dict(slots)
     for name, tensor in tensors:
         slot = missing.pop(name, None)
         if slot is None:
             _check_spare(name, slots, source)
-        elif slot.shape != tensor.shape:
+            continue
+        part = tensor[partition.part(name, tuple(tensor.shape))]
+        if slot.shape != part.shape:
             raise ConfigError(
-                f"tensor '{name}' in {source.name} has shape {list(tensor.shape)}, but the "
+                f"tensor '{name}' in {source.name} has shape {list(part.shape)}, but the "
                 f"configuration asks for {list(slot.shape)}; the checkpoint and its configuration "
                 "do not belong together."
             )
-        else:
-            slot.copy_(tensor)
+        slot.copy_(part)
     if missing:
         raise ConfigError(
             f"{source.name} lacks {len(missing)} tensors, such as '{next(iter(missing))}'; fetch "

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments import launch
-from deployments.app import build
+from deployments.app import REPLICA_CPUS, build
 from deployments.config import (
     AppArgs,
     Autoscaling,
@@ -165,11 +165,16 @@ def test_several_models_have_readable_deployments():
     assert deployment_name("Qwen/Qwen2.5") == "Engine-Qwen-Qwen2.5"
 
 
-def test_gpus_follow_tensor_parallelism():
-    app = build(AppArgs(**{"engine.device": "cuda", "deployment.accelerator_type": "A100"}))
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_each_rank_has_a_gpu_of_one_node(ranks):
+    options = {"device": "cuda", "tensor_parallel_size": ranks}
+    app = build(AppArgs(engine=options, deployment={"accelerator_type": "A100"}))
     (engine,) = app._bound_deployment.init_args[1].values()
-    bundles = engine._bound_deployment._replica_config.placement_group_bundles
-    assert bundles[1] == {"CPU": 0.5, "GPU": 1.0, "accelerator_type:A100": 0.001}
+    config = engine._bound_deployment._replica_config
+    replica, *bundles = config.placement_group_bundles
+    assert replica == {"CPU": REPLICA_CPUS} and config.placement_group_strategy == "STRICT_PACK"
+    share = {"CPU": 0.5 / ranks, "GPU": 1.0, "accelerator_type:A100": 0.001 / ranks}
+    assert bundles == [share] * ranks
 
 
 def test_shipped_configuration_is_valid_and_names_every_option():

@@ -192,7 +192,7 @@ def test_bad_request_is_refused_and_the_next_runs(tiny_model, alone, wire, param
     [
         ({"max_model_len": 4096}, "max_model_len"),
         ({"num_kvcache_blocks": 4}, "KV cache"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 7}, "tensor_parallel_size"),
     ],
 )
 def test_options_that_do_not_fit(tiny_model, options, words):

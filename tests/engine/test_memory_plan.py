@@ -44,12 +44,22 @@ def test_plan_for_a_gpu_that_is_not_here():
     assert 0.5 * GIB <= left < 0.5 * GIB + block_bytes
 
 
+def test_ranks_share_weights_and_cache():
+    pytest.importorskip("triton")
+    options = {"model": QWEN, "load_format": "dummy", "dtype": "bfloat16"}
+    alone, half = (
+        plan_memory(EngineConfig(**options, tensor_parallel_size=size), 40 * GIB) for size in (1, 2)
+    )
+    assert alone.weight_bytes / 2 < half.weight_bytes < 0.6 * alone.weight_bytes  # one embedding
+    assert half.num_blocks > 2 * alone.num_blocks
+
+
 @pytest.mark.parametrize(
     ("options", "gpu_gib", "words"),
     [
         ({}, 16, "room for 0 tokens"),
         ({"max_model_len": 40_000}, 80, "model was made for"),
-        ({"tensor_parallel_size": 2}, 80, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 3}, 80, "tensor_parallel_size"),
         ({"model": "nowhere"}, 80, "was not found"),
     ],
 )
