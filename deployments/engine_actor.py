@@ -35,6 +35,9 @@ HEARTBEAT_S = 1.0
 """An idle trunk carries the load this often."""
 LOAD_INTERVAL_S = 0.1
 """A trunk without new tokens carries the load of a busy engine no more often than this."""
+IDLE_INTERVAL_S = 0.02
+"""And that of an idle one no more often than this: requests of a step or two that come one by one
+leave an engine idle hundreds of times a second, which costs a message for every trunk."""
 REPORT_INTERVAL_S = 0.05
 """The replica is told of ends no more often than this: a report costs far more than an end does,
 and clients learn of ends from the trunk."""
@@ -89,6 +92,8 @@ class EngineActor:
         self._num_submitted = 0
         self._early_aborts: OrderedDict[str, float] = OrderedDict()
         self._load = EngineLoad()
+        self._load_since = 0.0
+        self._telling: asyncio.TimerHandle | None = None
         self._report = EngineReport([], self._load)
         self._report_ready = asyncio.Event()
         self._readers = 0
@@ -239,18 +244,35 @@ class EngineActor:
 
     def _publish(self, deltas: list[TokenDelta], load: EngineLoad) -> None:
         """Sort a step's deltas into the mailboxes."""
-        self._load = load
+        self._load, self._load_since = load, time.monotonic()
         for delta in deltas:
             owner = self._owners.get(delta.request_id)
             if owner is not None:  # else it was aborted while the step ran
                 self._subscribers[owner].mailbox.add(delta)
         self._count(deltas)
-        now = time.monotonic()
-        idle = load.num_running + load.num_waiting == 0  # then no later step would tell
         for subscriber in self._subscribers.values():
             subscriber.settle(load.num_received)
-            if idle or now - subscriber.last_sent > LOAD_INTERVAL_S:
+        self._tell_load()
+
+    def _tell_load(self) -> None:
+        """Wake the trunks that are due to carry the load; of an idle engine, the others later."""
+        idle = self._load.num_running + self._load.num_waiting == 0  # no later step would tell
+        due_s = IDLE_INTERVAL_S if idle else LOAD_INTERVAL_S
+        now, early = time.monotonic(), False
+        for subscriber in self._subscribers.values():
+            if subscriber.last_sent >= self._load_since:
+                continue  # it has been told
+            if now - subscriber.last_sent > due_s:
                 subscriber.mailbox.wake()
+            else:
+                early = idle
+        if early and self._telling is None:
+            events = asyncio.get_running_loop()
+            self._telling = events.call_later(IDLE_INTERVAL_S, self._tell_later)
+
+    def _tell_later(self) -> None:
+        self._telling = None
+        self._tell_load()
 
     def _count(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:

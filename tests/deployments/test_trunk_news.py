@@ -6,6 +6,8 @@ import asyncio
 import threading
 from functools import partial
 
+import pytest
+
 from deployments import engine_actor, subscriber
 from deployments.engine_actor import EngineActor
 from deployments.wire import Submission, TrunkMessage, decode_trunk_message, encode
@@ -40,6 +42,12 @@ async def submit(actor: EngineActor, subscriber: str, *requests: EngineRequest, 
     await actor.submit(encode([Submission(subscriber, each, list(blocks)) for each in requests]))
 
 
+def be_quiet(monkeypatch) -> None:
+    """Leave out what comes by itself once a second."""
+    monkeypatch.setattr(engine_actor, "HEARTBEAT_S", 1000)
+    monkeypatch.setattr(loop, "IDLE_WAKEUP_S", 1000)
+
+
 async def next_step(trunk, step: int) -> TrunkMessage:
     async for data in trunk:
         message = decode_trunk_message(data)
@@ -70,8 +78,7 @@ async def test_request_is_reflected_by_the_very_load_that_counts_it():
 
 async def test_all_learn_at_once_that_an_engine_has_become_idle(monkeypatch):
     """Else a burst right afterwards would avoid the engines that others used last."""
-    monkeypatch.setattr(engine_actor, "HEARTBEAT_S", 1000)
-    monkeypatch.setattr(loop, "IDLE_WAKEUP_S", 1000)
+    be_quiet(monkeypatch)
     began, end = threading.Semaphore(0), threading.Semaphore(0)
     actor = EngineActor(EngineConfig(max_num_seqs=8), partial(SteppedCore, began=began, end=end))
     await actor.start()
@@ -84,6 +91,36 @@ async def test_all_learn_at_once_that_an_engine_has_become_idle(monkeypatch):
     async with asyncio.timeout(10):
         assert (await next_step(trunk, 2)).load.num_running == 0
     await actor.drain()
+
+
+@pytest.mark.parametrize("interval_s", [0.0, 0.05, 1000])
+async def test_an_engine_that_is_idle_again_and_again_says_so_now_and_then(monkeypatch, interval_s):
+    """Requests of one step each would else be a storm of messages to those that sent none."""
+    be_quiet(monkeypatch)
+    monkeypatch.setattr(engine_actor, "LOAD_INTERVAL_S", 1000)
+    monkeypatch.setattr(engine_actor, "IDLE_INTERVAL_S", interval_s)
+    actor = EngineActor(EngineConfig(max_num_seqs=8), FakeCore)
+    await actor.start()
+    mine, others = actor.subscribe("x"), actor.subscribe("y")
+    await anext(mine), await anext(others)
+    told: list[int] = []
+    reading = asyncio.create_task(read_steps(others, told))
+    for number in range(10):
+        await submit(actor, "x", request(f"r{number}", max_tokens=1))
+        await next_step(mine, number + 1)
+    if interval_s == 1000:
+        assert told == []
+    else:
+        async with asyncio.timeout(10):
+            while told[-1:] != [10]:
+                await asyncio.sleep(0.005)
+    reading.cancel()
+    await actor.drain()
+
+
+async def read_steps(trunk, told: list[int]) -> None:
+    async for data in trunk:
+        told.append(decode_trunk_message(data).load.step)
 
 
 async def test_refused_and_aborted_requests_do_not_upset_the_count():
