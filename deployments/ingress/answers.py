@@ -14,7 +14,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import Receive, Scope, Send
 
 from deployments.ingress.errors import to_api_error
-from deployments.ingress.served import Piece, ServedModel
+from deployments.ingress.served import Piece
 from deployments.protocols.openai import GenerationBody
 from engine.job import Job
 
@@ -118,22 +118,19 @@ class EventStream:
 
 
 async def open_stream(
-    model: ServedModel,
-    jobs: Sequence[Job],
+    batches: AsyncGenerator[list[Piece], None],
     write: Callable[[Piece], bytes],
     last: Callable[[], bytes],
 ) -> EventStream:
-    """Start jobs and stream them.
+    """Start what runs, and stream it.
 
     Returns when the first tokens are there, so that what fails before has a proper HTTP status.
 
     Args:
-        model: to run on.
-        jobs: what to run.
+        batches: of what comes, such as `ServedModel.run` gives.
         write: the events that tell of a piece.
         last: the events that come after all pieces.
     """
-    batches = model.run(jobs)
     return EventStream(await anext(batches), batches, write, last)
 
 

@@ -66,12 +66,13 @@ async def _stream(
     echo: Echo,
     begin: dict[str, Any],
 ) -> EventStream:
+    batches = echo.scored(model.run(jobs))
     if body.return_token_ids:
         chunks = TokenIdChunks(body, jobs, begin, in_choice=True)
         write = chunks.noting(_Writer(body, chunks, echo).write)
-        return await open_stream(model, jobs, write, chunks.last)
+        return await open_stream(batches, write, chunks.last)
     plain = Chunks(body, jobs, begin)
-    return await open_stream(model, jobs, _Writer(body, plain, echo).write, plain.last)
+    return await open_stream(batches, _Writer(body, plain, echo).write, plain.last)
 
 
 def _logprobs(
@@ -115,19 +116,8 @@ class _Writer:
         self._echo = echo
         self._written: dict[int, int] = {}
         """Characters written so far, by choice."""
-        self._early: list[Piece] = []
-        """Pieces whose prompts are not scored yet, as another completion has to bring that."""
 
     def write(self, piece: Piece) -> bytes:
-        """The chunk of a piece, after those that had to wait for the same."""
-        if not self._echo.is_scored(piece.job):
-            self._early.append(piece)
-            return b""
-        early = [one for one in self._early if one.job is piece.job]
-        self._early = [one for one in self._early if one.job is not piece.job]
-        return b"".join(map(self._write, (*early, piece)))
-
-    def _write(self, piece: Piece) -> bytes:
         """The chunk of a piece, unless there is nothing in it."""
         delta, index, job = piece.delta, piece.choice, piece.job
         echoed, scores = "", None

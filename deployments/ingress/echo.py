@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from deployments.ingress.served import ServedModel
+from deployments.ingress.served import Piece, ServedModel, aside
 from deployments.protocols.logprobs import completion_logprobs, joined_logprobs, token_name
 from deployments.protocols.openai import CompletionBody
 from engine.detokenizer import IncrementalDetokenizer
@@ -24,6 +27,8 @@ class Echo:
     def __init__(self, model: ServedModel, body: CompletionBody) -> None:
         self._tokenizer = model.need_tokenizer("echo") if body.echo else None
         self._body = body
+        self._scores: dict[str, dict[str, Any]] = {}
+        """Log-probabilities of prompts, by job, which all completions of one share."""
 
     def text(self, job: Job) -> str:
         """The text of a prompt; that of one which came as token ids, special ones included."""
@@ -33,19 +38,45 @@ class Echo:
             job.prompt = self._tokenizer.decode(job.prompt_token_ids, skip_special_tokens=False)
         return job.prompt
 
-    def is_scored(self, job: Job) -> bool:
-        """Whether all log-probabilities of a prompt have come, if they are wanted."""
+    def scored(
+        self, batches: AsyncGenerator[list[Piece], None]
+    ) -> AsyncGenerator[list[Piece], None]:
+        """The pieces of a stream, those of a prompt that is to be scored only once it is.
+
+        Only the first completion asks for that, and others may be ahead of it. To put scores in
+        their form takes seconds for long prompts, and is done where nobody has to wait for it.
+        """
         wanted = self._tokenizer is not None and self._body.logprobs is not None
-        return not wanted or len(_entries(job)) == len(job.prompt_token_ids)
+        return self._once_scored(batches) if wanted else batches
+
+    async def _once_scored(
+        self, batches: AsyncGenerator[list[Piece], None]
+    ) -> AsyncGenerator[list[Piece], None]:
+        early: dict[str, list[Piece]] = {}
+        async with aclosing(batches):
+            async for pieces in batches:
+                due: list[Piece] = []
+                for piece in pieces:
+                    job = piece.job
+                    early.setdefault(job.request_id, []).append(piece)
+                    if len(_entries(job)) == len(job.prompt_token_ids):
+                        num_scores = len(_entries(job)) * (1 + (self._body.logprobs or 0))
+                        await aside(num_scores, partial(self.logprobs, job))
+                        due += early.pop(job.request_id)
+                yield due
 
     def logprobs(self, job: Job) -> dict[str, Any] | None:
         """Log-probabilities of a prompt in the form of text completions, None for its first token.
 
         They are None as a whole if they are not wanted.
         """
-        tokenizer, num_top = self._tokenizer, self._body.logprobs
-        if tokenizer is None or num_top is None:
+        if self._tokenizer is None or self._body.logprobs is None:
             return None
+        if job.request_id not in self._scores:
+            self._scores[job.request_id] = self._read(job, self._tokenizer, self._body.logprobs)
+        return self._scores[job.request_id]
+
+    def _read(self, job: Job, tokenizer: Tokenizer, num_top: int) -> dict[str, Any]:
         ids, by_id = job.prompt_token_ids, bool(self._body.return_tokens_as_token_ids)
         first = {
             "tokens": [token_name(ids[0], tokenizer.token_text(ids[0]), by_id)],

@@ -51,7 +51,7 @@ async def _stream(model: ServedModel, jobs: Sequence[Job]) -> EventStream:
     def last() -> bytes:
         return event({"text": "", "finished": True, "usage": usage(jobs)})
 
-    return await open_stream(model, jobs, _write, last)
+    return await open_stream(model.run(jobs), _write, last)
 
 
 async def _jobs(

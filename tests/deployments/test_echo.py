@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 
 import pytest
 import torch
 
+from deployments.ingress import echo, served
 from engine.outputs import TokenDelta, TokenLogprobs
 from tests.deployments.fake_core import FakeCore
 from tests.deployments.plane import open_plane
@@ -188,3 +190,19 @@ async def test_every_completion_begins_with_the_scores_of_the_prompt(monkeypatch
         assert choice["logprobs"]["token_logprobs"] == expected
         assert choice["text"].startswith(texts[index // 3])
         assert choice["finish_reason"] == "length"
+
+
+async def test_scores_of_a_long_prompt_are_formed_once_and_hold_up_no_other_stream(monkeypatch):
+    monkeypatch.setattr("tests.deployments.plane.FakeCore", LateCore)
+    monkeypatch.setattr(served, "LONG_TEXT", 6)
+    threads, offsets = [], echo._offsets
+
+    def noting_offsets(*args):
+        threads.append(threading.current_thread())
+        return offsets(*args)
+
+    monkeypatch.setattr(echo, "_offsets", noting_offsets)
+    async with open_plane() as plane:
+        prompts = [[*range(100, 107)], [*range(200, 207)]]
+        await ask(plane, prompt=prompts, n=3, max_tokens=4, logprobs=0, stream=True)
+    assert len(threads) == len(prompts) and threading.main_thread() not in threads
