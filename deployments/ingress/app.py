@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -113,21 +114,21 @@ def check_plugin_paths(classes: Iterable[PluginClass]) -> None:
     """Make sure that plug-ins answer for nobody else: some paths are open without a key.
 
     Raises:
-        ConfigError: the path of one is taken, or could be read as one that is.
+        ConfigError: the path of one is taken, or could be read as one that is, or the other way.
     """
-    taken = {path: "the server" for _, path, _ in ROUTES}
+    taken = {path: (re.compile(re.escape(path)), "the server") for _, path, _ in ROUTES}
     for plugin in dict.fromkeys(classes):
         try:
             pattern, _, _ = compile_path(plugin.path)
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"the path of {plugin.__name__} is wrong: {error}.") from None
-        for path, owner in taken.items():
-            if pattern.fullmatch(path):
+        for path, (others, owner) in taken.items():
+            if pattern.fullmatch(path) or others.fullmatch(plugin.path):
                 raise ConfigError(
                     f"{plugin.__name__} wants the path {plugin.path}, but {path} is that of "
                     f"{owner}; set another."
                 )
-        taken[plugin.path] = plugin.__name__
+        taken[plugin.path] = pattern, plugin.__name__
 
 
 def _plugged(

@@ -155,7 +155,7 @@ def _blaming(plugin: Plugin) -> Iterator[None]:
         yield
     except (InvalidRequest, ApiError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an exit would end the whole ingress
         place = "".join(traceback.format_tb(error.__traceback__))
         who, what = type(plugin).__name__, type(error).__name__
         logger.error("the plug-in %s failed with %s:\n%s", who, what, place)

@@ -63,7 +63,7 @@ def _load(path: str) -> PluginClass:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # whatever the module runs into
+    except (Exception, SystemExit) as error:  # whatever the module runs into
         raise ConfigError(f"cannot import {path} ({type(error).__name__}: {error}).") from error
     if not (isinstance(found, type) and issubclass(found, ServingEngine)):
         raise ConfigError(f"{path} is no subclass of deployments.plugins.ServingEngine.")

@@ -57,6 +57,8 @@ class Ask(ServingEngine[AskBody]):
             raise InvalidRequest("prompt does not please.", "prompt")
         if request.raises == "StopIteration":
             next(iter(()))
+        if request.raises == "exit":
+            sys.exit(1)
         return None if request.raises == "nothing" else request.prompt
 
     def sampling_params(self, request):
@@ -175,6 +177,7 @@ async def test_two_methods_make_a_protocol(prompt, awaited):
 FAILURES = [
     *("validator", "create_prompt", "sampling_params", "create_response", "json", "nothing"),
     "StopIteration",
+    "exit",
 ]
 
 
@@ -396,8 +399,16 @@ def test_plugins_answer_for_one_another_no_more_than_for_the_server():
         pass
 
     check_plugin_paths([Ask, Ask])
+    check_plugin_paths([Ask, Named])
+
+    class One(Ask):
+        path = "/ask/one"
+
     with pytest.raises(ConfigError, match="that of Ask"):
         check_plugin_paths([Ask, Same])
+    for order in ([Ask, One], [One, Ask]):  # whichever came second would never be asked
+        with pytest.raises(ConfigError, match="wants the path /ask/"):
+            check_plugin_paths(order)
 
 
 async def test_prompts_of_plugins_are_not_logged(plane, caplog):
