@@ -169,7 +169,7 @@ class Recording:
         self._chunks: list[bytes] = []
         self._open: dict[str, TokenDelta] = {}
         self._num_open = 0
-        """Tokens in `_open`."""
+        """Tokens in `_open`, scored ones of the prompt included."""
 
     def add(self, delta: TokenDelta) -> None:
         """Take a delta of one of the job's requests."""
@@ -179,7 +179,7 @@ class Recording:
         else:  # a copy, as it will grow
             ids = list(delta.token_ids)
             self._open[place] = msgspec.structs.replace(delta, request_id=place, token_ids=ids)
-        self._num_open += len(delta.token_ids)
+        self._num_open += len(delta.token_ids) + len(delta.prompt_logprobs or ())
         if self._num_open >= CHUNK_TOKENS:
             self._close_chunk()
 

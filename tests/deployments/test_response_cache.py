@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +21,11 @@ from deployments.config import ModelOptions
 from deployments.ingress.deployment import load_served_model
 from deployments.ingress.message_style import MessageStyle
 from deployments.ingress.options import IngressOptions
-from deployments.ingress.response_cache import CHUNK_TOKENS, ResponseCache, entry_bytes
+from deployments.ingress.response_cache import CHUNK_TOKENS, Recording, ResponseCache, entry_bytes
 from engine.errors import InvalidRequest
+from engine.job import Job
 from engine.outputs import TokenDelta, TokenLogprobs, refusal
+from engine.sampling_params import SamplingParams
 from tests.deployments.exchange import Exchange
 from tests.deployments.fake_core import FakeCore
 from tests.deployments.plane import MAX_MODEL_LEN, Plane, open_plane
@@ -135,6 +138,23 @@ async def test_streams_and_whole_answers_share_what_is_kept(plane):
     tokens = [token for entry in found if entry for token in entry["tokens"]]
     assert tokens == whole["choices"][1]["logprobs"]["tokens"] and len(tokens) == 200
     assert 2 * 200 / CHUNK_TOKENS < len(again) < 12  # in pieces, but not token by token
+
+
+def test_scores_of_long_prompts_are_kept_in_pieces_too():
+    """Else other streams would wait until all of them were encoded, or decoded, at once."""
+    tokens = [*range(1, 4 * CHUNK_TOKENS + 1)]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    job = Job.build("r", {"prompt_token_ids": tokens}, params, 0, None, 10_000, 10_000)
+    recording, places = Recording(job), [TokenLogprobs([t], [-1.0], 1) for t in tokens[1:]]
+    for begin in range(0, len(places), 100):
+        recording.add(TokenDelta("r", [], prompt_logprobs=places[begin : begin + 100]))
+    recording.add(TokenDelta("r", [5], "length"))
+    entry = recording.entry()
+    assert len(entry) == 4
+    deltas = [
+        delta for chunk in entry for delta in msgspec.msgpack.decode(chunk, type=list[TokenDelta])
+    ]
+    assert [place for delta in deltas for place in delta.prompt_logprobs or ()] == places
 
 
 async def test_stop_strings_and_calls_are_found_in_what_is_kept(plane):
