@@ -14,6 +14,7 @@ from deployments.arguments import ENGINE_OPTIONS, into_engine
 from deployments.config import ModelOptions
 from deployments.serve_config import (
     NAME_VARIABLE,
+    PORT_VARIABLE,
     app_entry,
     apply_environment,
     parse_args,
@@ -51,12 +52,14 @@ def read_settings(options: argparse.Namespace) -> tuple[Path, dict[str, Any], bo
         entry = app_entry(values, path)
         kept = {k: v for k, v in _group(entry, "args").items() if k.startswith("ingress")}
         entry["args"] = {"model": _absolute(options.model), **kept}
+    settings = _all_settings(options)
     name, environment = options.served_model_name, dict(os.environ)
+    if FLAGS["port"] in settings:
+        environment.pop(PORT_VARIABLE, None)  # it may be wrong: Kubernetes may put a URL there
     if name is not None:
         environment.pop(NAME_VARIABLE, None)
         rename_model(values, path, name, "--served-model-name")
     from_environment = apply_environment(values, path, environment)
-    settings = _all_settings(options)
     apply_settings(values, app_entry(values, path), settings)
     given = options.model is not None or name is not None or bool(settings)
     return path, values, is_default or from_environment or given

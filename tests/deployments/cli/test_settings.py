@@ -120,6 +120,16 @@ def test_flags_go_before_the_environment_and_that_before_the_file(served, monkey
     assert names == ["from-environment", "flag", "from-environment"]
 
 
+def test_a_wrong_port_of_the_environment_is_no_matter_where_a_flag_gives_one(
+    served, monkeypatch, capsys
+):
+    monkeypatch.setenv("SERVICE_PORT", "tcp://10.0.0.1:80")  # as Kubernetes tells of a `service`
+    assert main(["serve", CONFIG]) == 1
+    assert "SERVICE_PORT must be a port" in capsys.readouterr().err
+    assert main(["serve", CONFIG, "--port", "8333"]) == 0
+    assert served[0]["http_options"]["port"] == 8333
+
+
 def test_settings_take_the_place_of_the_files_however_those_are_spelled(served, two, tmp_path):
     values = yaml.safe_load(yaml.safe_dump(TWO))
     del arguments(values)["models"]["a.5"]
