@@ -40,9 +40,17 @@ FAILED_TOLD = "The engine failed in a step of the request; try again."
 class PendingStep(Protocol):
     """A launched step, as a runner hands it out."""
 
-    prepare_s: float
-    launch_s: float
-    timers: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    @property
+    def prepare_s(self) -> float:
+        """Seconds that its inputs took."""
+
+    @property
+    def launch_s(self) -> float:
+        """Seconds that launching it took."""
+
+    @property
+    def timers(self) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+        """Before its first and after its last kernel, when profiling."""
 
     def result(self) -> StepResult:
         """Wait for the step and bring its tokens to the host."""

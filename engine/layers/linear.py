@@ -76,7 +76,7 @@ class Linear(nn.Module):
         for rows in filter(self._skinny_rows.__ge__, (16, 32, 64)):
             x = self.weight.new_zeros(rows, self.weight.shape[1])
             if adds:
-                yield partial(self.forward_add, x, x.new_zeros(rows, len(self.weight)))
+                yield partial(Linear.forward_add, self, x, x.new_zeros(rows, len(self.weight)))
             else:
                 yield partial(self.forward, x)
 
@@ -136,10 +136,19 @@ class SummedLinear(Linear):
             self.bias.zero_()
         super().finalize()
 
+    @property
+    def _adds(self) -> bool:
+        """Whether the residual, which all ranks have, is this one's to add."""
+        return self._group.rank == 0
+
+    def warm_ups(self, *, adds: bool) -> Iterator[Callable[[], torch.Tensor]]:
+        """As for `Linear`, of this rank's products alone: exchanges have an order, which threads do
+        not keep."""
+        return super().warm_ups(adds=adds and self._adds)
+
     def forward_add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """As for `Linear`; the residual, which all ranks have, is the first one's to add."""
-        add = self._group.rank == 0
-        return self._group.sum(super().forward_add(x, residual) if add else self.forward(x))
+        """As for `Linear`, summed over the ranks."""
+        return self._group.sum(super().forward_add(x, residual) if self._adds else self.forward(x))
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor | None:

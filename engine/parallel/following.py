@@ -14,13 +14,14 @@ from pathlib import Path
 
 from engine.errors import TrunklineError
 from engine.parallel.meeting import Meeting
-from engine.parallel.messages import Masks, decode
+from engine.parallel.messages import decode
 from engine.runner.build import build_runner, choose_device
 from engine.runner.model_runner import ModelRunner, PendingStep
 from engine.startup import Stopwatch
 from engine.step import StepPlan
 
 READY = b"ready"
+"""To meet the others, and again to do steps."""
 LEFT_ALONE = 17
 """Exit status of a rank whose first rank is gone."""
 
@@ -31,10 +32,11 @@ def follow(meeting: Meeting, rank: int) -> None:
     The process ends with it, even from within an exchange that will never finish.
     """
     link = meeting.connect()
-    messages: queue.SimpleQueue[StepPlan | Masks | None] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(link, messages), daemon=True).start()
     try:
         device = choose_device(meeting.config)
+        link.send_bytes(READY)
         group = meeting.join(rank, device)
         runner, _ = build_runner(meeting.config, Stopwatch(), group)
         link.send_bytes(READY)
@@ -45,20 +47,20 @@ def follow(meeting: Meeting, rank: int) -> None:
         raise
 
 
-def _read(link: Connection, messages: queue.SimpleQueue[StepPlan | Masks | None]) -> None:
+def _read(link: Connection, messages: queue.SimpleQueue[bytes]) -> None:
     try:
         while True:
-            messages.put(decode(link.recv_bytes()))
+            messages.put(link.recv_bytes())
     except (EOFError, OSError):
         os._exit(LEFT_ALONE)
 
 
-def _run(runner: ModelRunner, messages: queue.SimpleQueue[StepPlan | Masks | None]) -> None:
+def _run(runner: ModelRunner, messages: queue.SimpleQueue[bytes]) -> None:
     """Do each step that is told. Nobody asks for what it sampled: the first rank has the same."""
     pinned = runner.batch.device.type == "cuda"
     pending: PendingStep | None = None
     while True:
-        message = messages.get()
+        message = decode(messages.get())
         if isinstance(message, StepPlan):
             pending = runner.execute(message)
         elif pending is not None:

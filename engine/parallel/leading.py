@@ -8,17 +8,21 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
+
+import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RankLost, TrunklineError
+from engine.failures import drop_locals
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model
 from engine.parallel.following import READY
-from engine.parallel.meeting import Meeting, leave
+from engine.parallel.group import ALONE
+from engine.parallel.meeting import Meeting
 from engine.parallel.messages import encode_masks, encode_plan
 from engine.parallel.partition import share_of
 from engine.parallel.processes import RankProcesses
@@ -26,7 +30,7 @@ from engine.runner.build import EngineInfo, build_runner, choose_device
 from engine.runner.model_runner import ModelRunner, PendingStep
 from engine.sampling.token_masks import TokenMasks
 from engine.startup import Stopwatch
-from engine.step import StepPlan
+from engine.step import StepPlan, StepResult
 
 ARRIVAL_LOOK_S = 0.5
 """How often the first rank looks whether those that have not arrived yet still live."""
@@ -57,18 +61,21 @@ class Links:
         self._links = links
         self._ready = threading.Semaphore(0)
         self._lost: str | None = None
+        self._ended = threading.Event()
+        self.group = ALONE
+        """Left when a rank is lost, as this one may wait for it in an exchange."""
         for link in links:
             threading.Thread(target=self._listen, args=(link,), daemon=True).start()
 
     def wait_until_ready(self) -> None:
-        """Wait until all have loaded.
+        """Wait until all have said so once more.
 
         Raises:
             RankLost: one has ended instead.
         """
         for _ in self._links:
             self._ready.acquire()
-        self.check()
+            self.check()
 
     def tell(self, message: bytes) -> None:
         """Send a message to all.
@@ -84,9 +91,24 @@ class Links:
             raise RankLost(f"a rank of the engine was lost: {error}") from error
 
     def check(self) -> None:
-        """Raise RankLost if a rank has ended."""
+        """Raise RankLost if a rank has ended, or is out of step."""
         if self._lost is not None:
             raise RankLost(self._lost)
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Do what all ranks do, or none may go on.
+
+        Raises:
+            RankLost: it failed here.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._lose(f"the ranks are out of step after {error!r}")
+            if isinstance(error, Exception):
+                raise RankLost(self._lost) from error
+            raise
 
     @contextmanager
     def telling_why(self) -> Iterator[None]:
@@ -95,7 +117,7 @@ class Links:
             yield
         except Exception as error:
             if not isinstance(error, TrunklineError):  # of an exchange, it comes before its reason
-                self._ready.acquire(timeout=REASON_LIMIT_S)
+                self._ended.wait(REASON_LIMIT_S)
             if self._lost is not None:
                 raise ConfigError(f"the engine cannot start: {self._lost}") from error
             raise
@@ -108,9 +130,58 @@ class Links:
             told = f"{told}: {word.decode()}"
         except (EOFError, OSError):
             pass
-        self._lost = self._lost or told
-        leave()  # this rank may wait for the lost one in an exchange
-        self._ready.release()
+        self._lose(told)
+        self._ready.release(len(self._links))
+        self.group.leave()
+
+    def _lose(self, reason: str) -> None:
+        self._lost = self._lost or reason
+        self._ended.set()
+
+
+class LeadingStep:
+    """A step that all ranks do; see `engine.runner.model_runner.PendingStep`."""
+
+    def __init__(self, pending: PendingStep, links: Links) -> None:
+        self._pending = pending
+        self._links = links
+
+    @property
+    def prepare_s(self) -> float:
+        """On this rank."""
+        return self._pending.prepare_s
+
+    @property
+    def launch_s(self) -> float:
+        """On this rank."""
+        return self._pending.launch_s
+
+    @property
+    def timers(self) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+        """Of this rank's device."""
+        return self._pending.timers
+
+    def sample(self, masks: TokenMasks | None) -> None:
+        """Launch the sampling on all ranks.
+
+        Raises:
+            RankLost: a rank has ended, or this one failed.
+        """
+        message = encode_masks(masks)
+        with self._links.in_step():
+            self._links.tell(message)
+            self._pending.sample(masks)
+
+    def result(self) -> StepResult:
+        """What this rank has sampled.
+
+        Raises:
+            RankLost: a rank has ended. What came of an exchange that was broken off means nothing,
+                and on a GPU is no error.
+        """
+        result = self._pending.result()
+        self._links.check()
+        return result
 
 
 class LeadingRunner:
@@ -134,30 +205,16 @@ class LeadingRunner:
         """This rank's; the others keep no times."""
         self._runner.profiling = on
 
-    def execute(self, plan: StepPlan) -> PendingStep:
+    def execute(self, plan: StepPlan) -> LeadingStep:
         """Launch a step on all ranks.
 
         Raises:
             RankLost: a rank has ended, or this one failed.
         """
-        self._links.tell(encode_plan(plan))
-        try:
-            pending = self._runner.execute(plan)
-        except Exception as error:
-            self._links.check()
-            raise RankLost(f"the ranks are out of step after {error!r}") from error
-        if pending.waiting_sample is not None:
-            pending.waiting_sample = partial(self._sample, pending.waiting_sample)
-        return pending
-
-    def _sample(
-        self,
-        sample: Callable[[PendingStep, TokenMasks | None], None],
-        pending: PendingStep,
-        masks: TokenMasks | None,
-    ) -> None:
-        self._links.tell(encode_masks(masks))
-        sample(pending, masks)
+        message = encode_plan(plan)
+        with self._links.in_step():
+            self._links.tell(message)
+            return LeadingStep(self._runner.execute(plan), self._links)
 
 
 def build_ranks(
@@ -176,20 +233,33 @@ def build_ranks(
     if config.tensor_parallel_size == 1:
         return build_runner(config, stopwatch)
     share_of(read_model_config(resolve_model(config.model)), config.tensor_parallel_size)
-    folder = tempfile.TemporaryDirectory(prefix="tl-ranks-")
-    meeting = Meeting.call(Path(folder.name), config)
-    with meeting.listen() as listener, ExitStack() as undo:
-        ranks = (launch or RankProcesses)(meeting)
-        undo.callback(_end, folder, ranks)
-        links = Links(_arrivals(listener, ranks, config.tensor_parallel_size - 1))
+    device = choose_device(config)
+    with ExitStack() as undo:
+        folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="tl-ranks-"))
+        meeting = Meeting.call(Path(folder), config.model_copy(update={"device": device.type}))
+        with meeting.listen() as listener:
+            ranks = (launch or RankProcesses)(meeting)
+            undo.callback(ranks.end)
+            links = Links(_arrivals(listener, ranks, config.tensor_parallel_size - 1))
         stopwatch.lap("ranks")
         with links.telling_why():
-            group = meeting.join(0, choose_device(config))
+            links.wait_until_ready()
+            group = links.group = meeting.join(0, device)
+            undo.callback(group.leave)
+            undo.push(_drop_graphs_of_failure)
             runner, info = build_runner(config, stopwatch, group)
+            undo.callback(runner.release_graphs)
             links.wait_until_ready()
         leading = LeadingRunner(runner, links)
         weakref.finalize(leading, undo.pop_all().close)
     return leading, info
+
+
+def _drop_graphs_of_failure(
+    kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """Let go of what a failure refers to: the group cannot be left while graphs are there."""
+    drop_locals(error)
 
 
 def _arrivals(listener: socket.socket, ranks: LaunchedRanks, count: int) -> list[Connection]:
@@ -209,9 +279,3 @@ def _arrivals(listener: socket.socket, ranks: LaunchedRanks, count: int) -> list
         link.setblocking(True)
         links.append(Connection(link.detach()))
     return links
-
-
-def _end(folder: tempfile.TemporaryDirectory[str], ranks: LaunchedRanks) -> None:
-    leave()
-    ranks.end()
-    folder.cleanup()

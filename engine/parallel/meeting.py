@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -69,6 +69,8 @@ class Meeting:
             RuntimeError: a rank was lost meanwhile.
         """
         if distributed.is_initialized():
+            gc.collect()  # an engine that failed is part of a cycle, by its error
+        if distributed.is_initialized():
             raise ConfigError(
                 "this process has an engine with tensor_parallel_size above 1 already, or uses "
                 "torch.distributed itself; start the engine in a process of its own."
@@ -83,7 +85,9 @@ class Meeting:
             world_size=size,
             timeout=timedelta(seconds=COLLECTIVE_LIMIT_S),
         )
-        return TensorGroup(rank, size)
+        group = TensorGroup(rank, size, distributed.group.WORLD)
+        group.most(rank, device)  # NCCL connects now: nothing interrupts it if a rank fails first
+        return group
 
     @property
     def _config(self) -> Path:
@@ -92,9 +96,3 @@ class Meeting:
     @property
     def _socket(self) -> Path:
         return self.folder / "ranks"
-
-
-def leave() -> None:
-    """Leave the group, if there is one; exchanges that a lost rank will never finish fail."""
-    with suppress(Exception):  # it may have failed already
-        distributed.distributed_c10d._abort_process_group()

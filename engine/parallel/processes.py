@@ -34,6 +34,7 @@ class RankProcesses:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
                 | ({"CUDA_VISIBLE_DEVICES": gpus[rank]} if gpus else {}),
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # whoever interrupts this process means it alone
             )
             for rank in range(1, config.tensor_parallel_size)
         ]

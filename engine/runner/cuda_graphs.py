@@ -120,6 +120,12 @@ class StepGraphs:
             times.append(time.perf_counter() - began)
         return min(times)
 
+    def release(self) -> None:
+        """Free the graphs, whoever still refers to them."""
+        for graph, _ in self._captured.values():
+            graph.reset()
+        self._captured, self._sizes = {}, []
+
     def replay(self, size: int) -> torch.Tensor:
         """Run the pass over the batch of `size` rows that was uploaded last."""
         graph, hidden = self._captured[size]

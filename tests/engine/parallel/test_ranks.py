@@ -64,9 +64,9 @@ def test_two_ranks_give_the_tokens_of_one_and_die_together(folder):
 def test_a_rank_that_cannot_start_says_why(folder, monkeypatch):
     class Misled(RankProcesses):
         def __init__(self, meeting: Meeting) -> None:
-            super().__init__(meeting)
             config = meeting.config.model_copy(update={"max_model_len": 10**6})
             meeting._config.write_text(config.model_dump_json())
+            super().__init__(meeting)
 
     monkeypatch.setattr("engine.parallel.leading.RankProcesses", Misled)
     with pytest.raises(ConfigError, match=r"cannot start.*max_model_len"):

@@ -45,5 +45,5 @@ def run_ranks(size: int, work: Callable[[TensorGroup], T]) -> list[T]:
     """What each rank's `work` gave."""
     table = Table(size)
     with ThreadPoolExecutor(size) as threads:
-        ranks = [threads.submit(work, ThreadGroup(rank, size, table)) for rank in range(size)]
+        ranks = [threads.submit(work, ThreadGroup(rank, size, table=table)) for rank in range(size)]
         return [rank.result(120) for rank in ranks]
