@@ -100,6 +100,12 @@ class ModelRunner:
             graphs.capture(pool)
         self._graphs = kinds
 
+    def release_graphs(self) -> None:
+        """Let go of what `capture` captured; steps do without."""
+        for graphs in self._graphs:
+            graphs.release()
+        self._graphs = []
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan, *, eager: bool = False) -> PendingStep:
         """Launch a step; the caller collects `result()` when it needs the tokens.
@@ -145,7 +151,9 @@ class ModelRunner:
 
     def _wants_all(self, plan: StepPlan) -> bool:
         """Whether hidden states are wanted of all tokens, not only of those that samples follow."""
-        return bool(self._scored_prompts) or self._pooler.needs_all(plan)
+        asked = self._scored_prompts
+        scores = bool(asked) and not asked.keys().isdisjoint(plan.rows)  # some may be aborted
+        return scores or self._pooler.needs_all(plan)
 
     def _num_padded(self, plan: StepPlan) -> int | None:
         """Tokens of a plan that a padded batch can hold."""

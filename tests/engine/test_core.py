@@ -217,3 +217,21 @@ def test_prompt_logprobs_every_way(tiny_model):
         values = [round(e.logprobs[0], 3) for w in wires for e in scored[w.request_id]]
         wanted = wanted or values
         assert values == pytest.approx(wanted, abs=2e-3)
+
+
+def test_an_aborted_prompt_is_scored_no_more(tiny_model, monkeypatch):
+    core = EngineCore(tiny_config(tiny_model, max_num_batched_tokens=16))
+    scores = []
+    wants_all = core.runner._wants_all
+    monkeypatch.setattr(
+        core.runner, "_wants_all", lambda plan: scores.append(wants_all(plan)) or scores[-1]
+    )
+    core.add(request("other", [3, 1], max_tokens=30))
+    core.step()
+    core.add(request("gone", [5] * 40, prompt_logprobs=1))
+    core.step()
+    core.abort(["gone"])
+    while core.has_work:
+        core.step()
+    assert scores[:2] == [False, True]
+    assert not any(scores[2:])
