@@ -90,7 +90,7 @@ def check_schema(text: str) -> None:
 
 def repeats_too_often(expression: str) -> bool:
     """Whether a regular expression or a grammar has a count above `MAX_COUNT`."""
-    counts = (count.strip() for each in _COUNTS.findall(expression) for count in each.split(","))
+    counts = (count for each in _COUNTS.findall(expression) for count in re.findall(r"\d+", each))
     digits = (count.lstrip("0") for count in counts)
     return any(len(each) > len(str(MAX_COUNT)) or int(each or 0) > MAX_COUNT for each in digits)
 

@@ -123,6 +123,8 @@ def test_what_is_refused_before_any_engine_sees_it(form):
     assert caught.value.param == "guided_x"
 
 
-@pytest.mark.parametrize("text", ["a{2147483647}", "a{0002147483647}", r"\{9999999999\}", "a{x}"])
+@pytest.mark.parametrize(
+    "text", ["a{2147483647}", "a{0002147483647}", r"\{9999999999\}", "a{x}", "a{1 2}"]
+)
 def test_counts_that_are_none_or_not_too_large(text):
     assert not process.repeats_too_often(text)
