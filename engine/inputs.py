@@ -10,7 +10,7 @@ from typing import TypedDict
 import msgspec
 
 from engine.errors import InvalidRequest
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import SamplingParams, check_spelling
 from engine.tokenizer import Tokenizer
 
 
@@ -118,13 +118,14 @@ def spell_bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> Samp
         return params
     if tokenizer is None:
         raise InvalidRequest("bad_words need a tokenizer, and the model has none.", "bad_words")
-    bare = [word.lstrip() or word for word in params.bad_words]
-    spelled = (
-        tuple(tokenizer.encode(text, add_special_tokens=False))
-        for word in bare
-        for text in (word, f" {word}")
-    )
-    return msgspec.structs.replace(params, bad_words_token_ids=[*dict.fromkeys(spelled)])
+    spellings: dict[tuple[int, ...], None] = {}
+    for word in params.bad_words:
+        bare = word.lstrip() or word
+        for text in (bare, f" {bare}"):
+            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            check_spelling(ids)  # at once: all of many long texts would take most of a second
+            spellings[ids] = None
+    return msgspec.structs.replace(params, bad_words_token_ids=[*spellings])
 
 
 def fan_out(

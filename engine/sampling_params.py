@@ -198,6 +198,18 @@ def _check_allowed(ids: Sequence[int] | None) -> None:
         )
 
 
+def check_spelling(ids: Sequence[int]) -> None:
+    """Check how many tokens a spelling of one of `bad_words` has.
+
+    Raises:
+        InvalidRequest: none, or too many.
+    """
+    if not 0 < len(ids) <= MAX_BAD_WORD_TOKENS:
+        raise InvalidRequest(
+            f"bad_words takes texts of 1 to {MAX_BAD_WORD_TOKENS} tokens.", "bad_words"
+        )
+
+
 def _check_bad_words(params: SamplingParams) -> None:
     name, words = "bad_words", params.bad_words
     if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) and w for w in words):
@@ -210,8 +222,8 @@ def _check_bad_words(params: SamplingParams) -> None:
     spellings = params.bad_words_token_ids
     if not isinstance(spellings, (list, tuple)) or not all(map(_are_token_ids, spellings)):
         raise InvalidRequest(f"{name}_token_ids must be lists of token ids.", f"{name}_token_ids")
-    if any(not 0 < len(ids) <= MAX_BAD_WORD_TOKENS for ids in spellings):
-        raise InvalidRequest(f"{name} takes texts of 1 to {MAX_BAD_WORD_TOKENS} tokens.", name)
+    for ids in spellings:
+        check_spelling(ids)
     if len(spellings) > 2 * MAX_BAD_WORDS:
         raise InvalidRequest(
             f"{name}_token_ids takes up to {2 * MAX_BAD_WORDS} entries.", f"{name}_token_ids"

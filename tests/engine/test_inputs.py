@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,6 +106,16 @@ def test_bad_words_that_cannot_be_spelled(words, has_tokenizer, message):
     with pytest.raises(InvalidRequest, match=message) as caught:
         spell_bad_words(SamplingParams(bad_words=words), smollm2() if has_tokenizer else None)
     assert caught.value.param == "bad_words"
+
+
+def test_bad_words_are_spelled_until_one_is_too_long():
+    tokenizer, spelled = smollm2(), []
+    counting = SimpleNamespace(
+        encode=lambda text, **options: spelled.append(text) or tokenizer.encode(text, **options)
+    )
+    with pytest.raises(InvalidRequest, match="16 tokens"):
+        spell_bad_words(SamplingParams(bad_words=["x y " * 256] * 256), counting)
+    assert len(spelled) == 1
 
 
 def test_bad_words_must_leave_an_allowed_token():
