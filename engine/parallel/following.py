@@ -33,7 +33,7 @@ def follow(meeting: Meeting, rank: int) -> None:
     """
     link = meeting.connect()
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(link, messages), daemon=True).start()
+    threading.Thread(target=_read, args=(link, messages, meeting), daemon=True).start()
     try:
         device = choose_device(meeting.config)
         link.send_bytes(READY)
@@ -47,11 +47,12 @@ def follow(meeting: Meeting, rank: int) -> None:
         raise
 
 
-def _read(link: Connection, messages: queue.SimpleQueue[bytes]) -> None:
+def _read(link: Connection, messages: queue.SimpleQueue[bytes], meeting: Meeting) -> None:
     try:
         while True:
             messages.put(link.recv_bytes())
     except (EOFError, OSError):
+        meeting.clear_up()  # the first rank may have been killed
         os._exit(LEFT_ALONE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,6 +89,10 @@ class Meeting:
         group = TensorGroup(rank, size, distributed.group.WORLD)
         group.most(rank, device)  # NCCL connects now: nothing interrupts it if a rank fails first
         return group
+
+    def clear_up(self) -> None:
+        """Remove the folder, if nobody else has."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def _config(self) -> Path:

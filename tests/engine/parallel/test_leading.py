@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from multiprocessing import Pipe
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, RankLost
 from engine.failures import Failure, classify
 from engine.layers.linear import SummedLinear
+from engine.parallel import following
 from engine.parallel.following import READY
 from engine.parallel.group import TensorGroup
 from engine.parallel.leading import LeadingRunner, Links, build_ranks
@@ -103,6 +105,18 @@ def test_a_group_that_was_left_leaves_the_next_one_alone(tmp_path):
     finally:
         second.leave()
     assert not distributed.is_initialized()
+
+
+def test_whoever_is_left_alone_clears_up(tmp_path, monkeypatch):
+    folder = tmp_path / "meeting"
+    folder.mkdir()
+    meeting, statuses = Meeting.call(folder, EngineConfig()), []
+    monkeypatch.setattr("engine.parallel.following.os._exit", statuses.append)
+    near, far = Pipe()
+    far.close()
+    following._read(near, SimpleQueue(), meeting)
+    assert statuses == [following.LEFT_ALONE]
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
