@@ -145,11 +145,20 @@ class ModelOptions(Options):
             ConfigError: the model is not there, or only half, or an option does not fit it.
         """
         self.own_chat_template()
+        self._check_gpus()
         source = resolve_model(self.engine.model)
         shape = read_model_config(source)
         self.engine.resolve_max_model_len(shape.max_position_embeddings)
         if source.kind == "directory" and self.engine.load_format != "dummy":
             weight_files(source.path)
+
+    def _check_gpus(self) -> None:
+        ranks, num_gpus = self.engine.tensor_parallel_size, self.deployment.num_gpus
+        if ranks > 1 and num_gpus not in (None, 0, ranks):
+            raise ConfigError(
+                f"deployment.num_gpus is {num_gpus:g}, but each of tensor_parallel_size = {ranks} "
+                "ranks takes a GPU of its own; leave it out."
+            )
 
     def own_chat_template(self) -> str | None:
         """The source of `chat_template`, or None where the model's own is to be used.

@@ -177,6 +177,16 @@ def test_each_rank_has_a_gpu_of_one_node(ranks):
     assert bundles == [share] * ranks
 
 
+def test_ranks_share_no_gpu():
+    for num_gpus in (None, 0, 2):
+        ModelOptions(engine={"tensor_parallel_size": 2}, deployment={"num_gpus": num_gpus}).check()
+    ModelOptions(deployment={"num_gpus": 0.5}).check()
+    for num_gpus in (0.5, 1, 3):
+        options = {"engine.tensor_parallel_size": 2, "deployment.num_gpus": num_gpus}
+        with pytest.raises(ConfigError, match=r"num_gpus is .* leave it out"):
+            AppArgs(**options).check()
+
+
 def test_shipped_configuration_is_valid_and_names_every_option():
     plan = read_plan(CONFIG)
     assert (plan.host, plan.port, plan.model) == ("127.0.0.1", 8000, "smollm2-135m-instruct")
