@@ -45,7 +45,8 @@ def simulate(settings: FleetSettings, workers: int = 1) -> Tally:
     cells = range(settings.num_cells)
     if workers == 1:
         return add_up(map(run, cells))
-    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+    # Not forked: the caller may have threads, whose locks a fork would keep held for ever.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         return add_up(pool.map(run, cells, chunksize=_chunk(len(cells), workers)))
 
 
