@@ -80,7 +80,7 @@ test-unit: install-dev ## Tests that need no cluster
 test-integration: install-dev ## Tests on a real Ray cluster on this machine
 	$(call step,pass the integration tests,$(PYTEST) tests/integration)
 
-test-slow: install-dev ## Every golden prompt in every way to run the engine
+test-slow: install-dev ## Every golden prompt in every way to run the engine, and what else is slow
 	$(call step,pass the slow tests,$(PY) -m pytest -m slow $(PYTEST_ARGS))
 
 test-faults: install-dev ## Kill and stop processes of a server under load, and miss nothing

@@ -17,6 +17,7 @@ from benchmarks.serving.leaving import (
     seconds_until_free,
 )
 from benchmarks.serving.load import Target, closed_loop
+from tests.integration.flags import FLAGS
 from tests.integration.server import Server
 
 pytestmark = pytest.mark.integration
@@ -34,7 +35,7 @@ ARGS = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["default-flags", "fast-path"])
+@pytest.fixture(scope="module", params=FLAGS)
 def server(request):
     started = Server(fast_path=request.param, args=ARGS, fake={"step_s": STEP_S})
     try:

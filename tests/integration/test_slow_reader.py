@@ -11,6 +11,7 @@ from benchmarks.serving.conversations import Mix, echo
 from benchmarks.serving.leaving import read_health, seconds_until_free
 from benchmarks.serving.load import Target, closed_loop
 from benchmarks.serving.slow_reader import SlowReader
+from tests.integration.flags import FLAGS
 from tests.integration.server import Server
 
 pytestmark = pytest.mark.integration
@@ -24,7 +25,7 @@ PROMPT = " one two three four five"
 ARGS = {"models": {"m": {"engine": {"max_num_seqs": 64}, "deployment": {"num_cpus": 0.1}}}}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["default-flags", "fast-path"])
+@pytest.fixture(scope="module", params=FLAGS)
 def fast_path(request):
     return request.param
 

@@ -22,8 +22,12 @@ PROCESSORS = {80: 108, 89: 58, 90: 132}
 """Of an A100, an L4 and an H200."""
 
 
-# An A100 has what fits an L4; test_compile.py compiles for it what differs there.
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 89, 90])
+# Each takes as long as a hundred other tests; a Hopper's kernels have most that can go wrong.
+# test_compile.py compiles for an A100 what differs there.
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(80, marks=pytest.mark.slow), pytest.param(89, marks=pytest.mark.slow), 90],
+)
 def test_compiles_and_fits(capability, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.engine.kernels.compile_model", str(capability)]
