@@ -56,7 +56,7 @@ def sampling_rows(limit: str) -> tuple[Row, ...]:
         row(
             "seed",
             works(7, is_repeated, temperature=1.0),
-            note="The same request has the same answer, whatever else is in the batch.",
+            note="Fixes the noise; in another batch logits may still round differently.",
         ),
         row("stop", works("dd", lambda seen: ends(seen.answer) == "stop", **ALL_D)),
         row(

@@ -278,11 +278,13 @@ async def test_a_slow_plugin_holds_up_nobody_else():
     async with open_with(Slow) as plane:
         slow = [asyncio.create_task(plane.http.post("/ask/m", json={})) for _ in range(9)]
         body = {"prompt": f"{PROMPT} " * 20, "max_tokens": 3}
-        for _ in range(3):
-            answer = await plane.http.post("/generate", json=body)
-            assert answer.status_code == 200
-        assert not any(task.done() for task in slow)
-        go_on.set()
+        try:
+            for _ in range(3):
+                answer = await plane.http.post("/generate", json=body)
+                assert answer.status_code == 200
+            assert not any(task.done() for task in slow)
+        finally:
+            go_on.set()  # else a failure would hang until the threads end
         for answer in await asyncio.gather(*slow):
             assert answer.json() == {"said": echo(PROMPT, 4)}
 
