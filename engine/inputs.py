@@ -111,10 +111,12 @@ def check_token_options(params: SamplingParams, vocab_size: int) -> None:
 def spell_bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
     """The same options with `bad_words_token_ids`: each word at the start of a text and within it.
 
+    Options that have them already stay as they are, so that many prompts may share the work.
+
     Raises:
         InvalidRequest: there are bad words, and no tokenizer or too many tokens in one of them.
     """
-    if not params.bad_words:
+    if not params.bad_words or params.bad_words_token_ids:
         return params
     if tokenizer is None:
         raise InvalidRequest("bad_words need a tokenizer, and the model has none.", "bad_words")

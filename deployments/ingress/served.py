@@ -23,7 +23,7 @@ from deployments.load_table import EngineView
 from deployments.watchdog import LoopLag
 from engine.embedding import Pooling
 from engine.errors import InvalidRequest
-from engine.inputs import Prompt
+from engine.inputs import Prompt, spell_bad_words
 from engine.job import Job
 from engine.output_processor import TextDelta
 from engine.outputs import TokenDelta
@@ -269,11 +269,12 @@ async def build_jobs(
             model.check_length(prompt, param)
 
     def build() -> list[Job]:
+        spelled = spell_bad_words(params, model.tokenizer)
         return [
             Job.build(
                 f"{request_id}-{index}" if len(prompts) > 1 else request_id,
                 _engine_prompt(model, prompt, add_special_tokens, keep_last),
-                params,
+                spelled,
                 priority,
                 model.tokenizer,
                 model.max_model_len,
@@ -284,7 +285,7 @@ async def build_jobs(
         ]
 
     try:
-        jobs = await aside(sum(map(len, prompts)), build)
+        jobs = await aside(sum(map(len, [*prompts, *params.bad_words])), build)
     except InvalidRequest as error:
         renamed = param if error.param == "prompt" else error.param
         raise InvalidRequest(error.message, renamed) from None

@@ -96,6 +96,8 @@ def test_bad_words_are_spelled_at_the_start_of_a_text_and_within_it():
     ]
     assert spelled == ["Paris", " Paris", "foo bar", " foo bar", " ", "  "]
     assert spell_bad_words(SamplingParams(), None) == SamplingParams()
+    spelled = spell_bad_words(params, tokenizer)
+    assert spell_bad_words(spelled, None) is spelled  # for the next prompt
 
 
 @pytest.mark.parametrize(
