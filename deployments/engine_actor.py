@@ -35,7 +35,7 @@ HEARTBEAT_S = 1.0
 """An idle trunk carries the load this often."""
 LOAD_INTERVAL_S = 0.1
 """A trunk without new tokens carries the load of a busy engine no more often than this."""
-IDLE_INTERVAL_S = 0.02
+IDLE_INTERVAL_S = 0.01
 """And that of an idle one no more often than this: requests of a step or two that come one by one
 leave an engine idle hundreds of times a second, which costs a message for every trunk."""
 REPORT_INTERVAL_S = 0.05
