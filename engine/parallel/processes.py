@@ -28,9 +28,11 @@ class RankProcesses:
     def __init__(self, meeting: Meeting) -> None:
         config = meeting.config
         gpus = _gpus(config)
+        # Not of the folder that the user happens to be in: its modules are no libraries.
+        follow = [sys.executable, "-P", "-m", "engine.parallel.following", str(meeting.folder)]
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "engine.parallel.following", str(meeting.folder), str(rank)],
+                [*follow, str(rank)],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
                 | ({"CUDA_VISIBLE_DEVICES": gpus[rank]} if gpus else {}),
                 stdin=subprocess.DEVNULL,

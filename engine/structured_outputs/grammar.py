@@ -75,8 +75,9 @@ class GrammarHost:
             "OPENBLAS_NUM_THREADS": "1",  # threads of a process are lost in what it forks
         }
         with theirs:
+            # Not of the folder that the user happens to be in (`-P`): its modules are no libraries.
             process = subprocess.Popen(
-                [sys.executable, "-m", "engine.structured_outputs.process", setup],
+                [sys.executable, "-P", "-m", "engine.structured_outputs.process", setup],
                 stdin=theirs.fileno(),
                 env=environment,
             )

@@ -51,11 +51,18 @@ def tokenizer(model):
 
 
 @pytest.fixture(scope="module")
-def host(model):
-    """Shared by all engines here, as its start takes seconds."""
-    return GrammarHost(
-        Setup(model, TINY_LLAMA["vocab_size"], (EOS,), compile_cpu_s=1.0, mask_cpu_s=0.1)
-    )
+def host(model, tmp_path_factory):
+    """Shared by all engines here, as its start takes seconds.
+
+    It starts in a folder with a module that has the name of a library's.
+    """
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "queue.py").write_text("raise SystemExit('imported from the working folder')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield GrammarHost(
+            Setup(model, TINY_LLAMA["vocab_size"], (EOS,), compile_cpu_s=1.0, mask_cpu_s=0.1)
+        )
 
 
 @pytest.fixture

@@ -49,7 +49,9 @@ def tokens(llm: LLM) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-def test_two_ranks_give_the_tokens_of_one_and_die_together(folder):
+def test_two_ranks_give_the_tokens_of_one_and_die_together(folder, tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise SystemExit('imported from the working folder')")
+    monkeypatch.chdir(tmp_path)
     wanted = tokens(start(folder, 1))
     llm = start(folder, 2, async_scheduling=True)
     assert tokens(llm) == wanted == tokens(llm)
