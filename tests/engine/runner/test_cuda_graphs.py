@@ -25,15 +25,15 @@ def decodes(rows, **changes):
 
 
 def test_a_plan_gets_the_smallest_graph_that_holds_it():
-    graphs = StepGraphs([1, 2, 4, 7], num_rows, no_batch, no_batch)
+    graphs = StepGraphs([1, 2, 4, 7], num_rows, no_batch, no_batch, float)
     sizes = {rows: graphs.size_for(decodes(rows)) for rows in range(1, 9)}
     assert sizes == {1: 1, 2: 2, 3: 4, 4: 4, 5: 7, 6: 7, 7: 7, 8: None}
 
 
 def test_plans_that_are_too_large_or_of_another_kind_get_none():
-    assert StepGraphs([1, 2, 4], num_rows, no_batch, no_batch).size_for(decodes(5)) is None
-    assert StepGraphs([], num_rows, no_batch, no_batch).size_for(decodes(1)) is None
-    graphs = StepGraphs([1, 2, 4], lambda plan: None, no_batch, no_batch)
+    assert StepGraphs([1, 2, 4], num_rows, no_batch, no_batch, float).size_for(decodes(5)) is None
+    assert StepGraphs([], num_rows, no_batch, no_batch, float).size_for(decodes(1)) is None
+    graphs = StepGraphs([1, 2, 4], lambda plan: None, no_batch, no_batch, float)
     assert graphs.size_for(decodes(2)) is None
 
 
