@@ -11,8 +11,6 @@ CONFIGS = [CLUSTER / "docker" / "serve_config.yaml", *EXAMPLES]
 
 @pytest.fixture(autouse=True)
 def api_keys(monkeypatch):
-    for name in ("SERVICE_PORT", "MODEL_NAME"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRUNKLINE_API_KEYS", "sk-test")
 
 
