@@ -63,7 +63,7 @@ class ChatTemplate:
                 "continue_final_message excludes add_generation_prompt; set one of them to false.",
                 "continue_final_message",
             )
-        plain = [_plain(message) for message in messages]
+        plain = [_plain(*each) for each in enumerate(messages)]
         if not plain:
             raise InvalidRequest("messages must hold at least one message.", "messages")
         if not continue_final_message:
@@ -88,10 +88,15 @@ class ChatTemplate:
             ) from error
 
 
-def _plain(message: Any) -> dict[str, Any]:
+def _plain(index: int, message: Any) -> dict[str, Any]:
+    """A message whose content is text, or None beside calls of functions."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidRequest("each message must be an object with a 'role'.", "messages")
     content = message.get("content")
+    if content is None and message["role"] != "assistant":
+        raise InvalidRequest(f"messages[{index}] lacks its content.", "messages")
+    if content is None and not message.get("tool_calls"):
+        return {**message, "content": ""}
     if content is None or isinstance(content, str):
         return dict(message)
     if not isinstance(content, Sequence):

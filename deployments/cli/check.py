@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _model_lines(name: str, model: ModelOptions, needs: Resources) -> Iterator[str]:
-    changed = model.engine.model_dump(exclude_defaults=True)
+    changed = model.engine.model_dump(exclude_defaults=True, exclude={"model"})
+    yield _row("model", model.engine.model)
     yield _row("deployment", deployment_name(name))
     yield _row("replicas", _replicas(model.deployment))
     yield _row("each takes", f"{_amounts(needs)}; {_amounts({'CPU': REPLICA_CPUS})} beside it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import ray
 from ray._private.state import available_resources_per_node
 
 from deployments.cli.errors import CommandError
+
+CONNECT_S = 5.0
+"""How long a cluster may take to accept a connection."""
 
 Resources = Mapping[str, float]
 
@@ -28,8 +32,9 @@ def free_resources(address: str) -> dict[str, Resources]:
         CommandError: there is no such cluster.
     """
     try:
+        _check_reachable(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CommandError(
             f"no Ray cluster answers at {address} ({reason}). One that asks for tokens wants "
@@ -41,6 +46,13 @@ def free_resources(address: str) -> dict[str, Resources]:
         for node in ray.nodes()
         if node["Alive"]
     }
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nothing listens at host:port: Ray would try for minutes, and tell nobody."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "//" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
 def place(items: Sequence[Item], nodes: Mapping[str, Resources]) -> dict[str, str | None]:

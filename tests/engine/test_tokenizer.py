@@ -237,6 +237,10 @@ def test_continue_final_message_ends_where_it_ends(template):
     assert messages[0]["content"] == "Once "
 
 
+def test_an_answer_without_content_is_an_empty_one():
+    assert render("[{{ messages[0].content }}]", [{"role": "assistant"}]) == "[]"
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "options", "param", "remedy"),
     [
@@ -247,11 +251,13 @@ def test_continue_final_message_ends_where_it_ends(template):
         ("{{ messages.append(1) }}", None, {}, "messages", "unsafe"),
         (
             "{{ 'a' + messages[0].content }}",
-            [{"role": "user", "content": None}],
+            [{"role": "assistant", "content": None, "tool_calls": [{}]}],
             {},
             "messages",
             "concatenate",
         ),
+        ("x", [{"role": "user", "content": None}], {}, "messages", r"messages\[0\] lacks"),
+        ("x", [{"role": "user"}], {}, "messages", r"messages\[0\] lacks its content"),
         ("x", [], {}, "messages", "at least one"),
         ("x", ["Hi"], {}, "messages", "role"),
         ("x", [{"content": "Hi"}], {}, "messages", "role"),
@@ -442,7 +448,7 @@ def test_directory(tmp_path):
     tokenizer = Tokenizer.load(source)
     assert tokenizer.encode("ab a b") == [2, 3, 0, 3, 1]  # neither truncated nor padded
     assert tokenizer.eos_token_ids == (2, 5)  # config.json's, and the tokenizer's own
-    assert tokenizer.apply_chat_template([{"role": "user"}]) == "T"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": ""}]) == "T"
     assert has_tokenizer(source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -303,3 +304,11 @@ def test_bench_runs_a_benchmark():
     words = [sys.executable, "-m", "deployments.cli", "bench", "serving", "--help"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "multi-turn" in done.stdout
+
+
+def test_check_soon_says_that_no_cluster_answers(capsys):
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        assert main(["check", "--address", address]) == 1
+    assert f"no Ray cluster answers at {address}" in capsys.readouterr().err
