@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import torch
 
+from engine.child_process import module_command, module_environment
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.parallel.meeting import Meeting
@@ -28,13 +28,11 @@ class RankProcesses:
     def __init__(self, meeting: Meeting) -> None:
         config = meeting.config
         gpus = _gpus(config)
-        # Not of the folder that the user happens to be in: its modules are no libraries.
-        follow = [sys.executable, "-P", "-m", "engine.parallel.following", str(meeting.folder)]
+        folder, environment = str(meeting.folder), module_environment()
         self._processes = [
             subprocess.Popen(
-                [*follow, str(rank)],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-                | ({"CUDA_VISIBLE_DEVICES": gpus[rank]} if gpus else {}),
+                module_command("engine.parallel.following", folder, str(rank)),
+                env=environment | ({"CUDA_VISIBLE_DEVICES": gpus[rank]} if gpus else {}),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # whoever interrupts this process means it alone
             )

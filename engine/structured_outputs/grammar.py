@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import socket
 import struct
 import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,6 +17,7 @@ from multiprocessing.connection import Connection
 import msgspec
 import numpy as np
 
+from engine.child_process import module_command, module_environment
 from engine.structured_outputs.mask_memory import MaskMemory
 from engine.structured_outputs.messages import MaskRequest, RowState, RowStatus, Setup, encode
 from engine.structured_outputs.params import GrammarSource
@@ -68,16 +67,14 @@ class GrammarHost:
         ours, theirs = socket.socketpair()
         setup = msgspec.json.encode(self.setup).decode()
         environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            **module_environment(),
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",  # threads of a process are lost in what it forks
         }
         with theirs:
-            # Not of the folder that the user happens to be in (`-P`): its modules are no libraries.
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "engine.structured_outputs.process", setup],
+                module_command("engine.structured_outputs.process", setup),
                 stdin=theirs.fileno(),
                 env=environment,
             )
