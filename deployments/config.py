@@ -20,6 +20,7 @@ from engine.embedding import Pooling
 from engine.errors import ConfigError, InvalidRequest
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model, weight_files
+from engine.parallel.share import share_of
 
 
 class Autoscaling(Options):
@@ -149,6 +150,7 @@ class ModelOptions(Options):
         source = resolve_model(self.engine.model)
         shape = read_model_config(source)
         self.engine.resolve_max_model_len(shape.max_position_embeddings)
+        share_of(shape, self.engine.tensor_parallel_size)
         if source.kind == "directory" and self.engine.load_format != "dummy":
             weight_files(source.path)
 

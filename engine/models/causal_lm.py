@@ -18,7 +18,8 @@ from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig
 from engine.parallel.group import ALONE, TensorGroup
-from engine.parallel.partition import share_of, vocabulary_share
+from engine.parallel.partition import vocabulary_share
+from engine.parallel.share import share_of
 
 
 class DecoderLayer(nn.Module):

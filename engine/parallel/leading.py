@@ -24,8 +24,8 @@ from engine.parallel.following import READY
 from engine.parallel.group import ALONE
 from engine.parallel.meeting import Meeting
 from engine.parallel.messages import encode_masks, encode_plan
-from engine.parallel.partition import share_of
 from engine.parallel.processes import RankProcesses
+from engine.parallel.share import share_of
 from engine.runner.build import EngineInfo, build_runner, choose_device
 from engine.runner.model_runner import ModelRunner, PendingStep
 from engine.sampling.token_masks import TokenMasks

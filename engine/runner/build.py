@@ -19,7 +19,7 @@ from engine.failures import Failure, classify
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_source import resolve_model
 from engine.parallel.group import ALONE, TensorGroup
-from engine.parallel.partition import share_of
+from engine.parallel.share import share_of
 from engine.runner.cuda_graphs import graph_sizes, padded_graph_sizes
 from engine.runner.input_batch import InputBatch
 from engine.runner.kv_memory import CacheLayout, count_blocks

@@ -14,7 +14,7 @@ from engine.model_config import read_model_config
 from engine.model_source import resolve_model
 from engine.models.registry import build_model
 from engine.parallel.group import TensorGroup
-from engine.parallel.partition import share_of
+from engine.parallel.share import share_of
 from engine.runner.build import choose_device, choose_dtype
 from engine.runner.kv_memory import CacheLayout, blocks_of_sequence, cache_bytes, fit_blocks
 

@@ -165,7 +165,7 @@ def test_several_models_have_readable_deployments():
     assert deployment_name("Qwen/Qwen2.5") == "Engine-Qwen-Qwen2.5"
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_each_rank_has_a_gpu_of_one_node(ranks):
     options = {"device": "cuda", "tensor_parallel_size": ranks}
     app = build(AppArgs(engine=options, deployment={"accelerator_type": "A100"}))
@@ -177,12 +177,17 @@ def test_each_rank_has_a_gpu_of_one_node(ranks):
     assert bundles == [share] * ranks
 
 
+def test_ranks_that_cannot_share_the_model_are_refused_when_it_is_built():
+    with pytest.raises(ConfigError, match="tensor_parallel_size is 2"):
+        build(AppArgs(engine={"tensor_parallel_size": 2}))
+
+
 def test_ranks_share_no_gpu():
-    for num_gpus in (None, 0, 2):
-        ModelOptions(engine={"tensor_parallel_size": 2}, deployment={"num_gpus": num_gpus}).check()
+    for num_gpus in (None, 0, 3):
+        ModelOptions(engine={"tensor_parallel_size": 3}, deployment={"num_gpus": num_gpus}).check()
     ModelOptions(deployment={"num_gpus": 0.5}).check()
-    for num_gpus in (0.5, 1, 3):
-        options = {"engine.tensor_parallel_size": 2, "deployment.num_gpus": num_gpus}
+    for num_gpus in (0.5, 1, 4):
+        options = {"engine.tensor_parallel_size": 3, "deployment.num_gpus": num_gpus}
         with pytest.raises(ConfigError, match=r"num_gpus is .* leave it out"):
             AppArgs(**options).check()
 

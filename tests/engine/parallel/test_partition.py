@@ -19,7 +19,8 @@ from engine.model_config import read_model_config
 from engine.model_source import resolve_model
 from engine.models.registry import build_model
 from engine.parallel.group import ALONE, TensorGroup
-from engine.parallel.partition import share_of, vocabulary_share
+from engine.parallel.partition import vocabulary_share
+from engine.parallel.share import share_of
 from engine.weights.loader import load_model
 from tests.engine.paging import PagedModel
 from tests.engine.parallel.threads import run_ranks
