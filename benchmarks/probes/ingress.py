@@ -13,11 +13,11 @@ import random
 import statistics
 import string
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import cast
 
 from benchmarks.models import BUNDLED_MODEL, find_model
-from benchmarks.probes.records import Record, record
+from benchmarks.probes.records import Record, spread_record
 from benchmarks.serving.conversations import WORDS
 from deployments.engine_client import EngineClient
 from deployments.ingress.prompts import render_chat, tokenize
@@ -54,7 +54,7 @@ def measure(
         for method, prepare in _methods(tokenizer).items():
             # New chats for each method: the one before has taught the tokenizer its words.
             bodies = [_body(rng, tokenizer, num_tokens, count) for _ in range(chats)]
-            yield _record(method, shape, _cpu_seconds(prepare, bodies))
+            yield spread_record(method, shape, _cpu_seconds(prepare, bodies))
 
 
 def _methods(tokenizer: Tokenizer) -> dict[str, Callable[[bytes], Callable[[], object]]]:
@@ -112,18 +112,6 @@ def _cpu_seconds(
         work()
         seconds.append(time.process_time() - began)
     return seconds[len(bodies) // 10 :]
-
-
-def _record(method: str, shape: Mapping[str, object], seconds: list[float]) -> Record:
-    microseconds = [each * 1e6 for each in seconds]
-    tail = statistics.quantiles(microseconds, n=10, method="inclusive")
-    return record(
-        method,
-        shape,
-        statistics.median(microseconds),
-        p90=round(tail[-1], 1),
-        least=round(min(microseconds), 1),
-    )
 
 
 def _encode(tokenizer: Tokenizer, data: bytes) -> list[int]:

@@ -9,7 +9,6 @@ grammars' processes fall asleep. Needs no GPU, and says nothing of the kernel th
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.models import BUNDLED_MODEL, find_model, find_shape
-from benchmarks.probes.records import Record, record
+from benchmarks.probes.records import Record, spread_record
 from benchmarks.serving.shape_tokenizer import write_model
 from engine import SamplingParams, StructuredOutputsParams
 from engine.model_source import resolve_model
@@ -89,23 +88,14 @@ def _measure_model(
     setup = Setup(model, tokenizer.vocab_size, tokenizer.eos_token_ids)
     shape = {"model": name, "vocabulary": setup.width}
     for rows in sorted({rows for rows, _ in cases}):
-        yield _record("fill", {**shape, "rows": rows}, _fill_seconds(setup, tokens, rows, steps))
+        seconds = _fill_seconds(setup, tokens, rows, steps)[_WARM_UP:]
+        yield spread_record("fill", {**shape, "rows": rows}, seconds)
     host = GrammarHost(setup)
     for rows, grammars in cases:
         seconds = _mask_seconds(host, tokens, rows, grammars, steps)
-        yield _record("masks", {**shape, "rows": rows, "grammars": grammars}, seconds)
-
-
-def _record(method: str, shape: dict[str, object], seconds: list[float]) -> Record:
-    microseconds = sorted(each * 1e6 for each in seconds[_WARM_UP:])
-    tail = statistics.quantiles(microseconds, n=10, method="inclusive")
-    return record(
-        method,
-        shape,
-        statistics.median(microseconds),
-        p90=round(tail[-1], 1),
-        least=round(microseconds[0], 1),
-    )
+        yield spread_record(
+            "masks", {**shape, "rows": rows, "grammars": grammars}, seconds[_WARM_UP:]
+        )
 
 
 def _fill_seconds(setup: Setup, tokens: list[int], rows: int, steps: int) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Record = dict[str, Any]
@@ -33,6 +34,19 @@ def record(
     if flops is not None:
         entry["tflop_s"] = round(flops / microseconds / 1e6, 1)
     return entry | more
+
+
+def spread_record(method: str, shape: Mapping[str, object], seconds: Sequence[float]) -> Record:
+    """Many measurements of one call: the median, the 90th percentile and the least."""
+    microseconds = [each * 1e6 for each in seconds]
+    tail = statistics.quantiles(microseconds, n=10, method="inclusive")
+    return record(
+        method,
+        shape,
+        statistics.median(microseconds),
+        p90=round(tail[-1], 1),
+        least=round(min(microseconds), 1),
+    )
 
 
 def skipped(method: str, reason: str) -> Record:

@@ -85,6 +85,13 @@ def generation_rows(logprobs: int) -> tuple[Row, ...]:
             refused("right"),
             note="400 for `right`: the last tokens are kept.",
         ),
+        *_vllm_rows(logprobs),
+    )
+
+
+def _vllm_rows(logprobs: int) -> tuple[Row, ...]:
+    """Of fields that vLLM adds, those that have a word or two to say, and those that are refused."""
+    return (
         row("use_beam_search", ignored(False), refused(True), note="400 unless it is false."),
         row("length_penalty", ignored(1), refused(2.0), note="400 unless it is 1."),
         row("allowed_token_ids", works([D], lambda seen: text(seen.answer) == "dddd")),

@@ -58,6 +58,25 @@ def sampling_rows(limit: str) -> tuple[Row, ...]:
             works(7, is_repeated, temperature=1.0),
             note="Fixes the noise; in another batch logits may still round differently.",
         ),
+        *_ending_rows(),
+        row(
+            "structured_outputs",
+            works({"choice": ["ab", "12"]}, lambda s: text(s.answer) in ("ab", "12"), slow=True),
+            works({"json": SCHEMA}, is_json, slow=True, **long),
+        ),
+        row(
+            "priority",
+            works(5, lambda seen: seen.request.priority == 5),
+            note="Orders what waits under `scheduling_policy: priority`. Without effect under other"
+            " policies, where vLLM refuses it.",
+        ),
+        row("cache_salt", works("x", lambda seen: seen.request.cache_salt == "x")),
+    )
+
+
+def _ending_rows() -> tuple[Row, ...]:
+    """What ends an output, and what is shown of its end."""
+    return (
         row("stop", works("dd", lambda seen: ends(seen.answer) == "stop", **ALL_D)),
         row(
             "stop_token_ids",
@@ -94,18 +113,6 @@ def sampling_rows(limit: str) -> tuple[Row, ...]:
                 logit_bias={str(BOS): 100},
             ),
         ),
-        row(
-            "structured_outputs",
-            works({"choice": ["ab", "12"]}, lambda s: text(s.answer) in ("ab", "12"), slow=True),
-            works({"json": SCHEMA}, is_json, slow=True, **long),
-        ),
-        row(
-            "priority",
-            works(5, lambda seen: seen.request.priority == 5),
-            note="Orders what waits under `scheduling_policy: priority`. Without effect under other"
-            " policies, where vLLM refuses it.",
-        ),
-        row("cache_salt", works("x", lambda seen: seen.request.cache_salt == "x")),
     )
 
 
