@@ -90,7 +90,7 @@ def generation_rows(logprobs: int) -> tuple[Row, ...]:
 
 
 def _vllm_rows(logprobs: int) -> tuple[Row, ...]:
-    """Of fields that vLLM adds, those that have a word or two to say, and those that are refused."""
+    """Of fields that vLLM adds, what is taken in part, refused, or without effect."""
     return (
         row("use_beam_search", ignored(False), refused(True), note="400 unless it is false."),
         row("length_penalty", ignored(1), refused(2.0), note="400 unless it is 1."),
