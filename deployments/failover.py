@@ -168,7 +168,7 @@ class Flight:
             self._barren_tries = 0
         self._cancel_expiry()
         if self._num_tries > 1 and self.request.output_token_ids:
-            delta.num_cached_tokens = 0  # an earlier engine has told
+            delta.num_cached_tokens = delta.queued_s = delta.prefill_s = 0  # told already
         self.request.output_token_ids += delta.token_ids
         self._count_prompt_logprobs(delta)
         self._deliver(delta)

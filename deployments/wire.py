@@ -75,6 +75,8 @@ def merge_delta(into: TokenDelta, newer: TokenDelta) -> None:
     into.refused = newer.refused or into.refused
     into.param = newer.param or into.param
     into.pooled = newer.pooled or into.pooled
+    into.queued_s = into.queued_s or newer.queued_s
+    into.prefill_s = into.prefill_s or newer.prefill_s
 
 
 def _join(first: list[T] | None, second: list[T] | None) -> list[T] | None:

@@ -93,6 +93,8 @@ class Job:
             self.pooled = delta.pooled
         if self.metrics.first_token_time is None and delta.token_ids:
             self.metrics.first_token_time = time.monotonic()
+        if delta.prefill_s and not self.metrics.prefill_s:
+            self.metrics.queued_s, self.metrics.prefill_s = delta.queued_s, delta.prefill_s
         if text.finish_reason is not None and self.finished:
             self.metrics.finished_time = time.monotonic()
         return text

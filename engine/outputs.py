@@ -48,6 +48,11 @@ class TokenDelta(msgspec.Struct, array_like=True, omit_defaults=True):
     pooled: bytes | None = None
     """What a request that is pooled ends with: float32 [hidden size], little-endian, as the model
     has it."""
+    queued_s: float = 0.0
+    """Seconds from the request's arrival at the engine to its first admission to the batch; set on
+    the delta of its first token, or of its vector."""
+    prefill_s: float = 0.0
+    """Seconds from there to that token or vector; set likewise."""
 
 
 def failed(request_id: str, error: str) -> TokenDelta:
@@ -118,11 +123,14 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """When a request was where, in seconds of `time.monotonic`."""
+    """When a request was where, in seconds of `time.monotonic`, and for how long in its engine."""
 
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
+    queued_s: float = 0.0
+    """See `TokenDelta`; of the completion that began first, like the next."""
+    prefill_s: float = 0.0
 
 
 @dataclass(slots=True)

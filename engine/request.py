@@ -81,8 +81,8 @@ class Request:
     """Sampled tokens that the device has and the host does not yet know."""
     num_cached_tokens: int = 0
     """Prompt tokens that the first admission found in the prefix cache."""
-    cached_tokens_told: bool = False
-    """Whether a delta has carried `num_cached_tokens`."""
+    start_told: bool = False
+    """Whether a delta has carried `num_cached_tokens`, and how long the start took."""
     num_preemptions: int = 0
     ran_out_of_memory: bool = False
     """Whether it was in a step that did, and is computed anew."""
@@ -93,6 +93,9 @@ class Request:
     matcher: Matcher | None = None
     """What its output follows, if it is to be of some form."""
     queued_since: float = field(default_factory=time.monotonic)
+    received_at: float = field(default_factory=time.monotonic)
+    admitted_at: float = 0.0
+    """When it was first admitted to the batch; 0 before."""
 
     @classmethod
     def from_wire(cls, wire: EngineRequest, max_model_len: int) -> Request:

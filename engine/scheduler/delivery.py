@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from engine.outputs import TokenDelta, TokenLogprobs
 from engine.request import Request, Status
 from engine.scheduler.step_builder import ScheduledStep
@@ -36,15 +38,22 @@ class Delivery:
             else:
                 reason = "stop"
                 delta = TokenDelta(request.request_id, [], reason, pooled=result.pooled[place])
-            if request.num_cached_tokens and not request.cached_tokens_told:
-                delta.num_cached_tokens = request.num_cached_tokens
-                request.cached_tokens_told = True
+            if not request.start_told:
+                _tell_start(delta, request)
             if reason is not None:
                 finished.append(request)
             deltas.append(delta)
         if result.logprobs or result.prompt_logprobs:
             _attach_logprobs(deltas, step, result)
         return deltas, finished
+
+
+def _tell_start(delta: TokenDelta, request: Request) -> None:
+    """Add what is told once, with the first token: how the request came to it."""
+    request.start_told = True
+    delta.num_cached_tokens = request.num_cached_tokens
+    delta.queued_s = request.admitted_at - request.received_at
+    delta.prefill_s = time.monotonic() - request.admitted_at
 
 
 def _attach_logprobs(deltas: list[TokenDelta], step: ScheduledStep, result: StepResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 
 from engine.kv_cache.block_allocator import BlockAllocator
@@ -49,6 +50,7 @@ class RunningBatch:
     def start(self, request: Request) -> None:
         """Give a request that holds its blocks a row."""
         request.row = self._free_rows.pop()
+        request.admitted_at = request.admitted_at or time.monotonic()
         request.status = Status.RUNNING
         insort(self.requests, request, key=self._policy.running_key)
 

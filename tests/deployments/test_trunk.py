@@ -34,6 +34,7 @@ def request(request_id: str, max_tokens: int = 5) -> EngineRequest:
 
 def test_merged_deltas_say_what_the_two_said():
     first = TokenDelta("r", [1], logprobs=[TokenLogprobs([1], [-0.5], 1)], num_cached_tokens=16)
+    first.queued_s, first.prefill_s = 0.5, 0.25
     second = TokenDelta("r", [2], "stop", 7, logprobs=[TokenLogprobs([2], [-0.1], 1)])
     merge_delta(first, second)
     assert first == TokenDelta(
@@ -43,6 +44,8 @@ def test_merged_deltas_say_what_the_two_said():
         7,
         logprobs=[TokenLogprobs([1], [-0.5], 1), TokenLogprobs([2], [-0.1], 1)],
         num_cached_tokens=16,
+        queued_s=0.5,
+        prefill_s=0.25,
     )
 
 

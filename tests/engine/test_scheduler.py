@@ -1,9 +1,13 @@
 """The scheduler by example; the harness checks plans, inputs and results throughout."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from engine.errors import ConfigError, InvalidRequest
 from engine.kv_cache.block_pool import InvariantViolation
+from engine.outputs import TokenDelta
 from engine.scheduler.preemption import choose_victim
 from engine.step import StepResult
 from tests.engine.scheduler_harness import EOS, Driver, sampled_token
@@ -517,3 +521,39 @@ def test_corrupt_bookkeeping_is_noticed():
     request.block_ids.pop()
     with pytest.raises(InvariantViolation, match="requests hold it"):
         driver.scheduler.check_invariants()
+
+
+# Times
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time as the test has it, but for the moment of arrival."""
+    clock = SimpleNamespace(now=time.monotonic())
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def started(delta: TokenDelta) -> tuple[str, int, int]:
+    return delta.request_id, round(delta.queued_s, -3), round(delta.prefill_s, -3)
+
+
+def test_the_first_delta_tells_how_a_request_came_to_its_first_token(clock):
+    driver = Driver(max_num_seqs=1, budget=4)
+    driver.add("first", [1], max_tokens=1)
+    driver.add("second", [2] * 6, max_tokens=3)
+    told = []
+    while driver.scheduler.has_work:  # the second is admitted in the second step, computed in two
+        clock.now += 1000
+        driver.schedule()
+        clock.now += 10_000
+        told += map(started, driver.update())
+    assert told[:2] == [("first", 1000, 10_000), ("second", 12_000, 21_000)]
+    assert told[2:] == [("second", 0, 0)] * 2
+
+
+def test_a_vector_tells_the_same(clock):
+    driver = Driver()
+    driver.add("r", [1, 2], pooling="last")
+    clock.now += 3000
+    assert [started(delta) for delta in driver.step()] == [("r", 3000, 0)]
