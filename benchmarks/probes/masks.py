@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.models import BUNDLED_MODEL, find_model, find_shape
+from benchmarks.models import BUNDLED_MODEL
 from benchmarks.probes.records import Record, spread_record
-from benchmarks.serving.shape_tokenizer import write_model
+from benchmarks.serving.shape_tokenizer import model_with_tokenizer
 from engine import SamplingParams, StructuredOutputsParams
 from engine.model_source import resolve_model
 from engine.request import EngineRequest, Request
@@ -75,8 +75,7 @@ def measure(
     """
     for name in models:
         with tempfile.TemporaryDirectory() as folder:
-            shape = find_shape(name)
-            model = find_model(name) if shape is None else str(write_model(shape, Path(folder)))
+            model = model_with_tokenizer(name, Path(folder))
             yield from _measure_model(name, model, steps, cases)
 
 

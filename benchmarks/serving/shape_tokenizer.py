@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.models import find_model, find_shape
 from benchmarks.serving.conversations import WORDS
 
 _LETTERS = "eeeeeetttttaaaaooooiiiinnnnsssshhhrrrddllluuccmmwwffggyyppbbvkjxqz"
@@ -55,6 +56,16 @@ def write_model(shape: Path, folder: Path) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
     return folder
+
+
+def model_with_tokenizer(name: str, folder: Path) -> str:
+    """Where the model called `name` lies; a shape is written to `folder`, which must be empty.
+
+    Raises:
+        FileNotFoundError: there is no such model here.
+    """
+    shape = find_shape(name)
+    return find_model(name) if shape is None else str(write_model(shape, folder))
 
 
 def build_tokenizer(vocab_size: int, special: dict[str, int] | None = None) -> Tokenizer:
