@@ -15,7 +15,7 @@ from engine.failures import Failure, classify, drop_locals
 from engine.inputs import check_length
 from engine.outputs import EngineLoad, TokenDelta, failed, refusal
 from engine.parallel.leading import build_ranks
-from engine.profile import StepRecord, add_device_times
+from engine.profile import IdleTime, StepRecord, add_device_times
 from engine.request import EngineRequest, Request
 from engine.runner.build import EngineInfo
 from engine.sampling.token_masks import TokenMasks
@@ -115,6 +115,7 @@ class EngineCore:
         ahead = config.async_scheduling
         self._one_step_ahead = self.info.device != "cpu" if ahead is None else ahead
         self._in_flight: LaunchedStep | None = None
+        self._idle = IdleTime()
         setup = Setup(config.model, self.info.vocab_size, self.info.eos_token_ids)
         self.constraints = Constraints(
             GrammarHost(setup), self.info.eos_token_ids, self.info.device != "cpu"
@@ -158,6 +159,7 @@ class EngineCore:
         load = self.scheduler.load()
         load.num_waiting += len(self.constraints.waiting)
         load.waiting_tokens += sum(r.num_prompt_tokens for r in self.constraints.waiting)
+        load.idle_s = self._idle.seconds
         return load
 
     def step(self) -> list[TokenDelta]:
@@ -190,6 +192,8 @@ class EngineCore:
             if kind is Failure.DEVICE_LOST or self._failed_in_a_row == MAX_FAILED_STEPS:
                 raise
             raise self._lose_steps(error, kind) from error
+        if self._in_flight is None:
+            self._idle.begin()
         if step is None or result is None:
             return self._with_refused([])
         arrived = time.perf_counter()
@@ -246,6 +250,7 @@ class EngineCore:
             raise error
         newest = due = None
         if plan.rows:
+            self._idle.end()
             newest = due = LaunchedStep(plan, self.runner.execute(plan), schedule_s)
         if self._one_step_ahead:
             due, self._in_flight = self._in_flight, newest
@@ -298,6 +303,7 @@ class EngineCore:
         if self.info.device != "cpu":
             torch.cuda.synchronize()  # raises if the device is lost after all
         self._in_flight = None
+        self._idle.begin()
         drop_locals(error)
         if kind is Failure.OUT_OF_MEMORY:
             torch.cuda.empty_cache()  # does nothing without a GPU

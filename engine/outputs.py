@@ -92,6 +92,10 @@ class EngineLoad(msgspec.Struct, array_like=True):
     """Prompt tokens computed so far, or found in the prefix cache."""
     overdue: bool = False
     """A step lasts longer than any should. Known only while it runs, so by who sends the load."""
+    generated_tokens: int = 0
+    """Tokens generated so far."""
+    idle_s: float = 0.0
+    """Seconds so far in which the device had nothing to do; see `IdleTime`."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,3 +51,34 @@ def add_device_times(
         if before is not None:
             record.idle_s = max(0.0, before.elapsed_time(first) / 1e3)
         before = last
+
+
+class IdleTime:
+    """Adds up the time in which the device had nothing to do: no step was launched whose result had
+    not been taken.
+
+    By the host's clock, which costs no wait for the device. Pauses between the kernels of steps
+    that were launched one ahead of another are not seen; a profile has them, `StepRecord.idle_s`.
+
+    Args:
+        clock: seconds, never going back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ended_s = 0.0
+        self._since: float | None = clock()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._ended_s + (0.0 if self._since is None else self._clock() - self._since)
+
+    def begin(self) -> None:
+        """The device has nothing to do from now on."""
+        if self._since is None:
+            self._since = self._clock()
+
+    def end(self) -> None:
+        """The device has something to do from now on."""
+        self._ended_s, self._since = self.seconds, None

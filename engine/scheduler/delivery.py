@@ -16,6 +16,8 @@ class Delivery:
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = eos_token_ids
+        self.generated_tokens = 0
+        """Tokens delivered so far."""
 
     def deliver(
         self, step: ScheduledStep, result: StepResult
@@ -26,6 +28,7 @@ class Delivery:
         """
         deltas: list[TokenDelta] = []
         finished: list[Request] = []
+        num_vectors = 0
         sampled = zip(step.sampled, result.token_ids, strict=True)
         for place, (request, token) in enumerate(sampled):
             if request.status is Status.FINISHED:
@@ -37,12 +40,14 @@ class Delivery:
                 delta = TokenDelta(request.request_id, [token], reason, stop_reason)
             else:
                 reason = "stop"
+                num_vectors += 1
                 delta = TokenDelta(request.request_id, [], reason, pooled=result.pooled[place])
             if not request.start_told:
                 _tell_start(delta, request)
             if reason is not None:
                 finished.append(request)
             deltas.append(delta)
+        self.generated_tokens += len(deltas) - num_vectors
         if result.logprobs or result.prompt_logprobs:
             _attach_logprobs(deltas, step, result)
         return deltas, finished

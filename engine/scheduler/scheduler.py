@@ -225,6 +225,7 @@ class Scheduler:
             prefix_hits=self._planner.prefix_hits,
             block_size=self._blocks.block_size,
             prefilled_tokens=self._planner.prefilled_tokens,
+            generated_tokens=self._delivery.generated_tokens,
         )
 
     def snapshot(self) -> EngineSnapshot:

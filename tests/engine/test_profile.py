@@ -1,7 +1,7 @@
 import pytest
 
 from engine.core import EngineCore
-from engine.profile import StepRecord, add_device_times
+from engine.profile import IdleTime, StepRecord, add_device_times
 from tests.engine.conftest import run_core, tiny_config
 from tests.engine.test_core import GREEDY, prompts, requests
 
@@ -57,3 +57,49 @@ def test_each_step_has_a_record(tiny_model, ahead):
         assert all(getattr(step, name) > 0 for step in found)
     run_core(core, requests(GREEDY, 1))
     assert len(core.stop_profile()) == len(found)  # nothing is kept once it is stopped
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_idle_time_adds_up():
+    clock = Clock()
+    idle = IdleTime(clock)
+    for seconds, change in ((2, idle.end), (5, idle.begin), (1, idle.begin), (1, idle.end)):
+        clock.now += seconds
+        change()
+    clock.now += 7
+    idle.end()
+    assert idle.seconds == 4
+
+
+def let_take(seconds, clock, function):
+    """`function`, which takes so long by this clock."""
+
+    def slow(*args):
+        clock.now += seconds
+        return function(*args)
+
+    return slow
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_device_is_idle_while_no_step_is_with_it(tiny_model, ahead):
+    clock = Clock()
+    core = EngineCore(tiny_config(tiny_model, device="cpu", async_scheduling=ahead))
+    core._idle = IdleTime(clock)
+    core.scheduler.schedule = let_take(1, clock, core.scheduler.schedule)
+    core.runner.execute = let_take(2, clock, core.runner.execute)
+    clock.now += 30
+    outputs = run_core(core, requests(GREEDY, 3))
+    load = core.load()
+    assert load.generated_tokens == sum(len(tokens) for tokens, _ in outputs.values())
+    # One step ahead, only the first is scheduled while the device has nothing to do.
+    assert load.idle_s == 30 + (1 if ahead else load.step)
+    clock.now += 10
+    assert core.load().idle_s == load.idle_s + 10
