@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from deployments.config import (
     AppArgs,
@@ -26,8 +26,15 @@ from deployments.routing import EngineRouter
 from deployments.watchdog import WatchOptions
 from engine.config import EngineConfig
 
+_SERVE_FIELDS = {"min_replicas", "initial_replicas", "max_replicas", "metrics_interval_s"}
+"""Options of `Autoscaling` that Serve heeds; the others are the policy's."""
 REPLICA_CPUS = 0.1
 """An engine replica only passes requests on."""
+AUTOSCALING_POLICY = "cluster.autoscaling:ScaleByLoad"
+"""Named, not imported: Serve imports it where the application is built, and the deployments stand
+without the cluster's tools."""
+LOOK_BACK_INTERVALS = 3
+"""Reports that Serve averages the number of requests without an engine over."""
 START_TRIES = 3
 """Starts that may fail before the deployment counts as failed; most failures are lasting ones, such
 as a broken checkpoint, and each try loads a model. (Serve's default is 20.)"""
@@ -121,8 +128,17 @@ def _ingress_deployment(options: IngressOptions) -> serve.Deployment:
 def _size(num_replicas: int, scaling: Autoscaling | None) -> dict[str, Any]:
     if scaling is None:
         return {"num_replicas": num_replicas}
-    values = scaling.model_dump(exclude_none=True)
-    return {"autoscaling_config": AutoscalingConfig(**values)}
+    config = AutoscalingConfig(
+        **scaling.model_dump(include=_SERVE_FIELDS, exclude_none=True),
+        look_back_period_s=LOOK_BACK_INTERVALS * scaling.metrics_interval_s,
+        policy=AutoscalingPolicy(
+            policy_function=AUTOSCALING_POLICY,
+            policy_kwargs=scaling.model_dump(exclude=_SERVE_FIELDS),
+        ),
+        upscale_delay_s=0,  # the policy has delays of its own
+        downscale_delay_s=0,
+    )
+    return {"autoscaling_config": config}
 
 
 def engine_resources(

@@ -24,7 +24,7 @@ from engine.parallel.share import share_of
 
 
 class Autoscaling(Options):
-    """How many engines a model gets as load comes and goes."""
+    """How many engines a model gets as load comes and goes; see `cluster/autoscaling.py`."""
 
     min_replicas: int = Field(default=1, ge=0)
     """Fewest engines; with 0 a request may have to wait for the start of the first."""
@@ -32,17 +32,31 @@ class Autoscaling(Options):
     """Most engines."""
     initial_replicas: int | None = Field(default=None, ge=0)
     """Engines at the start; None takes `min_replicas`."""
-    target_ongoing_requests: float = Field(default=64, gt=0)
-    """Requests an engine should have. Serve's default of 2 suits functions that handle one request
-    at a time; an engine is efficient from some dozens up."""
-    upscale_delay_s: float = Field(default=10, ge=0)
-    """How long more load must last. Serve's 30 s is longer than most bursts."""
+    target_ttft_s: float = Field(default=2.0, gt=0)
+    """Time to the first token, in the engine, that 95 % of the requests should stay below; while it
+    is exceeded there are more engines, up to twice as many as are needed for `target_use`."""
+    target_use: float = Field(default=0.7, gt=0, le=1)
+    """Share of the engines' rows, of their KV cache and of the prompt tokens that they can compute
+    that should be in use. What is left takes up bursts while more engines start."""
+    upscale_delay_s: float = Field(default=3, ge=0)
+    """How long more engines must have been wanted before they are started."""
     downscale_delay_s: float = Field(default=300, ge=0)
-    """How long less load must last: giving up an engine means loading a model again."""
-    look_back_period_s: float = Field(default=10, gt=0)
-    """Over which the load is averaged."""
-    metrics_interval_s: float = Field(default=2, gt=0)
-    """How often the load is reported."""
+    """How long fewer must have been wanted before some, or the last one, are given up, which means
+    loading a model again. A start-up should not take longer."""
+    metrics_interval_s: float = Field(default=1, gt=0)
+    """How often engines report to Serve what this is decided from."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Autoscaling:
+        least, first, most = self.min_replicas, self.initial_replicas, self.max_replicas
+        if least > most:
+            raise ValueError(f"min_replicas ({least}) is more than max_replicas ({most}).")
+        if first is not None and not least <= first <= most:
+            raise ValueError(
+                f"initial_replicas ({first}) must be from min_replicas ({least}) to "
+                f"max_replicas ({most})."
+            )
+        return self
 
 
 class DeploymentOptions(Options):

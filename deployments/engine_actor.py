@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from deployments.engine_guard import EngineGuard
+from deployments.load_meter import LoadMeter
 from deployments.metrics import lag_gauge
 from deployments.subscriber import Subscriber
 from deployments.watchdog import LoopLag, WatchOptions
@@ -93,6 +94,7 @@ class EngineActor:
         self._early_aborts: OrderedDict[str, float] = OrderedDict()
         self._load = EngineLoad()
         self._load_since = 0.0
+        self._meter = LoadMeter(config.max_num_seqs)
         self._telling: asyncio.TimerHandle | None = None
         self._report = EngineReport([], self._load)
         self._report_ready = asyncio.Event()
@@ -199,7 +201,9 @@ class EngineActor:
             self._report.dead = report.dead
             told = report.dead is not None
             report.load = self._load
-            report.progress_age_s = time.monotonic() - self._loop.last_progress
+            now = time.monotonic()
+            report.progress_age_s = now - self._loop.last_progress
+            report.use = self._meter.read(now)
             yield encode(report)
             await asyncio.sleep(REPORT_INTERVAL_S)
 
@@ -245,6 +249,7 @@ class EngineActor:
     def _publish(self, deltas: list[TokenDelta], load: EngineLoad) -> None:
         """Sort a step's deltas into the mailboxes."""
         self._load, self._load_since = load, time.monotonic()
+        self._meter.follow(load, self._load_since)
         for delta in deltas:
             owner = self._owners.get(delta.request_id)
             if owner is not None:  # else it was aborted while the step ran
@@ -278,6 +283,8 @@ class EngineActor:
         for delta in deltas:
             request_id = delta.request_id
             self._report.new_tokens += len(delta.token_ids)
+            if delta.prefill_s:
+                self._meter.note_first_token(delta.queued_s + delta.prefill_s, self._load_since)
             if request_id not in self._owners:
                 continue
             so_far = self._num_tokens.get(request_id, 0)

@@ -15,6 +15,7 @@ from ray import serve
 from deployments import watchdog
 from deployments.crash_dump import describe_error, write_crash_dump
 from deployments.engine_actor import EngineActor, StartCore
+from deployments.load_meter import EngineUse
 from deployments.metrics import EngineMetrics, harmless
 from deployments.names import engine_actor_name
 from deployments.placement import Booking
@@ -74,6 +75,7 @@ class EngineReplica:
         self._submitting: set[asyncio.Task[None]] = set()
         self._dead: str | None = None
         self._load = EngineLoad()
+        self._use = EngineUse()
         self._tasks: list[asyncio.Task[None]] = []
         self.info = await self._start()
         # Not before: loading may take minutes.
@@ -143,6 +145,10 @@ class EngineReplica:
         if self._silence.seconds > SILENCE_LIMIT_S:
             raise EngineDead(f"the engine has not reported for {self._silence.seconds:.0f} s")
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for its autoscaling policy: the fields of an `EngineUse`."""
+        return self._use._asdict()
+
     async def __del__(self) -> None:
         """Called by Serve when ongoing calls have ended: end the trunks, then the actor."""
         if not self._tasks:  # the engine did not start
@@ -207,7 +213,7 @@ class EngineReplica:
 
     def _take(self, report: EngineReport) -> None:
         self._silence.end()
-        self._load = report.load
+        self._load, self._use = report.load, report.use
         self._dead = report.dead or self._dead
         for notice in report.ended:
             end = self._ends.get(notice.request_id)

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import msgspec
 
+from deployments.load_meter import EngineUse
 from engine.outputs import EngineLoad, TokenDelta
 from engine.request import EngineRequest
 
@@ -17,6 +18,8 @@ class Submission(msgspec.Struct, array_like=True):
     request: EngineRequest
     blocks: list[bytes] = []
     """Of the request, for other ingress replicas to know; see `request_blocks`."""
+    origin: str = ""
+    """Id of the client's request that it comes of, for the log."""
 
 
 class TrunkMessage(msgspec.Struct, array_like=True):
@@ -51,6 +54,8 @@ class EngineReport(msgspec.Struct, array_like=True):
     """Why the loop has ended, when it has."""
     progress_age_s: float = 0.0
     """Seconds since the loop last finished a step or woke up idle."""
+    use: EngineUse = EngineUse()
+    """What the autoscaler decides from."""
 
 
 T = TypeVar("T")

@@ -1,0 +1,279 @@
+"""How many engines a model needs, decided from what its engines tell.
+
+Ray Serve calls `ScaleByLoad` in its controller; the simulator calls `decide` itself. Serve copies
+this module by value into the controller: nothing here may hold state.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+from deployments.load_meter import EngineUse
+
+START_UP_S = 30.0
+"""Start-up time of an engine before one has been seen to start."""
+CATCH_UP_S = 10.0
+"""A queue should be gone so long after new engines are there, or within another start-up time."""
+SETTLE_S = 10.0
+"""Times to the first token say nothing of engines that came or went within this time."""
+MOST_GROWTH = 2.0
+"""Late first tokens alone ask for at most so many times the engines. They tell that there are too
+few, but not by how much."""
+STALE_S = 10.0
+"""What an engine told longer ago counts as not told."""
+DOUBT_S = 1800.0
+"""Without a queue nobody knows how fast engines are. They may do other work than when that was last
+seen, so that the speed is taken to double in this time: in the end fewer are tried."""
+NO_TRAFFIC_TOKENS_S = 1.0
+"""Fewer tokens a second are the rest of a rate that fades."""
+
+_ROUNDING = 1e-6
+_STATE = "trunkline"
+"""Key of our state in Serve's."""
+
+Window = tuple[tuple[float, int], ...]
+"""Times and sizes, the oldest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goals:
+    """What the number of engines is for; the options of the same names."""
+
+    target_ttft_s: float = 2.0
+    target_use: float = 0.7
+    upscale_delay_s: float = 3.0
+    downscale_delay_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A model's engines and what waits for them."""
+
+    target: int
+    """Engines that there are to be, by the last decision."""
+    ready: int
+    """Engines in service; up to `target` the others start."""
+    engines: Sequence[EngineUse]
+    """Of those in service, as many as have told."""
+    held: float = 0.0
+    """Requests that wait before the engines, for one with room."""
+    least: int = 1
+    most: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a decision keeps for the next one."""
+
+    highs: Window = ()
+    """Sizes lately wanted of which every later one is smaller: the first is the largest."""
+    lows: Window = ()
+    """And those of which every later one is larger."""
+    start_up_s: float = START_UP_S
+    """How long the last start took."""
+    speed: float = 0.0
+    """Prompt tokens a second that an engine got done when there was a queue; 0 before the first."""
+    speed_at: float = 0.0
+    """When that was."""
+    rising: tuple[float, int] | None = None
+    """Since when engines start, and how many there are to be then."""
+    target: int = 0
+    ready: int = 0
+    ready_since: float = -math.inf
+    """Since when so many engines are in service."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How many engines there should be from now on, and why."""
+
+    target: int
+    needs: dict[str, float] = field(default_factory=dict)
+    """Engines by what asks for them, before rounding."""
+    facts: str = ""
+    """What that was computed from."""
+
+    def explain(self, seen: Observation) -> str:
+        """A line for the log."""
+        needs = ", ".join(f"{value:.1f} for {name}" for name, value in self.needs.items())
+        starting = max(0, seen.target - seen.ready)
+        return (
+            f"{seen.target} -> {self.target} engines ({seen.ready} in service, {starting} to come, "
+            f"{seen.least} to {seen.most} allowed): needs {needs or 'none'}; {self.facts}"
+        )
+
+
+def decide(goals: Goals, state: State, seen: Observation, now: float) -> tuple[Decision, State]:
+    """Choose the number of engines. A pure function: equal arguments give an equal result.
+
+    It rises to the least that was wanted throughout `upscale_delay_s`, and falls to the most that
+    was wanted within `downscale_delay_s`, as the stabilization windows of Kubernetes' horizontal
+    pod autoscaler do: a peak or a pause that is shorter changes nothing. It falls by half at most,
+    as what remains may turn out to be slower than it seemed.
+
+    Args:
+        goals: of the model.
+        state: that the last decision returned; `State()` before the first.
+        seen: what there is.
+        now: seconds of a clock that does not go back.
+    """
+    state = _follow_speed(_follow_starts(state, seen, now), seen, now)
+    if seen.engines:
+        needs, facts = _needs(goals, state, seen, now)
+        wanted = math.ceil(max(needs.values()) - _ROUNDING)
+    else:  # what starts may be what somebody waits for
+        needs, facts = {}, f"no engine tells its load, {seen.held:.0f} requests wait"
+        wanted = max(seen.target, seen.held > 0)
+    wanted = _within(wanted, seen)
+    highs, lows = state.highs or ((now, seen.target),), state.lows or ((now, seen.target),)
+    highs = _add(highs, (now, wanted), now - goals.downscale_delay_s, falling=True)
+    lows = _add(lows, (now, wanted), now - goals.upscale_delay_s, falling=False)
+    most_down = seen.target // 2
+    target = _within(min(max(seen.target, lows[0][1]), max(highs[0][1], most_down)), seen)
+    if target < seen.target:
+        highs = ((now, target),)  # to be seen for as long before there are fewer still
+    return Decision(target, needs, facts), replace(state, highs=highs, lows=lows)
+
+
+def _follow_starts(state: State, seen: Observation, now: float) -> State:
+    """Learn how long engines take to start, and since when how many are there."""
+    more_come = seen.target > state.target or seen.ready < state.ready
+    if state.rising is None and more_come and seen.ready < seen.target:
+        state = replace(state, rising=(now, seen.target))
+    elif state.rising is not None and seen.ready >= min(state.rising[1], seen.target):
+        state = replace(state, rising=None, start_up_s=max(1.0, now - state.rising[0]))
+    if seen.ready != state.ready:
+        state = replace(state, ready=seen.ready, ready_since=now)
+    return replace(state, target=seen.target)
+
+
+def _follow_speed(state: State, seen: Observation, now: float) -> State:
+    """Learn how fast engines are from those that have a queue."""
+    speeds = [engine.done_tokens_s for engine in seen.engines if engine.done_tokens_s > 0]
+    if not speeds:
+        return state
+    return replace(state, speed=sum(speeds) / len(speeds), speed_at=now)
+
+
+def _needs(
+    goals: Goals, state: State, seen: Observation, now: float
+) -> tuple[dict[str, float], str]:
+    """Engines by what asks for them, and the figures behind that.
+
+    Rows and blocks in use stay the same when more engines share the load, by Little's law: so many
+    requests come, and each stays so long. Prompt tokens need the speed that engines have shown.
+    """
+    engines, use = seen.engines, goals.target_use
+    unknown = max(1.0, seen.ready / len(engines))  # those that are silent are taken to be alike
+    arriving = unknown * sum(engine.arriving_tokens_s for engine in engines)
+    waiting = unknown * sum(engine.waiting_tokens for engine in engines) + _held_tokens(seen)
+    busy = arriving > NO_TRAFFIC_TOKENS_S or waiting > 0 or any(e.running for e in engines)
+    needs = {
+        "any request": float(busy),
+        "rows": unknown * sum(engine.rows_used for engine in engines) / use,
+        "KV cache": unknown * sum(engine.blocks_used for engine in engines) / use,
+    }
+    speed = state.speed * 2 ** ((now - state.speed_at) / DOUBT_S)
+    if speed > 0:
+        queue = waiting + _growth(state, seen, arriving, speed, now)
+        catch_up = max(0.0, queue) / max(CATCH_UP_S, state.start_up_s)
+        needs["prompt tokens"] = (arriving / use + catch_up) / speed
+    ttft = _ttft(state, seen, now)
+    if ttft > goals.target_ttft_s:
+        late = seen.ready * min(ttft / goals.target_ttft_s, MOST_GROWTH)
+        # An engine with little to do is slow for other reasons than too much of it.
+        needs["first tokens"] = min(late, math.ceil(MOST_GROWTH * max(needs.values())))
+    return needs, (
+        f"{arriving:.0f} tok/s come, {waiting:.0f} tokens wait, an engine does {speed:.0f} tok/s, "
+        f"first tokens take {ttft:.2f} s, a start {state.start_up_s:.0f} s"
+    )
+
+
+def _growth(state: State, seen: Observation, arriving: float, speed: float, now: float) -> float:
+    """Prompt tokens by which the queue will have grown when an engine that starts now is there:
+    first without those that start already, then with them."""
+    later = state.start_up_s
+    if state.rising is not None:
+        later = min(later, max(0.0, now - state.rising[0]))
+    sooner = state.start_up_s - later
+    to_come = max(seen.ready, seen.target)
+    return (arriving - speed * seen.ready) * sooner + (arriving - speed * to_come) * later
+
+
+def _held_tokens(seen: Observation) -> float:
+    """Prompt tokens of the requests that wait before the engines, if they are like the others."""
+    tokens = sum(engine.arriving_tokens_s for engine in seen.engines)
+    requests = sum(engine.arriving_requests_s for engine in seen.engines)
+    return seen.held * (tokens / requests if requests > 0 else 1.0)
+
+
+def _ttft(state: State, seen: Observation, now: float) -> float:
+    """Mean over the engines that have had requests lately."""
+    times = [engine.ttft_s for engine in seen.engines if engine.ttft_s > 0]
+    if not times or now - state.ready_since < SETTLE_S:
+        return 0.0
+    return sum(times) / len(times)
+
+
+def _within(size: int, seen: Observation) -> int:
+    return max(seen.least, min(size, seen.most))
+
+
+def _add(window: Window, newest: tuple[float, int], since: float, *, falling: bool) -> Window:
+    """Add what is wanted now, and drop what is too old or can be the extreme no more."""
+    kept = [
+        (when, size)
+        for when, size in window
+        if when > since and (size > newest[1] if falling else size < newest[1])
+    ]
+    return (*kept, newest)
+
+
+class ScaleByLoad:
+    """A policy of Ray Serve: `decide` on what the replicas' `record_autoscaling_stats` told.
+
+    Args:
+        goals: the fields of `Goals`.
+    """
+
+    def __init__(self, **goals: float) -> None:
+        self._goals = Goals(**goals)
+
+    def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """Called by Serve's controller several times a second; logs each change."""
+        seen = observe(ctx)
+        state = ctx.policy_state.get(_STATE, State())
+        decision, state = decide(self._goals, state, seen, ctx.current_time)
+        if decision.target != seen.target:
+            logger = logging.getLogger("ray.serve")  # not a global, which would be copied
+            logger.info("autoscaling %s: %s", ctx.deployment_name, decision.explain(seen))
+        return decision.target, {_STATE: state}
+
+
+def observe(ctx: AutoscalingContext) -> Observation:
+    """What Serve knows of a deployment."""
+    told = [_last_told(ctx, replica) for replica in ctx.running_replicas]
+    return Observation(
+        target=ctx.target_num_replicas,
+        ready=ctx.current_num_replicas,
+        engines=[use for use in told if use is not None],
+        held=ctx.total_queued_requests,
+        least=ctx.capacity_adjusted_min_replicas,
+        most=ctx.capacity_adjusted_max_replicas,
+    )
+
+
+def _last_told(ctx: AutoscalingContext, replica: Any) -> EngineUse | None:
+    """The newest figures of a replica, or None if it has told none lately."""
+    fresh = {}
+    for name in EngineUse._fields:
+        series = ctx.raw_metrics.get(name, {}).get(replica)
+        if series and series[-1].timestamp > ctx.current_time - STALE_S:
+            fresh[name] = series[-1].value
+    return EngineUse(**fresh) if fresh else None

@@ -1,0 +1,48 @@
+"""What an engine's reports come to."""
+
+from __future__ import annotations
+
+import pytest
+
+from deployments.load_meter import EngineUse, LoadMeter
+from engine.outputs import EngineLoad
+
+
+def test_nothing_is_known_before_the_first_report():
+    assert LoadMeter(8).read(0.0) == EngineUse()
+
+
+def test_shares_of_rows_and_blocks():
+    meter = LoadMeter(8)
+    meter.follow(EngineLoad(num_running=6, num_waiting=3, free_blocks=25, total_blocks=100), 1.0)
+    use = meter.read(1.0)
+    assert (use.running, use.waiting, use.rows_used, use.blocks_used) == (6, 3, 0.75, 0.75)
+
+
+def test_rates_are_those_at_which_requests_come_and_fade():
+    meter = LoadMeter(8)
+    for tick in range(600):  # a request of 50 tokens every 0.1 s, half computed at once
+        come = tick * 50
+        load = EngineLoad(num_received=tick, prefilled_tokens=come // 2, waiting_tokens=come // 2)
+        meter.follow(load, tick * 0.1)
+    use = meter.read(59.9)
+    assert use.arriving_tokens_s == pytest.approx(500, rel=0.02)
+    assert use.arriving_requests_s == pytest.approx(10, rel=0.02)
+    assert use.done_tokens_s == pytest.approx(250, rel=0.02)
+    assert meter.read(89.9).arriving_tokens_s < 2
+
+
+def test_speed_is_unknown_without_a_queue():
+    meter = LoadMeter(8)
+    for tick in range(100):
+        meter.follow(EngineLoad(prefilled_tokens=tick * 100), tick * 0.1)
+    assert meter.read(9.9).done_tokens_s == 0
+
+
+def test_first_tokens_of_late():
+    meter = LoadMeter(8)
+    for number in range(100):
+        meter.note_first_token(number / 100, 1.0)
+    meter.note_first_token(30.0, -20.0)
+    assert meter.read(2.0).ttft_s == pytest.approx(0.95, abs=0.02)
+    assert meter.read(12.0).ttft_s == 0
