@@ -107,16 +107,14 @@ class Connection:
 
     async def exchange(self, request: bytes, timeout_s: float) -> Exchange:
         """Send a request and wait for the end of its answer; failures are told in the result."""
-        loop = asyncio.get_running_loop()
         exchange = self._exchange = Exchange(time.monotonic())
         self._head, self._missing = b"", -1
-        done = self._done = loop.create_future()
+        done = self._done = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
-                if not self.lost:
-                    await loop.sock_sendall(self.socket, request)
-                if self.lost:  # perhaps before there was anybody to tell
+                if self.lost:  # before there was anybody to tell
                     raise ConnectionError(LOST)
+                await self._send(request, done)
                 await done
         except TimeoutError:
             exchange.error = f"no end of the answer within {timeout_s:g} s"
@@ -125,6 +123,25 @@ class Connection:
         if exchange.error:
             self.close()
         return exchange
+
+    async def _send(self, request: bytes, done: asyncio.Future[None]) -> None:
+        """Send a request, as far as the server takes it before its answer ends.
+
+        A server may refuse a long request and close before it has read all of it. So a failure
+        tells nothing: whether an answer came does, and the receiver sees the end of that.
+        """
+        try:
+            sent = self.socket.send(request)  # all of it, nearly always
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return
+        if sent < len(request):
+            rest = asyncio.get_running_loop().sock_sendall(self.socket, request[sent:])
+            sending = asyncio.ensure_future(rest)
+            await asyncio.wait((sending, done), return_when=asyncio.FIRST_COMPLETED)
+            if not sending.cancel():
+                sending.exception()  # looked at, so that nobody logs it
 
     def close(self) -> None:
         """End the connection; the receiver lets go of it."""

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.serving.answers import events as split_events
 from benchmarks.serving.answers import read_answer
-from benchmarks.serving.client import Connection, Exchange, Receiver
+from benchmarks.serving.client import LOST, Connection, Exchange, Receiver
 from tests.benchmarks.stub_server import HEAD, answer, chunk, echoing, events, serve
 
 
@@ -97,6 +97,35 @@ async def test_a_connection_that_was_lost_is_told_of():
                     await asyncio.sleep(0.001)
             exchange = await connection.exchange(target.request(" a", 1), 5.0)
             assert "lost" in exchange.error
+
+
+@pytest.mark.parametrize("length", [1, 8_000_000], ids=["short", "longer than is read"])
+async def test_an_answer_counts_though_the_server_closes_at_once(length):
+    """Even when it has not read the request to its end."""
+
+    async def refuse(reader, writer):
+        await reader.read(100)
+        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 4\r\n\r\nlong")
+        await writer.drain()
+        await asyncio.sleep(0.05)  # to be received before the reset that follows
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    with Receiver() as receiver:
+        connection = await Connection.open(receiver, *server.sockets[0].getsockname()[:2])
+        exchange = await connection.exchange(b"x" * length, 5.0)
+        assert (exchange.error, exchange.status) == (None, 413)
+    server.close()
+
+
+async def test_a_connection_that_is_lost_just_as_it_is_used_counts_as_lost():
+    """Not as a fault of its own: a client may then try again, as that of `load` does."""
+    async with serve(echoing) as target:
+        connection = await Connection.open(Receiver(), target.host, target.port)
+        connection.socket.close()  # as the receiver does with one that was lost
+        asyncio.get_running_loop().call_soon(connection.receive)
+        exchange = await connection.exchange(target.request(" a", 1), 5.0)
+    assert exchange.error == LOST
 
 
 async def test_a_stream_that_ends_early_is_an_error():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 
 import pytest
 
-from benchmarks.serving.client import LOST, Exchange
+from benchmarks.serving.client import LOST, Exchange, Receiver
 from benchmarks.serving.soak.__main__ import go_through, has_passed
 from benchmarks.serving.soak.memory import BASELINE, SAMPLES, MemoryWatch
 from benchmarks.serving.soak.outcome import Outcome, Sent, judge, read
 from benchmarks.serving.soak.scripts import CHAT, COMPLETIONS, Script, draw_scripts
+from benchmarks.serving.soak.traffic import ask
+from tests.benchmarks.stub_server import serve
 
 SCRIPT = Script("chat", CHAT, b"{}")
 BAD_SCRIPT = Script("bad", COMPLETIONS, b"{}", 400)
@@ -67,6 +71,24 @@ def test_every_request_is_accounted_for(exchange, script, left, outcome):
     ended = exchange.sent + 2.0
     found, why = judge(Sent(script, exchange, left, ended), right, [(20.0, 25.0)])
     assert found == outcome and bool(why) == (outcome in (Outcome.WRONG, Outcome.LOST))
+
+
+class SlowScript(Script):
+    """Takes a while to make, as anything does on a machine that has much else to do."""
+
+    def request(self, target):
+        time.sleep(0.03)
+        return super().request(target)
+
+
+async def test_a_client_that_leaves_is_not_taken_for_one_that_was_cut_off():
+    async def wait(body, writer):
+        await asyncio.sleep(1.0)
+
+    async with serve(wait) as target:
+        with Receiver() as receiver:
+            sent = await ask(target, receiver, SlowScript("chat", CHAT, b"{}"), leave_s=0.02)
+    assert judge(sent, {}, [])[0] == Outcome.LEFT
 
 
 def test_scripts_are_the_same_for_the_same_seed():

@@ -28,14 +28,18 @@ async def ask(
     except OSError as error:
         exchange = Exchange(time.monotonic(), error=f"cannot connect: {error}")
         return Sent(script, exchange, False, time.monotonic())
-    leaving = leave_s and asyncio.get_running_loop().call_later(leave_s, connection.close)
+    loop, left = asyncio.get_running_loop(), asyncio.Event()
+
+    def leave() -> None:
+        left.set()
+        connection.close()
+
+    leaving = None if leave_s is None else loop.call_later(leave_s, leave)
     exchange = await connection.exchange(script.request(target), ANSWER_LIMIT_S)
     if leaving:
         leaving.cancel()
     connection.close()
-    now = time.monotonic()
-    left = leave_s is not None and now - exchange.sent >= leave_s
-    return Sent(script, exchange, left, now)
+    return Sent(script, exchange, left.is_set(), time.monotonic())
 
 
 class Crowd:
