@@ -108,7 +108,7 @@ def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.
         "resources": {k: v for k, v in share.items() if k not in ("CPU", "GPU")},
     }
     watch = WatchOptions(options.stall_limit_s, options.crash_dump_dir)
-    return deployment.bind(engine, actor_options, start_core, watch)
+    return deployment.bind(name, engine, actor_options, start_core, watch)
 
 
 def _ingress_deployment(options: IngressOptions) -> serve.Deployment:

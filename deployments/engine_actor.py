@@ -282,7 +282,6 @@ class EngineActor:
     def _count(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:
             request_id = delta.request_id
-            self._report.new_tokens += len(delta.token_ids)
             if delta.prefill_s:
                 self._meter.note_first_token(delta.queued_s + delta.prefill_s, self._load_since)
             if request_id not in self._owners:

@@ -50,6 +50,7 @@ class EngineReplica:
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
+        model_name: str,
         config: EngineConfig,
         actor_options: dict[str, Any],
         start_core: StartCore,
@@ -80,7 +81,7 @@ class EngineReplica:
         self.info = await self._start()
         # Not before: loading may take minutes.
         self._silence = Silence()
-        self._record = harmless(EngineMetrics(self.info["model"]).record)
+        self._record = harmless(EngineMetrics(model_name).record)
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._guard())]
 
     async def _start(self) -> dict[str, Any]:

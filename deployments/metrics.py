@@ -1,35 +1,33 @@
-"""Metrics, exported by Ray under `ray_trunkline_…` with the suffixes that vLLM uses.
+"""Metrics through Ray, which exports them as `ray_trunkline_…`.
 
-Every call crosses into Ray's C++ core, so they are made once a report or a request, not a token.
+All are gauges of Ray, also what counts: a histogram is the gauges `…_bucket`, `…_sum` and
+`…_count`. So a counter is there from its 0, and gone with its process; Ray's own counters come with
+their first increment, which `rate` then misses, and stay. Ray's own histograms cost a call for each
+value, here and again in the agent of the node, which also takes the middle of its bucket for each.
+Here the cost does not depend on the traffic.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import ray.util.metrics
-from ray.serve.metrics import Counter, Gauge
+from ray.serve.metrics import Gauge
 
+from deployments.samples import FAMILIES, Sample, engine_samples
 from deployments.wire import EngineReport
-from engine.outputs import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 
+PUBLISH_INTERVAL_S = 2.0
+"""Ray is told no more often. It exports every 10 s."""
 FAILURE_INTERVAL_S = 30.0
 """Failures of a metric that are closer to each other are not logged."""
 T = TypeVar("T")
-_TAGS = ("model_name",)
-
-
-def _gauge(name: str, description: str) -> Gauge:
-    return Gauge(f"trunkline_{name}", description=description, tag_keys=_TAGS)
-
-
-def _counter(name: str, description: str, *more_tags: str) -> Counter:
-    return Counter(f"trunkline_{name}", description=description, tag_keys=_TAGS + more_tags)
 
 
 def harmless(record: Callable[[T], None]) -> Callable[[T], None]:
@@ -55,47 +53,61 @@ def lag_gauge(process: str) -> Callable[[float], None]:
     """
     gauge = ray.util.metrics.Gauge(
         "trunkline_event_loop_lag_seconds",
-        description="Longest time within ten seconds by which an event loop came late.",
+        description=FAMILIES["event_loop_lag_seconds"].says,
         tag_keys=("process",),
     )
     return harmless(lambda seconds: gauge.set(seconds, {"process": process}))
 
 
+class Publisher:
+    """Tells Ray what has changed. Belongs to a Serve replica, which Serve names in the labels."""
+
+    def __init__(self) -> None:
+        self._gauges: dict[str, Gauge] = {}
+        self._told: dict[tuple[str, ...], float] = {}
+        """Values by name and labels."""
+
+    def publish(self, samples: Iterable[Sample]) -> None:
+        """Take over samples."""
+        for family, value, labels, suffix in samples:
+            name = f"trunkline_{family}{suffix}"
+            key = (name, *labels.values())
+            if self._told.get(key) == value:
+                continue
+            gauge = self._gauges.get(name)
+            if gauge is None:
+                says = FAMILIES[family].says
+                gauge = self._gauges[name] = Gauge(name, says, tag_keys=tuple(labels))
+            gauge.set(value, dict(labels))
+            self._told[key] = value
+
+
 class EngineMetrics:
-    """Load and totals of one engine, set by its replica."""
+    """What an engine reports, told by its replica.
+
+    Args:
+        model_name: that clients use.
+    """
 
     def __init__(self, model_name: str) -> None:
-        self._tags = {"model_name": model_name}
-        self._last = EngineLoad()
-        self._running = _gauge("num_requests_running", "Requests in the running batch.")
-        self._waiting = _gauge("num_requests_waiting", "Requests that wait for admission.")
-        self._usage = _gauge("kv_cache_usage_perc", "Share of KV blocks in use, from 0 to 1.")
-        self._free = _gauge("kv_cache_free_blocks", "KV blocks that a new request could take.")
-        self._progress_age = _gauge(
-            "step_progress_age_seconds", "Time since a step ended, or an idle engine looked around."
-        )
-        self._tokens = _counter("generation_tokens", "Tokens generated.")
-        self._ended = _counter("request_success", "Requests ended.", "finished_reason")
-        self._preemptions = _counter("num_preemptions", "Requests pushed out and recomputed.")
-        self._queries = _counter("prefix_cache_queries", "Prompt tokens looked up.")
-        self._hits = _counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._labels = {"model_name": model_name}
+        self._publisher = Publisher()
+        self._next = 0.0
 
     def record(self, report: EngineReport) -> None:
-        """Take over what an engine reported."""
-        load, last, tags = report.load, self._last, self._tags
-        self._last = load
-        self._running.set(load.num_running, tags)
-        self._waiting.set(load.num_waiting, tags)
-        self._free.set(load.free_blocks, tags)
-        self._progress_age.set(report.progress_age_s, tags)
-        self._usage.set(1 - load.free_blocks / max(load.total_blocks, 1), tags)
-        for counter, grown in (
-            (self._tokens, report.new_tokens),
-            (self._preemptions, load.num_preemptions - last.num_preemptions),
-            (self._queries, load.prefix_queries - last.prefix_queries),
-            (self._hits, load.prefix_hits - last.prefix_hits),
-        ):
-            if grown > 0:
-                counter.inc(grown, tags)
-        for notice in report.ended:
-            self._ended.inc(1, {**tags, "finished_reason": notice.reason})
+        """Take over a report."""
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + PUBLISH_INTERVAL_S
+            self._publisher.publish(self._samples(report))
+
+    def _samples(self, report: EngineReport) -> Iterator[Sample]:
+        yield from engine_samples(report.load, self._labels)
+        yield Sample("step_progress_age_seconds", report.progress_age_s, self._labels)
+
+
+async def keep_publishing(samples: Callable[[], Iterable[Sample]]) -> None:
+    """Tell Ray what `samples` returns, again and again, until cancelled."""
+    publish = harmless(Publisher().publish)
+    while True:
+        publish(samples())
+        await asyncio.sleep(PUBLISH_INTERVAL_S)

@@ -48,8 +48,6 @@ class EngineReport(msgspec.Struct, array_like=True):
 
     ended: list[EndNotice]
     load: EngineLoad
-    new_tokens: int = 0
-    """Tokens generated since the last report."""
     dead: str | None = None
     """Why the loop has ended, when it has."""
     progress_age_s: float = 0.0

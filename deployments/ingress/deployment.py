@@ -21,11 +21,12 @@ from deployments.ingress.app import build_asgi_app
 from deployments.ingress.draining import Draining
 from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.ingress.message_style import MessageStyle
+from deployments.ingress.metrics_page import ingress_samples
 from deployments.ingress.options import IngressOptions
 from deployments.ingress.response_cache import ResponseCache
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import load_table
-from deployments.metrics import lag_gauge
+from deployments.metrics import keep_publishing, lag_gauge
 from deployments.trunk import TrunkHub
 from deployments.watchdog import LoopLag
 from engine.model_config import read_model_config
@@ -69,6 +70,9 @@ class Ingress:
             )
         classes = await asyncio.to_thread(args.plugin_classes)  # imports them
         self._plugins = {name: plugin(name) for name, plugin in classes.items()}
+        self._metrics_task = asyncio.create_task(
+            keep_publishing(lambda: ingress_samples(self._models))
+        )
         self._host = await asyncio.to_thread(_http_host)
         await _await_trunks(self._models)
         if missing := missing_flags():

@@ -1,60 +1,75 @@
-"""What an ingress replica counts of its requests, each once, when it ends."""
+"""What an ingress replica counts of its requests: each once, when it ends."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from deployments.samples import TOKEN_SECONDS, TOKENS, Histogram, Labels, Sample
 from engine.job import Job
 
-_SECONDS = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
-)
+FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
-class Histogram:
-    """Counts values by size, as Prometheus has it.
+class TokenGaps:
+    """Counts the times between the messages that bring the tokens of one completion.
 
     Args:
-        bounds: upper ones of the buckets, ascending; a last bucket has none.
+        histogram: where they are counted.
     """
 
-    def __init__(self, bounds: Sequence[float] = _SECONDS) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        """By bucket, each for itself."""
-        self.total = 0.0
+    __slots__ = ("_histogram", "_last")
 
-    def add(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        self._last = 0.0
+
+    def note(self) -> None:
+        """Tokens have come now."""
+        now = time.monotonic()
+        if self._last:
+            self._histogram.add(now - self._last)
+        self._last = now
 
 
 class RequestCounts:
     """Of one model."""
 
     def __init__(self) -> None:
-        self.prompt_tokens = 0
-        self.generation_tokens = 0
-        self.ended: Counter[str] = Counter()
+        self.ended = Counter(dict.fromkeys(FINISH_REASONS, 0))
         """Completions that have ended, by finish reason."""
+        self.prompt_tokens = Histogram(TOKENS)
+        """Of each prompt."""
+        self.generated_tokens = Histogram(TOKENS)
+        """Of each completion."""
         self.first_token_s = Histogram()
         """Seconds to the first token of a prompt's completions."""
+        self.queue_s = Histogram()
+        """Of these, seconds until the first of them was computed."""
+        self.prefill_s = Histogram()
+        """And seconds from there."""
+        self.decode_s = Histogram()
+        """Seconds from the first token of a prompt's completions to the last."""
         self.latency_s = Histogram()
         """Seconds to the last token of a prompt's completions, or to its embedding."""
-        self.token_s = Histogram()
-        """Seconds between tokens, the mean of a completion."""
+        self.token_s = Histogram(TOKEN_SECONDS)
+        """Seconds between tokens, the mean of a prompt's longest completion."""
+        self.gap_s = Histogram(TOKEN_SECONDS)
+        """Seconds between messages with tokens, of requests for one completion."""
 
     @contextmanager
-    def follow(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """Count jobs when they have ended, in whatever way."""
+    def follow(self, jobs: Sequence[Job]) -> Iterator[TokenGaps | None]:
+        """Count jobs when they have ended, in whatever way.
+
+        Yields:
+            What is to be told of tokens, where messages bring those of one completion.
+        """
         unfinished = "abort"
+        alone = len(jobs) == len(jobs[0].requests) == 1
         try:
-            yield
+            yield TokenGaps(self.gap_s) if alone else None
         except Exception:
             unfinished = "error"
             raise
@@ -63,16 +78,39 @@ class RequestCounts:
                 self._count(job, unfinished)
 
     def _count(self, job: Job, unfinished: str) -> None:
-        self.prompt_tokens += len(job.prompt_token_ids)
+        self.prompt_tokens.add(len(job.prompt_token_ids))
         for processor in job.processors.values():
-            self.generation_tokens += len(processor.token_ids)
+            self.generated_tokens.add(len(processor.token_ids))
             self.ended[processor.finish_reason or unfinished] += 1
         times = job.metrics
-        if times.finished_time is not None:
-            self.latency_s.add(times.finished_time - times.arrival_time)
-        if times.first_token_time is None:  # an embedding has no tokens
+        first, finished = times.first_token_time, times.finished_time
+        if finished is not None:
+            self.latency_s.add(finished - times.arrival_time)
+        if first is None:  # an embedding has no tokens
             return
-        self.first_token_s.add(times.first_token_time - times.arrival_time)
-        longest = max(len(processor.token_ids) for processor in job.processors.values())
-        if times.finished_time is not None and longest > 1:
-            self.token_s.add((times.finished_time - times.first_token_time) / (longest - 1))
+        self.first_token_s.add(first - times.arrival_time)
+        self.prefill_s.add(times.prefill_s)
+        self.queue_s.add(max(0.0, first - times.arrival_time - times.prefill_s))
+        if finished is not None:
+            self.decode_s.add(finished - first)
+            longest = max(len(processor.token_ids) for processor in job.processors.values())
+            if longest > 1:
+                self.token_s.add((finished - first) / (longest - 1))
+
+    def samples(self, labels: Labels) -> Iterator[Sample]:
+        """All of it."""
+        for reason, count in self.ended.items():
+            ended = {**labels, "finished_reason": reason}
+            yield Sample("request_success_total", count, ended)
+        for family, histogram in (
+            ("request_prompt_tokens", self.prompt_tokens),
+            ("request_generation_tokens", self.generated_tokens),
+            ("time_to_first_token_seconds", self.first_token_s),
+            ("inter_token_latency_seconds", self.gap_s),
+            ("request_time_per_output_token_seconds", self.token_s),
+            ("e2e_request_latency_seconds", self.latency_s),
+            ("request_queue_time_seconds", self.queue_s),
+            ("request_prefill_time_seconds", self.prefill_s),
+            ("request_decode_time_seconds", self.decode_s),
+        ):
+            yield from histogram.samples(family, labels)

@@ -67,6 +67,8 @@ class FakeCore:
         self._requests: dict[str, EngineRequest] = {}
         self._done: dict[str, int] = {}
         self._steps = 0
+        self._prefilled = 0
+        self._generated = 0
 
     @property
     def has_work(self) -> bool:
@@ -77,6 +79,7 @@ class FakeCore:
             raise InvalidRequest("the prompt is too long.", "prompt")
         self._requests[wire.request_id] = wire
         self._done[wire.request_id] = len(wire.output_token_ids)
+        self._prefilled += len(wire.prompt_token_ids)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -102,6 +105,8 @@ class FakeCore:
             total_blocks=TOTAL_BLOCKS,
             step=self._steps,
             block_size=BLOCK_SIZE,
+            prefilled_tokens=self._prefilled,
+            generated_tokens=self._generated,
         )
 
     def snapshot(self) -> EngineSnapshot:
@@ -130,6 +135,7 @@ class FakeCore:
         if done == self._die_at_token:
             raise RuntimeError("told to die")
         self._done[request_id] = done + 1
+        self._generated += 1
         delta = TokenDelta(request_id, expected_tokens(request.prompt_token_ids, done + 1)[-1:])
         limit = self.info.max_model_len - len(request.prompt_token_ids)
         most = request.params.max_tokens

@@ -84,7 +84,7 @@ async def start(
     start_core: Callable[[EngineConfig], Any] = FakeCore, stall_limit_s: float | None = None
 ) -> EngineReplica:
     replica = Replica.__new__(Replica)
-    await replica.__init__(EngineConfig(), {}, start_core, WatchOptions(stall_limit_s))
+    await replica.__init__("m", EngineConfig(), {}, start_core, WatchOptions(stall_limit_s))
     return replica
 
 
@@ -117,7 +117,7 @@ async def test_an_engine_that_stops_while_it_starts_is_given_up(local, monkeypat
     monkeypatch.setattr(engine_replica.ray, "kill", killed.append)
     replica = Replica.__new__(Replica)
     with pytest.raises(EngineDead, match="showed no life"):
-        await replica.__init__(EngineConfig(), {}, partial(load_slowly, seconds=1.0))
+        await replica.__init__("m", EngineConfig(), {}, partial(load_slowly, seconds=1.0))
     assert killed == [replica._actor]
     await EngineReplica.__del__(replica)
 
@@ -261,7 +261,7 @@ async def test_replica_whose_engine_did_not_start_ends_without_another_error(loc
 
     replica = Replica.__new__(Replica)
     with pytest.raises(RuntimeError, match="damaged"):
-        await replica.__init__(EngineConfig(), {}, fail)
+        await replica.__init__("m", EngineConfig(), {}, fail)
     await EngineReplica.__del__(replica)
 
 

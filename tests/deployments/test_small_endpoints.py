@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.ingress.message_style import MessageStyle
-from deployments.ingress.request_counts import Histogram
+from deployments.samples import Histogram
 from engine.tokenizer import Tokenizer
 from tests.deployments.fake_core import expected_tokens
 from tests.deployments.plane import MAX_MODEL_LEN, bundled_tokenizer, open_plane
@@ -170,20 +170,45 @@ async def test_metrics(plane):
     found = {k.replace(' model_name=a "model"\\', ""): v for k, v in samples(response.text).items()}
     assert found["trunkline_num_requests_running engine=e0"] == 0
     assert found["trunkline_kv_cache_free_blocks engine=e0"] == 4096
-    assert found["trunkline_prompt_tokens_total"] == 8
-    assert found["trunkline_generation_tokens_total"] == 8
+    assert found["trunkline_prompt_tokens_total engine=e0"] == 12  # of each completion
+    assert found["trunkline_generation_tokens_total engine=e0"] >= 8  # the engine runs ahead
+    assert found["trunkline_num_engines"] == 1
     assert found["trunkline_request_success_total finished_reason=length"] == 2
     assert found["trunkline_request_success_total finished_reason=stop"] == 1
-    assert found["trunkline_time_to_first_token_seconds_count"] == 2
+    assert found["trunkline_request_prompt_tokens_sum"] == 8
+    assert found["trunkline_request_generation_tokens_sum"] == 8
     assert found["trunkline_e2e_request_latency_seconds_bucket le=+Inf"] == 2
-    assert found["trunkline_request_time_per_output_token_seconds_sum"] > 0
+
+
+async def test_metrics_tell_where_time_goes():
+    async with open_plane(step_s=0.01) as plane:
+        await post(plane, "/v1/completions", model="m", prompt=PROMPT, max_tokens=5)
+        text = (await plane.http.get("/metrics")).text
+    found = {k.removesuffix(" model_name=m"): v for k, v in samples(text).items()}
+    sums = {
+        name: found[f"trunkline_{name}_seconds_sum"]
+        for name in ("time_to_first_token", "e2e_request_latency")
+    }
+    queue, prefill, decode = (
+        found[f"trunkline_request_{stage}_time_seconds_sum"]
+        for stage in ("queue", "prefill", "decode")
+    )
+    assert queue + prefill == pytest.approx(sums["time_to_first_token"])
+    assert queue + prefill + decode == pytest.approx(sums["e2e_request_latency"])
+    assert found["trunkline_request_time_per_output_token_seconds_sum"] == pytest.approx(decode / 4)
+
+
+async def test_tokens_of_several_completions_are_no_gaps(plane):
+    await post(plane, "/v1/completions", model="m", prompt=PROMPT, max_tokens=9, n=2)
+    assert sum(plane.model.counts.gap_s.counts) == 0
+    assert sum(plane.model.counts.token_s.counts) == 1
 
 
 async def test_metrics_tell_how_requests_end():
     async with open_plane(step_s=0.001, die_at_token=5) as plane:
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 50}
         assert (await plane.http.post("/v1/completions", json=body)).status_code == 503
-        assert plane.model.counts.ended == {"error": 1}
+        assert plane.model.counts.ended == {"stop": 0, "length": 0, "abort": 0, "error": 1}
         assert plane.model.counts.latency_s.total == 0
 
 
@@ -192,3 +217,6 @@ def test_a_histogram_counts_up_to_its_bounds():
     for value in (0.5, 1, 1.5, 2, 3):
         histogram.add(value)
     assert (histogram.counts, histogram.total) == ([2, 2, 1], 8)
+    told = [(s.suffix, s.labels.get("le"), s.value) for s in histogram.samples("f", {"a": "b"})]
+    buckets = [("_bucket", bound, count) for bound, count in (("1", 2), ("2", 4), ("+Inf", 5))]
+    assert told == [*buckets, ("_sum", None, 8), ("_count", None, 5)]
