@@ -7,6 +7,7 @@ from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 from deployments.failover import FailoverLimits, Flight
+from deployments.journey import Journey
 from deployments.load_table import LoadTable
 from deployments.mailbox import Mailbox
 from deployments.prefix_index import request_blocks
@@ -44,9 +45,11 @@ class EngineClient:
         """Requests of this process that have not ended."""
         self._watchers: set[asyncio.Task[None]] = set()
 
-    def start(self, requests: Iterable[EngineRequest]) -> Generation:
+    def start(
+        self, requests: Iterable[EngineRequest], journey: Journey | None = None
+    ) -> Generation:
         """Send requests off; to be used as a context manager, whose end aborts what still runs."""
-        return Generation(self, requests)
+        return Generation(self, requests, journey or Journey())
 
     def watch(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run what follows a call to its end, even when the request has no more use for it."""
@@ -74,13 +77,15 @@ class EngineClient:
 class Generation:
     """Requests that are consumed together, such as the `n` completions of a prompt."""
 
-    def __init__(self, client: EngineClient, requests: Iterable[EngineRequest]) -> None:
+    def __init__(
+        self, client: EngineClient, requests: Iterable[EngineRequest], journey: Journey
+    ) -> None:
         self._client = client
         self._mailbox = Mailbox()
         requests = list(requests)
         # All are encoded before any is sent: what cannot be encoded must not leave others running.
         self._flights = {
-            request.request_id: Flight(client, request, blocks, self._mailbox)
+            request.request_id: Flight(client, request, blocks, self._mailbox, journey)
             for request, blocks in zip(requests, client.blocks_of(requests), strict=True)
         }
         client.num_running += len(self._flights)

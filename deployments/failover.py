@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ray.serve.exceptions import (
     RayServeException,
 )
 
+from deployments.journey import Journey
 from deployments.mailbox import Mailbox
 from deployments.placement import Booking
 from deployments.prefix_index import request_blocks
@@ -65,6 +67,7 @@ class Flight:
         request: its `output_token_ids` hold what has come so far.
         blocks: of its prompt; see `request_blocks`.
         mailbox: gets the tokens or, when no engine can go on, why not.
+        journey: is told what becomes of it.
 
     Raises:
         TypeError: the request cannot be encoded.
@@ -76,13 +79,15 @@ class Flight:
         request: EngineRequest,
         blocks: Sequence[bytes],
         mailbox: Mailbox,
+        journey: Journey,
     ) -> None:
         self.request = request
         self.deployment = client.deployment
         self._client = client
         self._blocks = blocks
         self._mailbox = mailbox
-        self._submission = encode(Submission(client.hub.subscriber_id, request, list(blocks)))
+        self._journey = journey
+        self._submission = self._encode(request)
         self._try_id = request.request_id
         self._num_tries = 1
         self._barren_tries = 0
@@ -121,7 +126,9 @@ class Flight:
 
     def add(self, delta: TokenDelta, engine_id: str) -> bool:
         """Take what an engine tells; False if another one has told of this try before."""
-        self._speaker = self._speaker or engine_id
+        if self._speaker is None:
+            self._speaker = engine_id
+            self._journey.meet(engine_id)
         if engine_id != self._speaker:
             return False
         if delta.finish_reason == "error" and not delta.refused:
@@ -214,10 +221,9 @@ class Flight:
         self._leave()
         self.strand()
         self._num_tries += 1
+        self._journey.moved_at.append(time.monotonic())
         self._try_id = f"{self.request.request_id}~{self._num_tries}"
-        self._submission = encode(
-            Submission(self._client.hub.subscriber_id, self._rest(), list(self._blocks))
-        )
+        self._submission = self._encode(self._rest())
         self._next_try = asyncio.get_running_loop().call_later(pause_s, self._try_again)
 
     def _try_again(self) -> None:
@@ -226,6 +232,10 @@ class Flight:
             self.launch()
         except Exception as error:
             self._fail(error)
+
+    def _encode(self, request: EngineRequest) -> bytes:
+        subscriber_id, origin = self._client.hub.subscriber_id, self._journey.request_id
+        return encode(Submission(subscriber_id, request, list(self._blocks), origin))
 
     def _rest(self) -> EngineRequest:
         """What is left of the request."""

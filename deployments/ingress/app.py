@@ -30,6 +30,7 @@ from deployments.ingress.info import (
     handle_ready,
     handle_version,
 )
+from deployments.ingress.journal import Journal
 from deployments.ingress.metrics_page import handle_metrics
 from deployments.ingress.openapi import handle_openapi
 from deployments.ingress.options import IngressOptions
@@ -79,6 +80,7 @@ def build_asgi_app(
     draining: Draining | None = None,
     host: str | None = None,
     plugins: Mapping[str, ServingEngine[Any]] | None = None,
+    journal: Journal | None = None,
 ) -> Starlette:
     """Make the application that serves these models.
 
@@ -88,19 +90,21 @@ def build_asgi_app(
         draining: counts the requests, and can have them refused.
         host: that the server listens on, if it is known.
         plugins: served name → plug-in, of the models that have one.
+        journal: tells of requests; by default of those alone that fail by the server's fault.
 
     Raises:
         ConfigError: there is something wrong with the API keys.
     """
+    journal = journal or Journal()
     bodies = Bodies(options.max_body_bytes, options.max_held_body_bytes, options.body_timeout_s)
     routes = []
     for method, path, handler in ROUTES:
         # Whoever comes without a key must not take room for bodies.
         reads_body = method == "POST" and path not in OPEN_PATHS
-        endpoint = Endpoint(partial(handler, models), bodies, reads_body)
+        endpoint = Endpoint(partial(handler, models), bodies, journal, reads_body)
         routes.append(Route(path, endpoint, methods=[method]))
     for path, protocol in _plugged(models, plugins or {}).items():
-        routes.append(Route(path, Endpoint(protocol, bodies), methods=["POST"]))
+        routes.append(Route(path, Endpoint(protocol, bodies, journal), methods=["POST"]))
     app = Starlette(
         routes=routes,
         middleware=_middleware(options, draining or Draining(), host),
@@ -157,7 +161,7 @@ def _middleware(options: IngressOptions, draining: Draining, host: str | None) -
         allow_origins=options.cors_allow_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=["Retry-After", "X-Cache"],
+        expose_headers=["Retry-After", "X-Cache", "X-Request-ID"],
     )
     # A browser's question whether it may ask carries no key, and it shows pages no answer without
     # these headers, refusals included.

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deployments.ingress.request_record import current_record
 from engine.errors import EngineDead, InvalidRequest
 
 logger = logging.getLogger("ray.serve")
@@ -115,7 +116,8 @@ def server_error() -> ApiError:
 
 
 def to_api_error(error: BaseException, retry_after_s: int = 1) -> ApiError:
-    """The answer to an exception; unexpected ones are logged and say nothing of the inside."""
+    """The answer to an exception, noted in the request's record; unexpected ones are logged and say
+    nothing of the inside."""
     match error:
         case ApiError():
             answer = error
@@ -133,6 +135,7 @@ def to_api_error(error: BaseException, retry_after_s: int = 1) -> ApiError:
         case _:
             logger.error("unexpected error while handling a request", exc_info=error)
             answer = server_error()
+    current_record().failure = answer
     return answer
 
 

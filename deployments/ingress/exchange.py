@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.ingress.bodies import Bodies, HeldBody
 from deployments.ingress.claims import Claims
 from deployments.ingress.errors import ApiError, to_api_error
+from deployments.ingress.journal import Journal
+from deployments.ingress.request_record import RequestRecord
 
 Handler = Callable[[Request, bytes], Awaitable[ASGIApp]]
 """From a request and its body to the response, which is an ASGI application."""
@@ -28,19 +31,26 @@ class Endpoint:
     Args:
         handler: makes the response.
         bodies: takes in the requests' bodies.
+        journal: tells of each request at its end.
         reads_body: whether the handler needs the body; else what comes is dropped.
     """
 
-    def __init__(self, handler: Handler, bodies: Bodies, reads_body: bool = True) -> None:
+    def __init__(
+        self, handler: Handler, bodies: Bodies, journal: Journal, reads_body: bool = True
+    ) -> None:
         self._handler = handler
         self._bodies = bodies
+        self._journal = journal
         self._reads_body = reads_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
+        record = self._journal.open(scope)
         try:
             body = await self._read(scope, receive)
         except ApiError as error:
+            record.status, record.failure = error.status, error
+            self._journal.tell(record)
             response = error.response()
             response.headers["Connection"] = "close"  # nobody reads the rest of the body
             await response(scope, receive, send)
@@ -48,7 +58,7 @@ class Endpoint:
         if body is None:
             return
         try:
-            work = asyncio.ensure_future(_answer(self._handler, Request(scope), body, send))
+            work = asyncio.ensure_future(self._answer(record, Request(scope), body, send))
             await _run_until_disconnect(work, receive)
         finally:
             body.release()
@@ -58,21 +68,23 @@ class Endpoint:
             return HeldBody(self._bodies, b"")
         return await self._bodies.read(scope, receive)
 
-
-async def _answer(handler: Handler, request: Request, body: HeldBody, send: Send) -> None:
-    response: Any
-    with Claims(request.scope["key_use"]) as claims:
-        try:
-            response = await handler(request, body.data)
-            if claims.is_cache_hit is not None:
-                response.headers["X-Cache"] = "hit" if claims.is_cache_hit else "miss"
-        except Exception as error:
-            response = to_api_error(error).response()
-        finally:
-            body.release()  # what it asked for has limits of its own, and a stream may last long
-        if isinstance(response, Response):
-            send = _in_pieces(send)
-        await response(request.scope, request.receive, send)
+    async def _answer(
+        self, record: RequestRecord, request: Request, body: HeldBody, send: Send
+    ) -> None:
+        response: Any
+        record.read_at = time.monotonic()
+        with self._journal.follow(record), Claims(request.scope["key_use"]) as claims:
+            try:
+                response = await self._handler(request, body.data)
+                if claims.is_cache_hit is not None:
+                    response.headers["X-Cache"] = "hit" if claims.is_cache_hit else "miss"
+            except Exception as error:
+                response = to_api_error(error).response()
+            finally:
+                body.release()  # what it asked for has limits of its own; a stream may last long
+            if isinstance(response, Response):
+                record.status, send = response.status_code, _in_pieces(send)
+            await response(request.scope, request.receive, send)
 
 
 def _in_pieces(send: Send) -> Send:

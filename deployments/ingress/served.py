@@ -18,6 +18,7 @@ from deployments.ingress.errors import model_not_found, overloaded, unavailable
 from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.ingress.message_style import MessageStyle
 from deployments.ingress.request_counts import RequestCounts
+from deployments.ingress.request_record import current_record
 from deployments.ingress.response_cache import ResponseCache
 from deployments.load_table import EngineView
 from deployments.watchdog import LoopLag
@@ -98,6 +99,7 @@ class ServedModel:
                 f"{self.max_concurrent_requests} at a time; ask for fewer.",
                 asking,
             )
+        current_record().admit(self.name)
         claims = current_claims()
         claims.enter_context(claims.key.hold(num_requests, asking))
         busy = self.client.num_running + self.num_preparing
@@ -190,7 +192,11 @@ class ServedModel:
         recall = self.cache.recall(jobs, claims.key.owner)
         claims.is_cache_hit = recall.is_hit
         requests = [request for job in recall.missing for request in job.requests.values()]
-        with self.counts.follow(jobs), self.client.start(requests) as generation:
+        journey = current_record().send(jobs)
+        with (
+            self.counts.follow(jobs) as gaps,
+            self.client.start(requests, journey) as generation,
+        ):
             async for deltas in recall.around(generation):
                 pieces = []
                 for delta in deltas:
@@ -198,6 +204,8 @@ class ServedModel:
                     if delta.finish_reason == "error":
                         raise self._failure(delta)
                     text = job.push(delta)
+                    if gaps is not None and delta.token_ids:
+                        gaps.note()
                     pieces.append(Piece(choice, job, text))
                     if text.finish_reason and job.processors[delta.request_id].must_abort:
                         generation.abort([delta.request_id])

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from deployments.ingress.bodies import Bodies
 from deployments.ingress.exchange import PIECE_BYTES, Endpoint
 from deployments.ingress.gate import KeyUse
+from deployments.ingress.journal import Journal
 from deployments.ingress.options import IngressOptions
 from tests.deployments.exchange import Exchange
 from tests.deployments.plane import open_plane
@@ -87,7 +88,7 @@ async def test_long_answers_are_written_piece_by_piece():
     async def handle(request: Any, body: bytes) -> Response:
         return Response(content)
 
-    endpoint = Endpoint(handle, Bodies(100, 100, 1.0))
+    endpoint = Endpoint(handle, Bodies(100, 100, 1.0), Journal())
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await endpoint({**scope, "key_use": KeyUse()}, receive, send)

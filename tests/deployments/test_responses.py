@@ -476,8 +476,8 @@ async def test_an_engine_that_is_lost_ends_the_stream_with_an_event(monkeypatch)
     async with open_plane(tokenizer=repeater(), step_s=0.002) as plane:
         run = plane.model.client.start
 
-        def break_off(requests: Any) -> Any:
-            return Broken(run(requests))
+        def break_off(*args: Any) -> Any:
+            return Broken(run(*args))
 
         monkeypatch.setattr(plane.model, "client", BrokenClient(plane.model.client, break_off))
         events = await streamed(plane, saying("one two three four five"))

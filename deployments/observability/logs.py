@@ -1,0 +1,135 @@
+"""Sets up the log of a process: lines from one place, written by a thread of their own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import re
+import sys
+from contextvars import ContextVar
+from dataclasses import dataclass
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from pathlib import Path
+
+from deployments.observability.lines import JsonLines, TextLines
+from deployments.observability.options import LoggingOptions
+from deployments.observability.own_handlers import build_handlers
+from engine.errors import ConfigError
+
+REQUEST_ID: ContextVar[str] = ContextVar("request_id")
+"""Of the request that this context works for; lines that are logged in it tell."""
+MAX_WAITING = 8192
+"""Lines that may wait for a slow disk or collector; more are dropped, and the next one that is not
+says how many."""
+_SERVE = "ray.serve"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where lines come from."""
+
+    component: str
+    """`ingress`, `engine_replica`, `engine` or `rank`."""
+    model: str | None = None
+    """Served name, of all but the ingress."""
+    instance: str | None = None
+    """Id of the Serve replica that the process is, or belongs to."""
+
+
+class LogQueue(QueueHandler):
+    """Takes records where they are made, which must not wait, to the thread that writes them.
+
+    Args:
+        place: whose records they are.
+        handlers: write them.
+    """
+
+    def __init__(self, place: Place, handlers: list[logging.Handler]) -> None:
+        super().__init__(queue.Queue(MAX_WAITING))
+        self._place = place
+        self._num_lost = 0
+        self._handlers = handlers
+        self._writer = QueueListener(self.queue, *handlers, respect_handler_level=True)
+        self._writer.start()
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Note in a record what only this context knows."""
+        record.msg, record.args = record.getMessage(), None
+        values = record.__dict__
+        place = self._place
+        values.setdefault("component", place.component)
+        values.setdefault("model", place.model)
+        values.setdefault("instance", place.instance)
+        values.setdefault("request_id", REQUEST_ID.get(None))
+        if self._num_lost:
+            values["num_lost"] = self._num_lost
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Queue a record, or count it as lost."""
+        try:
+            self.queue.put_nowait(record)
+            self._num_lost = 0
+        except queue.Full:
+            self._num_lost += 1
+
+    def close(self) -> None:
+        """Write what waits, and end the thread."""
+        self._writer.stop()
+        for handler in self._handlers:
+            handler.close()
+        super().close()
+
+
+def configure_logging(options: LoggingOptions, place: Place) -> None:
+    """Let all that this process logs go where the options say, in place of an earlier setting.
+
+    Serve's own file of a replica, which the dashboard shows, stays as `logging_config` has it.
+
+    Raises:
+        ConfigError: a file cannot be written, or a handler cannot be made.
+    """
+    loggers = logging.getLogger(), logging.getLogger(_SERVE)
+    for logger in loggers:  # the latter passes nothing on to the former
+        for handler in list(logger.handlers):
+            # Serve's for the console, which writes no other form.
+            if isinstance(handler, LogQueue) or type(handler) is logging.StreamHandler:
+                logger.removeHandler(handler)
+                handler.close()
+    log = LogQueue(place, _handlers(options, place))
+    log.setLevel(options.level)
+    log.addFilter(lambda record: not getattr(record, "serve_access_log", False))
+    for logger in loggers:
+        logger.addHandler(log)
+    logging.getLogger("trunkline").setLevel(options.level)
+
+
+def _handlers(options: LoggingOptions, place: Place) -> list[logging.Handler]:
+    form = JsonLines() if options.format == "json" else TextLines()
+    handlers: list[logging.Handler] = []
+    if options.console:
+        handlers.append(logging.StreamHandler(sys.__stderr__))  # Serve may log what `stderr` gets
+    if options.folder is not None:
+        handlers.append(_file_handler(options, place, Path(options.folder)))
+    for handler in handlers:
+        handler.setFormatter(form)
+    if options.handlers_file is not None:
+        handlers += build_handlers(options.handlers_file, form)
+    if options.otlp_endpoint is not None:
+        from deployments.observability.otlp import OtlpHandler
+
+        handlers.append(OtlpHandler(options.otlp_endpoint, place))
+    return handlers
+
+
+def _file_handler(options: LoggingOptions, place: Place, folder: Path) -> RotatingFileHandler:
+    """Of a file that is this process's alone: several cannot take turns with one."""
+    name = "-".join(filter(None, (place.component, place.model, place.instance)))
+    path = folder / (re.sub(r"[^\w.-]", "-", name) + ".log")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return RotatingFileHandler(path, "a", options.max_bytes, options.backups, "utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"logging.folder '{folder}' cannot be written to: {error.strerror}."
+        ) from None
