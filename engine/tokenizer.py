@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import processors
 
 from engine.chat_template import ChatTemplate
 from engine.config_keys import read_json_object
-from engine.errors import ConfigError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.gguf_header import read_gguf_header
 from engine.gguf_tokenizer import build_gguf_tokenizer
 from engine.model_config import config_from_gguf, read_model_config
 from engine.model_source import ModelSource
+from engine.piece_memory import PieceMemory, find_dividers
 from engine.token_bytes import SkippingTokenBytes, TokenBytes
-
-_SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
-"""Files of tokenizers that transformers can convert."""
+from engine.tokenizer_files import (
+    SLOW_FILES,
+    add_ends,
+    load_backend,
+    read_chat_template,
+    read_special_tokens,
+)
 
 _ENDS = ("bos", "eos", "unknown", "padding", "separator")
 """Special tokens that GGUF metadata names."""
-
-_CONVERT = (
-    "import sys; from transformers import AutoTokenizer; "
-    "sys.stdout.write(AutoTokenizer.from_pretrained(sys.argv[1]).backend_tokenizer.to_str())"
-)
 
 
 class Tokenizer:
@@ -70,6 +67,8 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._all_bytes = TokenBytes(backend)
         self._text_bytes = SkippingTokenBytes(self._all_bytes, self.special_ids)
+        dividers = find_dividers(backend)
+        self._pieces = PieceMemory(dividers, self._encode_bare) if dividers else None
 
     @classmethod
     def load(cls, source: ModelSource) -> Tokenizer:
@@ -88,11 +87,27 @@ class Tokenizer:
         Raises:
             InvalidRequest: the text is not valid Unicode.
         """
-        return self._encode(text, add_special_tokens, "prompt")
+        with _refusing_surrogates("prompt"):
+            return self._encode(text, add_special_tokens)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Token ids of `apply_chat_template`, whose template writes all special tokens itself."""
-        return self._encode(self.apply_chat_template(messages, **options), False, "messages")
+        """Token ids of `apply_chat_template`."""
+        return self.encode_rendered(self.apply_chat_template(messages, **options))
+
+    def encode_rendered(self, text: str, remember: bool = True) -> list[int]:
+        """Token ids of what `apply_chat_template` gave, which has all special tokens in it.
+
+        Args:
+            text: of the chat.
+            remember: encode only what no earlier chat had, and keep it in memory.
+
+        Raises:
+            InvalidRequest: the text is not valid Unicode.
+        """
+        with _refusing_surrogates("messages"):
+            if remember and self._pieces is not None:
+                return self._pieces.encode(text)
+            return self._encode_bare(text)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
@@ -160,17 +175,13 @@ class Tokenizer:
             )
         return ChatTemplate(self.chat_template)
 
-    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
-        try:
-            # Of the library's ways to encode, the ones for batches let other Python threads run
-            # meanwhile, and this one leaves out the offsets, which are a third of the work.
-            (encoding,) = self._backend.encode_batch_fast(
-                [text], add_special_tokens=add_special_tokens
-            )
-        except TypeError as error:  # JSON can spell half of a surrogate pair; UTF-8 cannot
-            raise InvalidRequest("the text holds an unpaired surrogate; remove it.", param) from (
-                error
-            )
+    def _encode_bare(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # Of the library's ways to encode, the ones for batches let other Python threads run
+        # meanwhile, and this one leaves out the offsets, which are a third of the work.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
 
@@ -180,11 +191,20 @@ class Tokenizer:
         return token_id
 
 
+@contextmanager
+def _refusing_surrogates(param: str) -> Iterator[None]:
+    """JSON can spell half of a surrogate pair; UTF-8, and so the library, cannot."""
+    try:
+        yield
+    except TypeError as error:
+        raise InvalidRequest("the text holds an unpaired surrogate; remove it.", param) from error
+
+
 def has_tokenizer(source: ModelSource) -> bool:
     """Whether a model comes with a tokenizer; a directory for dummy weights may lack one."""
     if source.kind == "gguf":
         return "tokenizer.ggml.model" in read_gguf_header(source.path).metadata
-    return any((source.path / name).is_file() for name in ("tokenizer.json", *_SLOW_FILES))
+    return any((source.path / name).is_file() for name in ("tokenizer.json", *SLOW_FILES))
 
 
 def _from_gguf(path: Path) -> Tokenizer:
@@ -210,84 +230,12 @@ def _from_directory(source: ModelSource) -> Tokenizer:
     folder = source.path
     path = folder / "tokenizer_config.json"
     options = read_json_object(path) if path.is_file() else {}
-    backend = _load_backend(folder)
-    special = _special_tokens(options)
-    _add_ends(backend, options, special)
+    backend = load_backend(folder)
+    special = read_special_tokens(options)
+    add_ends(backend, options, special)
     return Tokenizer(
         backend,
         eos_token_ids=read_model_config(source).eos_token_ids,
-        chat_template=_chat_template(folder, options),
+        chat_template=read_chat_template(folder, options),
         special_tokens=special,
     )
-
-
-def _load_backend(folder: Path) -> tokenizers.Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return tokenizers.Tokenizer.from_str(_convert_slow(folder))
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise ConfigError(f"{path} is not a usable tokenizer: {error}.") from error
-
-
-def _convert_slow(folder: Path) -> str:
-    """tokenizer.json's text for a tokenizer in older files.
-
-    transformers converts it, in a process of its own because it imports torch.
-    """
-    if not any((folder / name).is_file() for name in _SLOW_FILES):
-        raise ConfigError(
-            f"{folder} has no tokenizer: none of tokenizer.json, {', '.join(_SLOW_FILES)}."
-        )
-    command = [sys.executable, "-c", _CONVERT, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:]
-        raise ConfigError(
-            f"transformers cannot convert the tokenizer in {folder}: {''.join(reason)}"
-        )
-    return done.stdout
-
-
-def _special_tokens(options: Mapping[str, Any]) -> dict[str, str]:
-    """Name → text; tokenizer_config.json gives texts, or objects that hold them."""
-    texts = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"):
-        value = options.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            texts[name] = text
-    return texts
-
-
-def _add_ends(
-    backend: tokenizers.Tokenizer, options: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """Let `add_bos_token` and `add_eos_token`, where given, overrule tokenizer.json.
-
-    transformers 5 does so for every tokenizer.
-    """
-    if "add_bos_token" not in options and "add_eos_token" not in options:
-        return
-    wanted = [end for end in ("bos", "eos") if options.get(f"add_{end}_token")]
-    texts = {end: special[f"{end}_token"] for end in wanted if f"{end}_token" in special}
-    parts = [*([texts["bos"]] if "bos" in texts else []), "$A"]
-    parts += [texts["eos"]] if "eos" in texts else []
-    pairs = [(text, backend.token_to_id(text)) for text in texts.values()]
-    backend.post_processor = processors.TemplateProcessing(single=parts, special_tokens=pairs)
-
-
-def _chat_template(folder: Path, options: Mapping[str, Any]) -> str | None:
-    """The template, from the newest of the three places that hold it."""
-    jinja_file, json_file = folder / "chat_template.jinja", folder / "chat_template.json"
-    if jinja_file.is_file():
-        return jinja_file.read_text(encoding="utf-8")
-    holder = read_json_object(json_file) if json_file.is_file() else options
-    template = holder.get("chat_template")
-    if isinstance(template, list):  # several by name
-        named = {each["name"]: each["template"] for each in template}
-        template = named.get("default", next(iter(named.values()), None))
-    if template is not None and not isinstance(template, str):
-        raise ConfigError(f"{folder}: chat_template must be text, got {json.dumps(template)}.")
-    return template

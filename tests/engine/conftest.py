@@ -7,6 +7,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.request import EngineRequest
 from engine.sampling_params import SamplingParams
+from tests.engine.tokenizer_cases import NUMBERS, SOURCE_CODE, TEXTS
 
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -33,6 +34,26 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = tmp_path_factory.mktemp("tiny-llama")
     (path / "config.json").write_text(json.dumps(TINY_LLAMA))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory):
+    """A small tokenizer of SentencePiece's, and the folder with its file."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("sp")
+    (folder / "text.txt").write_text("\n".join([*TEXTS, *NUMBERS, SOURCE_CODE]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.99,
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")), folder
 
 
 def tiny_config(model: str, **options) -> EngineConfig:

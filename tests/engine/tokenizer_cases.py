@@ -7,6 +7,7 @@ import gguf
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from engine import detokenizer
 from engine.config import BUNDLED_MODEL
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
@@ -22,6 +23,9 @@ TEXTS = [
     "It's we'll they'VE I'm",
     "",
 ]
+
+NUMBERS = ["0123456789", "In 2024, 3.14159 and 1,000,000", "a1b22c333", "١٢٣ ²"]
+SOURCE_CODE = Path(detokenizer.__file__).read_text()
 
 CORPUS = [
     *TEXTS,
