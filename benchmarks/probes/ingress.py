@@ -1,7 +1,8 @@
 """What the ingress computes for a chat before an engine has it, as a whole and by parts.
 
 Processor time of the process, its threads included: time spent waiting costs nobody anything. A
-fifth of the words is new with every chat, as tokenizers remember those that they have seen.
+fifth of the words is new with every chat, as tokenizers remember those that they have seen. `whole`
+is a chat that is new; for `next turn` it has come before without its last two messages.
 Needs no GPU.
 """
 
@@ -20,7 +21,7 @@ from benchmarks.models import BUNDLED_MODEL, find_model
 from benchmarks.probes.records import Record, spread_record
 from benchmarks.serving.conversations import WORDS
 from deployments.engine_client import EngineClient
-from deployments.ingress.prompts import render_chat, tokenize
+from deployments.ingress.prompts import chat_prompt
 from deployments.ingress.served import ServedModel, build_jobs
 from deployments.protocols.body import parse_body, read_body
 from deployments.protocols.openai import ChatBody
@@ -52,6 +53,8 @@ def measure(
         tokens = statistics.median(len(_encode(tokenizer, data)) for data in bodies)
         shape = {"tokens": round(tokens), "messages": count}
         for method, prepare in _methods(tokenizer).items():
+            if method == "next turn" and count < 3:
+                continue
             # New chats for each method: the one before has taught the tokenizer its words.
             bodies = [_body(rng, tokenizer, num_tokens, count) for _ in range(chats)]
             yield spread_record(method, shape, _cpu_seconds(prepare, bodies))
@@ -69,8 +72,19 @@ def _methods(tokenizer: Tokenizer) -> dict[str, Callable[[bytes], Callable[[], o
         return lambda: tokenizer.encode(text, add_special_tokens=False)
 
     loop, model = asyncio.new_event_loop(), _model(tokenizer)
+
+    def whole(data: bytes) -> Callable[[], object]:
+        return lambda: loop.run_until_complete(_prepare(model, data))
+
+    def next_turn(data: bytes) -> Callable[[], object]:
+        earlier = json.loads(data)
+        del earlier["messages"][-2:]
+        whole(json.dumps(earlier).encode())()
+        return whole(data)
+
     return {
-        "whole": lambda data: lambda: loop.run_until_complete(_prepare(model, data)),
+        "whole": whole,
+        "next turn": next_turn,
         "validate": lambda data: lambda: parse_body(ChatBody, data).to_params(),
         "template": template,
         "encode": encode,
@@ -83,9 +97,8 @@ async def _prepare(model: ServedModel, data: bytes) -> list[Job]:
     params, tool_use = body.to_params(), body.tool_use()
     body.check_stream_options()
     body.check_template_options(model.allow_request_chat_templates)
-    text = await render_chat(model, body, body.messages, tool_use, len(data))
-    prompts: list[str | list[int]] = [await tokenize(model, text, "messages")]
-    return await build_jobs(model, "chatcmpl-0", prompts, params, param="messages")
+    prompt = await chat_prompt(model, body, body.messages, tool_use, len(data))
+    return await build_jobs(model, "chatcmpl-0", [prompt.token_ids], params, param="messages")
 
 
 def _model(tokenizer: Tokenizer) -> ServedModel:

@@ -20,7 +20,7 @@ from deployments.ingress.chat_writer import ChatWriter, MessageWriter, choice_lo
 from deployments.ingress.errors import json_response
 from deployments.ingress.message_style import MessageForm
 from deployments.ingress.messages import whole_message
-from deployments.ingress.prompts import render_chat, tokenize
+from deployments.ingress.prompts import chat_prompt
 from deployments.ingress.served import ServedModel, ServedModels, aside, build_jobs
 from deployments.ingress.token_ids import TokenIdChunks
 from deployments.protocols.body import read_body
@@ -45,18 +45,21 @@ async def handle_chat(
     body.check_template_options(model.allow_request_chat_templates)
     answer_id = new_id("chatcmpl")
     with model.admission(1, params, "messages"):
-        text = await render_chat(model, body, body.messages, tool_use, len(data))
+        remember = body.cache_salt is None
+        prompt = await chat_prompt(
+            model, body, body.messages, tool_use, len(data), remember=remember
+        )
         jobs = await build_jobs(
             model,
             answer_id,
-            [await tokenize(model, text, "messages")],
+            [prompt.token_ids],
             params,
             priority=body.priority,
             cache_salt=body.cache_salt,
             param="messages",
             keep_last=body.num_kept(model.max_model_len, params),
         )
-        form = _form(model, body, tool_use, params, text)
+        form = _form(model, body, tool_use, params, prompt.text)
     if body.stream:
         begin = header(answer_id, "chat.completion.chunk", body.model)
         return await _stream(model, body, jobs, begin, form)

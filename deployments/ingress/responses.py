@@ -15,7 +15,7 @@ from starlette.responses import Response
 from deployments.ingress.answers import EventStream, to_json, usage
 from deployments.ingress.errors import json_response, to_api_error
 from deployments.ingress.message_style import MessageForm
-from deployments.ingress.prompts import render_chat, tokenize
+from deployments.ingress.prompts import chat_prompt
 from deployments.ingress.response_items import Output, new_id
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
 from deployments.protocols.body import read_body
@@ -53,18 +53,21 @@ async def _respond(
     body.check_template_options(model.allow_request_chat_templates)
     answer_id = new_id("resp")
     with model.admission(1, params, "input"):
-        text = await render_chat(model, body, body.messages(), tool_use, body_length)
+        remember = body.cache_salt is None
+        prompt = await chat_prompt(
+            model, body, body.messages(), tool_use, body_length, remember=remember
+        )
         (job,) = await build_jobs(
             model,
             answer_id,
-            [await tokenize(model, text, "input")],
+            [prompt.token_ids],
             params,
             priority=body.priority,
             cache_salt=body.cache_salt,
             param="input",
         )
         form = model.style.form(
-            tool_use, thinking_in_prompt(text), may_think=params.structured_outputs is None
+            tool_use, thinking_in_prompt(prompt.text), may_think=params.structured_outputs is None
         )
         output = _output(model, body, form)
     header = _header(answer_id, body)

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.ingress.errors import json_response
-from deployments.ingress.prompts import render_chat, tokenize
+from deployments.ingress.prompts import chat_prompt, tokenize
 from deployments.ingress.served import ServedModel, ServedModels, aside
 from deployments.protocols.body import read_body
 from deployments.protocols.tokenize import DetokenizeBody, TokenizeBody
@@ -45,8 +45,10 @@ async def _tokens(model: ServedModel, body: TokenizeBody, body_length: int) -> l
     tool_use = body.check()
     body.check_template_options(model.allow_request_chat_templates)
     if body.messages is not None:
-        text = await render_chat(model, body, body.messages, tool_use, body_length)
-        return await tokenize(model, text, "messages", bool(body.add_special_tokens))
+        chat = await chat_prompt(model, body, body.messages, tool_use, body_length)
+        if not body.add_special_tokens:
+            return chat.token_ids
+        return await tokenize(model, chat.text, "messages")
     prompt = body.prompt or ""
     model.check_length(prompt, "prompt")
     return await tokenize(model, prompt, "prompt", body.add_special_tokens is not False)

@@ -26,7 +26,7 @@ from deployments.flags import FAST_PATH, missing_flags
 from deployments.haproxy import haproxy_settings
 from deployments.ingress.deployment import load_served_model
 from deployments.ingress.options import IngressOptions
-from deployments.ingress.prompts import render_chat
+from deployments.ingress.prompts import chat_prompt
 from deployments.launch import Plan, check_port_free, read_plan
 from deployments.protocols.template import TemplateFields
 from deployments.protocols.tool_parsers import TOOL_CALL_PARSERS
@@ -124,7 +124,9 @@ async def test_chat_template_and_role_of_a_model(tmp_path):
         options.check()
         model = load_served_model("m", options, IngressOptions(), client=Any)
         messages = [{"role": "user", "content": "hi"}]
-        assert await render_chat(model, TemplateFields(), messages, None, 1) == "<tool_call>hi"
+        prompt = await chat_prompt(model, TemplateFields(), messages, None, 1)
+        assert prompt.text == "<tool_call>hi"
+        assert model.tokenizer.decode(prompt.token_ids) == prompt.text
         assert model.style.role == "bot"
         assert model.style.calls is TOOL_CALL_PARSERS["hermes"]  # guessed from this template
 
