@@ -1,9 +1,11 @@
 """Thresholds of min_p, top_k and top_p: exact, without a sort, one program a row.
 
-A threshold is found by bisection over the logits' values: pass by pass over the row while many
-tokens lie in the interval, then among those left, in registers. Radix selection halves the same
-way (Alabi et al. 2012, "Fast k-Selection Algorithms for Graphics Processing Units"); bisection also
-serves sums of probabilities.
+The first pass over a row notes the largest logit of every lane (each _BLOCK-th token). Where these
+alone weigh as much as needed is a lower bound of the threshold, and few more tokens than needed are
+not below it. Bisection among those, in registers, ends the search; where they are too many, pass by
+pass over the row before. Radix selection halves the same way (Alabi et al. 2012, "Fast k-Selection
+Algorithms for Graphics Processing Units"); bisection also serves sums of probabilities. All this
+looks at logits as they are, for their order remains when they are divided by the temperature.
 """
 
 from __future__ import annotations
@@ -15,126 +17,181 @@ import triton.language as tl
 from engine.kernels.draw import order, scale_logits
 
 _BLOCK = 8192
-"""Tokens that a program reads at a time."""
+"""Tokens that a program reads at a time; more than _CAPACITY."""
 _CAPACITY = 4096
 """Tokens among which it goes on in registers."""
-_FIRST_DEPTH = tl.constexpr(12.0)
-"""First guess of how far, in nats, the threshold lies below the largest logit."""
+_WARPS = 32
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_MASS = tl.constexpr(-104.0)
 """exp of less is 0 in float32."""
+_LOWEST = tl.constexpr(-0x7F800001)
+"""`order` of -inf."""
 
 
 @triton.jit
-def _unorder(key):
-    """The inverse of `order`; keys are int64 so that their sums do not overflow."""
-    key = key.to(tl.int32)
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+def _key(logits, SHIFT: tl.constexpr):
+    """Integers in the order of the logits, without the SHIFT last bits that their type lacks."""
+    return order(tl.where(logits == 0, 0.0, logits)) >> SHIFT  # -0 ties with 0
 
 
 @triton.jit
-def _tile(line, start, temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """Scaled logits from `start` on; -inf beyond the vocabulary."""
-    token = start + tl.arange(0, BLOCK)
-    logits = tl.load(line + token, mask=token < VOCAB, other=float("-inf"))
-    return scale_logits(logits, temperature)
+def _logit(key, SHIFT: tl.constexpr):
+    """The inverse of `_key`."""
+    bits = tl.where(key < 0, key ^ (0x7FFFFFFF >> SHIFT), key) << SHIFT
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _extremes(line, temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    smallest = tl.full((BLOCK,), float("inf"), tl.float32)
+def _middle(low, high):
+    return (low & high) + ((low ^ high) >> 1)  # a sum could overflow
+
+
+@triton.jit
+def _weigh(logits, largest, rate):
+    """Probabilities over that of the largest logit, for the rate log2(e) / T; 1 for the rate 0."""
+    return tl.where(rate > 0, tl.exp2((logits - largest) * rate), 1.0)
+
+
+@triton.jit
+def _select(keys, weights, low, high, target):
+    """The largest key at which the weights of the keys not below it reach the target, or `low`."""
+    while high > low + 1:
+        middle = _middle(low, high)
+        enough = tl.sum(tl.where(keys >= middle, weights, 0.0)) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def _reaching(threshold, high, temperature, SHIFT: tl.constexpr):
+    """The smallest key whose logit / T reaches the threshold; that of `high` does."""
+    low = (_LOWEST >> SHIFT) - 1
+    while high > low + 1:
+        middle = _middle(low, high)
+        enough = scale_logits(_logit(middle, SHIFT), temperature) >= threshold
+        low = tl.where(enough, low, middle)
+        high = tl.where(enough, middle, high)
+    return high
+
+
+@triton.jit
+def _tile(line, start, lane, VOCAB: tl.constexpr):
+    """The lanes' logits from `start` on; -inf beyond the vocabulary."""
+    token = start + lane
+    return tl.load(line + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _lane_maxima(line, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    maxima = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, VOCAB, BLOCK):
-        x = _tile(line, start, temperature, VOCAB, BLOCK)
-        inside = start + tl.arange(0, BLOCK) < VOCAB
-        largest = tl.maximum(largest, x)
-        smallest = tl.minimum(smallest, tl.where(inside, x, float("inf")))
-    return tl.max(largest), tl.min(smallest)
+        x = _tile(line, start, tl.arange(0, BLOCK), VOCAB)
+        maxima = tl.where(x > maxima, x, maxima)  # never NaN
+    return maxima
 
 
 @triton.jit
-def _measure(
-    line, temperature, largest, threshold,
-    BY_MASS: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """How many tokens are not below the threshold, and their weight."""
-    count = tl.zeros((BLOCK,), tl.int32)
-    weight = tl.zeros((BLOCK,), tl.float32)
+def _measure(line, low, high, largest, rate, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """Each lane's number of logits from `low` to below `high`, and what all of them weigh."""
+    counts = tl.zeros((BLOCK,), tl.int32)
+    weights = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, VOCAB, BLOCK):
-        x = _tile(line, start, temperature, VOCAB, BLOCK)
-        kept = x >= threshold
-        count += kept.to(tl.int32)
-        if BY_MASS:
-            weight += tl.where(kept, tl.exp(x - largest), 0.0)
-    number = tl.sum(count)
-    return number, tl.sum(weight) if BY_MASS else number.to(tl.float32)
+        x = _tile(line, start, tl.arange(0, BLOCK), VOCAB)
+        inside = (x >= low) & ~(x >= high)  # `high` may be NaN, above all numbers
+        counts += inside.to(tl.int32)
+        if rate > 0:
+            weights += tl.where(inside, _weigh(x, largest, rate), 0.0)
+    return counts, tl.where(rate > 0, tl.sum(weights), tl.sum(counts).to(tl.float32))
 
 
 @triton.jit
 def _gather(
-    line, temperature, low, high, found,
-    CAPACITY: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+    line, low, high, counts, found, CAPACITY: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write the logits from `low` to below `high` to `found`; their number."""
-    number = 0
+    """The logits from `low` to below `high`, `counts` of each lane; -inf in the other places."""
+    place = (tl.cumsum(counts, 0) - counts)[None, :]
+    # Loads of single tokens, as the stores are: else threads would first exchange what they read.
+    lane = tl.max_contiguous(tl.arange(0, BLOCK)[None, :], [1, 1])
     for start in range(0, VOCAB, BLOCK):
-        x = _tile(line, start, temperature, VOCAB, BLOCK)
-        inside = (x >= low) & ~(x >= high)  # `high` may be NaN, above all numbers
-        inside &= start + tl.arange(0, BLOCK) < VOCAB
-        place = number + tl.cumsum(inside.to(tl.int32), 0) - 1
-        tl.store(found + place, x, mask=inside & (place < CAPACITY))
-        number += tl.sum(inside.to(tl.int32))
+        x = _tile(line, start, lane, VOCAB)
+        inside = (x >= low) & ~(x >= high)
+        tl.store(found + place, x, mask=inside)
+        place += inside.to(tl.int32)
     tl.debug_barrier()  # other threads will read them
-    return number
+    place = tl.arange(0, CAPACITY)
+    return tl.load(found + place, mask=place < tl.sum(counts), other=float("-inf"))
 
 
 @triton.jit
-def _pivot(low, high, largest, turn):
-    """Where to look next: a guess, then the middle of the values, and of the keys in between."""
-    value = (_unorder(low) + _unorder(high - 1)) * 0.5
-    value = tl.where(turn == 0, largest - _FIRST_DEPTH, value)
-    key = order(value).to(tl.int64)
-    is_inside = (key > low) & (key < high) & (turn % 3 != 2)
-    return tl.where(is_inside, key, (low + high) >> 1)
+def _narrow(
+    line, low, pivot, high, counts, target, largest, rate,
+    SHIFT: tl.constexpr, CAPACITY: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Halve the interval, from `pivot` on, until at most CAPACITY tokens are left in it.
+
+    The target is what those in the interval must weigh. One key with more tokens is left alone.
+    """
+    number = tl.sum(counts)
+    while (number > CAPACITY) & (high > low + 1):
+        at_pivot, weight = _measure(
+            line, _logit(pivot, SHIFT), _logit(high, SHIFT), largest, rate, VOCAB, BLOCK
+        )
+        enough = weight >= target
+        counts = tl.where(enough, at_pivot, counts - at_pivot)
+        number = tl.sum(counts)
+        target = tl.where(enough, target, target - weight)
+        low = tl.where(enough, pivot, low)
+        high = tl.where(enough, high, pivot)
+        pivot = _middle(low, high)
+    return low, high, counts, number, target
+
+
+@triton.jit
+def _lower_bound(lanes, low, high, target, largest, rate, SHIFT: tl.constexpr):
+    """Where the lanes' maxima alone reach the target, or the smallest of them; above `low`."""
+    COARSE: tl.constexpr = 16 - SHIFT
+    keys = _key(lanes, 16)  # rounding down keeps it a lower bound
+    weights = _weigh(lanes, largest, rate)
+    bound = _select(keys, weights, tl.min(keys), ((high - 1) >> COARSE) + 1, target)
+    return tl.maximum(bound << COARSE, low + 1)
 
 
 @triton.jit
 def _search(
-    line, temperature, largest, low, number, target, found,
-    BY_MASS: tl.constexpr, CAPACITY: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+    line, lanes, found, gathered, complete_from, low, target, largest, rate,
+    SHIFT: tl.constexpr, CAPACITY: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest threshold at which the weights of the tokens not below it reach the target.
+    """The largest key from `low` on at which the tokens not below it weigh enough.
 
-    They must at `low`, which `number` tokens are not below. A token weighs its probability relative
-    to the likeliest one, or 1.
+    Enough is the target: a number of tokens or, with a rate, a part of the mass that `low` leaves.
+    `gathered` holds all tokens from `complete_from` on; both are returned anew.
     """
-    low = order(low).to(tl.int64)
-    high = order(largest).to(tl.int64) + 1
-    number_above, weight_above, turn = number * 0, target * 0, 0
-    while (number - number_above > CAPACITY) & (high - low > 1):
-        middle = _pivot(low, high, largest, turn)
-        at_middle, weight = _measure(
-            line, temperature, largest, _unorder(middle), BY_MASS, VOCAB, BLOCK
-        )
-        enough = weight >= target
-        low = tl.where(enough, middle, low)
-        number = tl.where(enough, at_middle, number)
-        high = tl.where(enough, high, middle)
-        number_above = tl.where(enough, number_above, at_middle)
-        weight_above = tl.where(enough, weight_above, weight)
-        turn += 1
-    if high - low > 1:
-        number = _gather(
-            line, temperature, _unorder(low), _unorder(high), found, CAPACITY, VOCAB, BLOCK
-        )
-        place = tl.arange(0, CAPACITY)
-        x = tl.load(found + place, mask=place < number, other=float("-inf"))
-        weights = tl.where(place < number, tl.exp(x - largest) if BY_MASS else 1.0, 0.0)
-        while high - low > 1:
-            middle = (low + high) >> 1
-            weight = weight_above + tl.sum(tl.where(x >= _unorder(middle), weights, 0.0))
-            low = tl.where(weight >= target, middle, low)
-            high = tl.where(weight >= target, high, middle)
-    return _unorder(low)
+    top = _key(largest, SHIFT) + 1
+    high = top
+    if low >= complete_from:
+        weights = _weigh(gathered, largest, rate)
+        target *= tl.sum(tl.where(_key(gathered, SHIFT) >= low, weights, 0.0))
+    else:
+        counts = tl.full((BLOCK,), tl.cdiv(VOCAB, BLOCK), tl.int32)
+        if rate > 0:
+            counts, total = _measure(
+                line, _logit(low, SHIFT), _logit(high, SHIFT), largest, rate, VOCAB, BLOCK
+            )
+            target *= total
+        pivot = _lower_bound(lanes, low, high, target, largest, rate, SHIFT)
+        low, high, counts, number, target = _narrow(
+            line, low, pivot, high, counts, target, largest, rate,
+            SHIFT, CAPACITY, VOCAB, BLOCK,
+        )  # fmt: skip
+        if number <= CAPACITY:
+            gathered = _gather(
+                line, _logit(low, SHIFT), _logit(high, SHIFT), counts, found, CAPACITY, VOCAB, BLOCK
+            )
+            complete_from = tl.where(high == top, low, top)
+    weights = _weigh(gathered, largest, rate)
+    low = _select(_key(gathered, SHIFT), weights, low, high, target)
+    return low, gathered, complete_from
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
@@ -149,28 +206,31 @@ def _threshold_kernel(
     top_k = tl.load(top_ks + row * top_k_stride)
     top_p = tl.load(top_ps + row * stride)
     log_min_p = tl.load(log_min_ps + row * stride)
-    by_rank = top_k < VOCAB
     threshold = tl.full((), float("-inf"), tl.float32)
-    if (temperature > 0) & (by_rank | (top_p < 1) | (log_min_p > float("-inf"))):
+    if (temperature > 0) & ((top_k < VOCAB) | (top_p < 1) | (log_min_p > float("-inf"))):
+        SHIFT: tl.constexpr = 23 - logits.dtype.element_ty.fp_mantissa_width
         line = logits + place * logits_stride
         found += place * CAPACITY
-        largest, smallest = _extremes(line, temperature, VOCAB, BLOCK)
+        lanes = _lane_maxima(line, VOCAB, BLOCK)
+        largest = tl.max(lanes)
+        top = scale_logits(largest, temperature)
         if log_min_p > float("-inf"):
-            threshold = largest + log_min_p
-        if by_rank:
-            kth = _search(
-                line, temperature, largest, smallest, tl.full((), VOCAB, tl.int32),
-                top_k.to(tl.float32), found, False, CAPACITY, VOCAB, BLOCK,
-            )  # fmt: skip
-            threshold = tl.maximum(threshold, kth)
-        if top_p < 1:
-            low = tl.maximum(tl.maximum(threshold, largest + _NO_MASS), smallest)
-            number, total = _measure(line, temperature, largest, low, True, VOCAB, BLOCK)
-            nucleus = _search(
-                line, temperature, largest, low, number, total * top_p,
-                found, True, CAPACITY, VOCAB, BLOCK,
-            )  # fmt: skip
-            threshold = tl.maximum(threshold, nucleus)
+            threshold = top + log_min_p
+        gathered = tl.full((CAPACITY,), float("-inf"), tl.float32)
+        complete_from = _key(largest, SHIFT) + 1
+        for by_mass in range(2):  # a loop is compiled but once
+            if tl.where(by_mass == 1, top_p < 1, top_k < VOCAB):
+                low, target = _LOWEST >> SHIFT, top_k.to(tl.float32)
+                rate = tl.where(by_mass == 1, _LOG2_E / temperature, 0.0)
+                if by_mass == 1:
+                    floor = tl.maximum(threshold, top + _NO_MASS)
+                    low = _reaching(floor, _key(largest, SHIFT), temperature, SHIFT)
+                    target = top_p
+                key, gathered, complete_from = _search(
+                    line, lanes, found, gathered, complete_from, low, target, largest, rate,
+                    SHIFT, CAPACITY, VOCAB, BLOCK,
+                )  # fmt: skip
+                threshold = tl.maximum(threshold, scale_logits(_logit(key, SHIFT), temperature))
     tl.store(thresholds + place, threshold)
 
 
@@ -203,6 +263,6 @@ def truncation_threshold(
     _threshold_kernel[(batch,)](
         logits, rows, temperature, top_k, top_p, log_min_p, found, thresholds,
         logits.stride(0), temperature.stride(0), top_k.stride(0),
-        CAPACITY=_CAPACITY, VOCAB=vocab_size, BLOCK=_BLOCK, num_warps=32,
+        CAPACITY=_CAPACITY, VOCAB=vocab_size, BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip
     return thresholds
