@@ -78,6 +78,10 @@ class EngineState:
         silent = self.heard_at is not None and attended - self.heard_at > SILENT_S
         return not (self.down or silent or self.load.overdue)
 
+    def has_reported(self, since: float) -> bool:
+        """Whether it has told its load since a time."""
+        return self.reported_at is not None and self.reported_at >= since
+
     def has_room(self, max_requests: int, now: float) -> bool:
         """Whether it would take one more request, as far as this process knows."""
         return self.num_requests < max_requests and now >= self.closed_until

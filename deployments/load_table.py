@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from deployments.backlog import Backlog
 from deployments.engine_state import EngineState
 from deployments.placement import Booking, Policy, PrefixLoad
+from deployments.roll_call import RollCall
 from engine.errors import EngineDead
 from engine.outputs import EngineLoad
 
@@ -61,7 +62,9 @@ class LoadTable:
         self._last_report = clock()
         self._listeners: list[Callable[[], None]] = []
         self._room_listeners: list[Callable[[], None]] = []
+        self._doubt_listeners: list[Callable[[], None]] = []
         self._full = False
+        self._roll_call = RollCall()
 
     def set_members(self, deployment: str, engine_ids: Iterable[str]) -> None:
         """Take over from Serve which engines of a deployment are in service."""
@@ -93,10 +96,17 @@ class LoadTable:
         with self._lock:
             self._room_listeners.append(listener)
 
+    def on_doubt(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called, in whatever thread, when a request waits for a sign of life."""
+        with self._lock:
+            self._doubt_listeners.append(listener)
+
     def book(
         self, limits: Mapping[str, int], booking: Booking, policy: Policy = DEFAULT_POLICY
     ) -> str | None:
         """Choose an engine with room and book the request there, in one step.
+
+        What a lost engine left goes only to one that has reported since, see `RollCall`.
 
         Args:
             limits: engine id → most requests that it holds, running and waiting.
@@ -113,28 +123,38 @@ class LoadTable:
         with self._lock:
             if request_id in self._released:
                 raise EngineDead("the request has ended.")
-            now = self._clock()
-            self._drop(request_id)
-            states = {i: self._state(i) for i in limits}
-            attended = self._attention(now)
-            reached = {i: state for i, state in states.items() if state.in_reach(attended)}
-            roomy = [i for i, state in reached.items() if state.has_room(limits[i], now)]
-            if not roomy:
-                self._full = True
-                return None
-            chosen, num_tokens = policy.choose(reached, roomy, booking, now)
-            self._unplaced.pop(request_id, None)
-            self._bookings_made += 1
-            state = states[chosen]
-            state.last_booking = self._bookings_made
-            state.book(request_id, num_tokens, booking.blocks, now)
-            self._placed[request_id] = chosen
-            return chosen
+            chosen = self._book(limits, booking, policy)
+            listeners = list(self._doubt_listeners) if booking.resumed and chosen is None else []
+        for listener in listeners:
+            listener()
+        return chosen
+
+    def _book(self, limits: Mapping[str, int], booking: Booking, policy: Policy) -> str | None:
+        request_id, now = booking.request_id, self._clock()
+        self._drop(request_id)
+        states = {i: self._state(i) for i in limits}
+        attended = self._attention(now)
+        reached = {i: state for i, state in states.items() if state.in_reach(attended)}
+        roomy = {i: state for i, state in reached.items() if state.has_room(limits[i], now)}
+        self._full |= not roomy
+        if booking.resumed:
+            roomy = self._roll_call.present(roomy, request_id, now)
+        if not roomy:
+            return None
+        chosen, num_tokens = policy.choose(reached, roomy, booking, now)
+        self._unplaced.pop(request_id, None)
+        self._bookings_made += 1
+        state = states[chosen]
+        state.last_booking = self._bookings_made
+        state.book(request_id, num_tokens, booking.blocks, now)
+        self._placed[request_id] = chosen
+        return chosen
 
     def expect(self, deployment: str, request_id: str, num_tokens: int) -> None:
         """Count a request with so many tokens to compute until an engine is chosen for it."""
         with self._lock:
             self._unplaced[request_id] = deployment, num_tokens
+            self._roll_call.begin(request_id, self._clock())
 
     def backlog(self, deployment: str) -> Backlog:
         """What stands before a new request, on the engine that would come to it first."""
@@ -176,6 +196,7 @@ class LoadTable:
         Serve takes a moment to notice, and a dead engine would seem to be the idlest of all.
         """
         with self._lock:
+            self._roll_call.hear(engine_id)
             if engine_id in self._engines:
                 self._engines[engine_id].down = True
             return [i for i, engine in self._placed.items() if engine == engine_id]
@@ -201,6 +222,7 @@ class LoadTable:
             state = self._state(engine_id)
             state.report(load, reflected, heard, now)
             state.heard_at = self._attended
+            self._full |= self._roll_call.hear(engine_id)
         self._tell_of_room()
 
     def release(self, request_id: str, blocks: Sequence[bytes] = ()) -> None:
@@ -212,6 +234,7 @@ class LoadTable:
         """
         with self._lock:
             self._unplaced.pop(request_id, None)
+            self._roll_call.end(request_id)
             state = self._drop(request_id)
             if state is not None:
                 state.index.use(blocks)

@@ -43,8 +43,13 @@ class Subscriber:
         self.mailbox.wake()  # the first message tells the load, and that the trunk is open
 
     def acknowledge(self, count: int) -> None:
-        """Take over that so many more messages have been read."""
+        """Take over that so many more messages have been read.
+
+        Whoever tells of none asks for one, to see that the engine lives.
+        """
         self.heard_from = time.monotonic()
+        if count == 0:
+            self.mailbox.wake()
         for _ in range(count):
             self.room.release()
 

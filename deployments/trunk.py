@@ -35,6 +35,8 @@ ABORTED_KEPT = 4096
 """So many aborts are remembered."""
 RECONNECT_DELAY_S = 0.5
 """Pause before a trunk that broke is read anew."""
+ASK_INTERVAL_S = 0.1
+"""Engines are asked whether they live no more often than this."""
 
 
 class EngineLink(Protocol):
@@ -44,7 +46,7 @@ class EngineLink(Protocol):
         """Read this subscriber's trunk."""
 
     def acknowledge(self, subscriber_id: str, count: int) -> None:
-        """Tell that so many more messages have been read; returns at once."""
+        """Tell that so many more messages have been read, or of 0 ask for one; returns at once."""
 
     def abort(self, request_ids: list[str]) -> None:
         """Ask for the end of requests; returns at once."""
@@ -125,7 +127,10 @@ class TrunkHub:
         """When engines were last told to end which requests."""
         self._deployments: list[str] = []
         self._loop = asyncio.get_running_loop()
+        self._asked = 0.0
+        """When engines were last asked whether they live."""
         table.on_change(self._on_change)
+        table.on_doubt(self._on_doubt)
 
     def follow(self, deployment: str) -> None:
         """Read the trunks of all engines of this deployment from now on."""
@@ -182,6 +187,17 @@ class TrunkHub:
 
     def _on_change(self) -> None:
         self._loop.call_soon_threadsafe(self._follow_members)
+
+    def _on_doubt(self) -> None:
+        self._loop.call_soon_threadsafe(self._ask)
+
+    def _ask(self) -> None:
+        """Have every engine show that it lives: an idle one would say nothing for a second."""
+        now = self._loop.time()
+        if now - self._asked >= ASK_INTERVAL_S:
+            self._asked = now
+            for link in self._links.values():
+                link.acknowledge(self.subscriber_id, 0)
 
     def _follow_members(self) -> None:
         wanted = {i for name in self._deployments for i in self._table.members(name)}

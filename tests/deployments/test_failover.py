@@ -153,6 +153,18 @@ async def test_a_silent_engine_is_lost(monkeypatch):
         assert tokens["r"] == expected_tokens(PROMPT, 100)
 
 
+async def test_an_idle_engine_says_at_once_that_it_lives(monkeypatch):
+    monkeypatch.setattr(engine_actor, "HEARTBEAT_S", 1000.0)
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r")]) as generation:
+            await take(generation, tokens, 10)
+            await cut(plane, plane.table.engine_of("r"), for_good=True)
+            async with asyncio.timeout(5):
+                await take(generation, tokens, 60)
+        assert tokens["r"] == expected_tokens(PROMPT, 60)
+
+
 async def test_an_ingress_that_stood_still_takes_no_engine_for_lost(monkeypatch):
     monkeypatch.setattr(trunk, "SILENCE_LIMIT_S", 0.3)
     monkeypatch.setattr(watchdog, "LOOK_S", 0.02)

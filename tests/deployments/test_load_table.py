@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from deployments import load_table
+from deployments import load_table, roll_call
 from deployments.load_table import LoadTable
 from deployments.placement import Booking, PrefixLoad
 from deployments.prefix_index import ROUTING_BLOCK
@@ -88,6 +88,58 @@ def test_silent_engine_gets_nothing_until_it_reports():
     assert table.book({"a": 100, "b": 40}, Booking("s", 100)) is None
     table.report("a", EngineLoad())
     assert table.book({"a": 100, "b": 40}, Booking("s", 100)) == "a"
+
+
+def test_request_of_a_lost_engine_goes_only_where_life_was_shown_since():
+    """Engines are stopped one after the other: none that has been is to get what the first had."""
+    clock = Clock()
+    table = LoadTable(clock=clock)
+    asked: list[float] = []
+    table.on_doubt(lambda: asked.append(clock.now))
+    limits = dict.fromkeys("abc", 100)
+    for engine in "abc":
+        table.report(engine, EngineLoad())
+    clock.now += 0.01  # after its last report the idlest, b, is stopped
+    table.mark_down("a")
+    moved = [Booking(f"r{i}", 100, resumed=True) for i in range(4)]
+    for booking in moved:
+        table.expect("d", booking.request_id, 100)
+        assert table.book(limits, booking) is None  # nobody has answered yet
+    assert asked
+    table.report("c", EngineLoad(num_running=50))
+    assert table.book(limits, moved[0]) is None  # b may be about to
+    clock.now += 1.1 * roll_call.ANSWER_LIMIT_S
+    assert [table.book(limits, booking) for booking in moved] == ["c"] * 4
+    assert table.book(limits, Booking("new", 100)) == "b"
+
+
+def test_requests_of_a_lost_engine_are_spread_over_all_that_live():
+    table = LoadTable()
+    rooms: list[None] = []
+    table.on_room(lambda: rooms.append(None))
+    moved = [Booking(f"r{i}", 100, resumed=True) for i in range(4)]
+    for booking in moved:
+        table.expect("d", booking.request_id, 100)
+        assert table.book(PAIR, booking) is None
+    table.report("a", EngineLoad())
+    assert table.book(PAIR, moved[0]) is None and not rooms
+    table.report("b", EngineLoad())
+    assert rooms  # those that wait are told
+    assert sorted(str(table.book(PAIR, booking)) for booking in moved) == ["a", "a", "b", "b"]
+
+
+def test_request_of_a_lost_engine_waits_when_none_lives():
+    clock = Clock()
+    table = LoadTable(clock=clock)
+    for engine in PAIR:
+        table.report(engine, EngineLoad())
+    clock.now += 0.01
+    table.expect("d", "r", 100)
+    for _ in range(100):
+        clock.now += 0.1
+        assert table.book(PAIR, Booking("r", 100, resumed=True)) is None
+    table.report("b", EngineLoad())
+    assert table.book(PAIR, Booking("r", 100, resumed=True)) == "b"
 
 
 def test_silent_engine_makes_no_other_seem_idle():
