@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
-from deployments.load_meter import EngineUse
+from deployments.load_meter import LATELY_S, EngineUse
 
 START_UP_S = 30.0
 """Start-up time of an engine before one has been seen to start."""
@@ -81,6 +81,12 @@ class State:
     """Prompt tokens a second that an engine got done when there was a queue; 0 before the first."""
     speed_at: float = 0.0
     """When that was."""
+    held: float = 0.0
+    """Requests that waited before the engines."""
+    held_growth: float = 0.0
+    """By how many more each second, lately."""
+    seen_at: float | None = None
+    """When the last decision was made."""
     rising: tuple[float, int] | None = None
     """Since when engines start, and how many there are to be then."""
     target: int = 0
@@ -123,7 +129,7 @@ def decide(goals: Goals, state: State, seen: Observation, now: float) -> tuple[D
         seen: what there is.
         now: seconds of a clock that does not go back.
     """
-    state = _follow_speed(_follow_starts(state, seen, now), seen, now)
+    state = _follow_held(_follow_speed(_follow_starts(state, seen, now), seen, now), seen, now)
     if seen.engines:
         needs, facts = _needs(goals, state, seen, now)
         wanted = math.ceil(max(needs.values()) - _ROUNDING)
@@ -161,6 +167,15 @@ def _follow_speed(state: State, seen: Observation, now: float) -> State:
     return replace(state, speed=sum(speeds) / len(speeds), speed_at=now)
 
 
+def _follow_held(state: State, seen: Observation, now: float) -> State:
+    """Learn how fast requests pile up before engines that are full: they get no more than they can
+    do, and so do not see how much there is."""
+    elapsed = 0.0 if state.seen_at is None else now - state.seen_at
+    fading = math.exp(-elapsed / LATELY_S)
+    growth = state.held_growth * fading + (seen.held - state.held) / LATELY_S
+    return replace(state, held=seen.held, held_growth=growth, seen_at=now)
+
+
 def _needs(
     goals: Goals, state: State, seen: Observation, now: float
 ) -> tuple[dict[str, float], str]:
@@ -171,8 +186,10 @@ def _needs(
     """
     engines, use = seen.engines, goals.target_use
     unknown = max(1.0, seen.ready / len(engines))  # those that are silent are taken to be alike
+    length = _mean_prompt(seen)
     arriving = unknown * sum(engine.arriving_tokens_s for engine in engines)
-    waiting = unknown * sum(engine.waiting_tokens for engine in engines) + _held_tokens(seen)
+    arriving += max(0.0, state.held_growth) * length
+    waiting = unknown * sum(engine.waiting_tokens for engine in engines) + seen.held * length
     busy = arriving > NO_TRAFFIC_TOKENS_S or waiting > 0 or any(e.running for e in engines)
     needs = {
         "any request": float(busy),
@@ -206,11 +223,11 @@ def _growth(state: State, seen: Observation, arriving: float, speed: float, now:
     return (arriving - speed * seen.ready) * sooner + (arriving - speed * to_come) * later
 
 
-def _held_tokens(seen: Observation) -> float:
-    """Prompt tokens of the requests that wait before the engines, if they are like the others."""
+def _mean_prompt(seen: Observation) -> float:
+    """Tokens of the prompts that came lately; those that wait before the engines are like them."""
     tokens = sum(engine.arriving_tokens_s for engine in seen.engines)
     requests = sum(engine.arriving_requests_s for engine in seen.engines)
-    return seen.held * (tokens / requests if requests > 0 else 1.0)
+    return tokens / requests if requests > 0 else 1.0
 
 
 def _ttft(state: State, seen: Observation, now: float) -> float:

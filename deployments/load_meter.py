@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from engine.outputs import EngineLoad
 
-LATELY_S = 5.0
+LATELY_S = 3.0
 """What arrived t seconds ago counts for exp(-t / `LATELY_S`) of a rate."""
 FIRST_TOKENS_S = 10.0
 """First tokens that came longer ago say nothing of now."""

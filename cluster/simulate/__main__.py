@@ -2,13 +2,15 @@
 
     python -m cluster.simulate run --engines 64 --requests 200000 --traces chats bursts --rates 5 20
     python -m cluster.simulate run --engines 10000 --requests 10000000 --policies prefix_load
+    python -m cluster.simulate scale
     python -m cluster.simulate check
     python -m cluster.simulate choices
     python -m cluster.simulate plot benchmarks/results/FILE
 
-`run` writes one JSON file, as `check` and `choices` do; `check` has a server with fake engines
-serve the load that it predicts; `choices` times the real table over more and more engines; `plot`
-draws what `run` wrote. docs/simulator.md says how to read them.
+`run` writes one JSON file, as the others do; `scale` compares rules for the number of engines;
+`check` has a server with fake engines serve the load that it predicts; `choices` times the real
+table over more and more engines; `plot` draws what `run` and `scale` wrote. docs/simulator.md says
+how to read them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.machine import describe_run
-from cluster.simulate import check, choices
+from cluster.simulate import check, choices, scaling
 from cluster.simulate.cell import CellSettings
 from cluster.simulate.engine import EngineShape
 from cluster.simulate.fleet import FleetSettings, simulate
@@ -52,6 +54,23 @@ def main(words: list[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> None:
     """Simulate every trace at every rate under every policy and write the file."""
     document, out = _begin(options, "simulate")
+    shape = _calibrate(options, document)
+    document["records"] = list(_runs(options, shape))
+    results.write(document, out)
+    print(f"{out}\n{table(document['records'])}")
+
+
+def scale(options: argparse.Namespace) -> None:
+    """Simulate rules for the number of engines and write the file."""
+    document, out = _begin(options, "simulate-autoscaling")
+    shape = _calibrate(options, document)
+    document["records"] = list(scaling.measure(options, shape))
+    results.write(document, out)
+    print(f"{out}\n{scaling.table(document['records'])}")
+
+
+def _calibrate(options: argparse.Namespace, document: dict[str, Any]) -> EngineShape:
+    """The engines that were measured; adds to the document what is known of them."""
     sweep, offline = results.read(options.sweep), results.read(options.offline)
     step_time = fit(sweep, offline, options.max_num_seqs)
     worst = max(map(abs, errors(step_time, sweep, options.max_num_seqs)))
@@ -60,13 +79,10 @@ def run(options: argparse.Namespace) -> None:
         "seconds": {name: getattr(step_time, name) for name in step_time.__slots__},
         "largest_error": round(worst, 4),
     }
-    shape = EngineShape(
+    document["seed"] = options.seed
+    return EngineShape(
         step_time, options.max_num_seqs, cache_tokens=options.cache_tokens, steps_ahead=1
     )
-    document["seed"] = options.seed
-    document["records"] = list(_runs(options, shape))
-    results.write(document, out)
-    print(f"{out}\n{table(document['records'])}")
 
 
 def _runs(options: argparse.Namespace, shape: EngineShape) -> Iterator[results.Record]:
@@ -121,9 +137,11 @@ def time_choices(options: argparse.Namespace) -> None:
 
 def plot(options: argparse.Namespace) -> None:
     """Draw a result file, as PNG and SVG."""
-    from cluster.simulate.plots import plot_policies
+    from cluster.simulate.plots import plot_policies, plot_rules
 
-    for file in plot_policies(results.read(options.file), options.images, options.file.stem):
+    document = results.read(options.file)
+    draw = plot_rules if "rule" in document["records"][0] else plot_policies
+    for file in draw(document, options.images, options.file.stem):
         print(file)
 
 
@@ -149,10 +167,14 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     timing = commands.add_parser("choices", help="time the choice of an engine")
     timing.set_defaults(action=time_choices)
     timing.add_argument("--engines", type=int, nargs="+", default=[4, 8, 16, 64, 256, 1024, 10_000])
-    for command in (running, checking, timing):
+    resizing = commands.add_parser("scale", help="simulate rules for the number of engines")
+    resizing.set_defaults(action=scale)
+    scaling.add_options(resizing)
+    _add_engine_options(resizing)
+    for command in (running, checking, timing, resizing):
         command.add_argument("--seed", type=int, default=0, help="of all that is drawn")
         command.add_argument("--out", type=Path, help="file, in benchmarks/results if unset")
-    plotting = commands.add_parser("plot", help="draw what `run` wrote")
+    plotting = commands.add_parser("plot", help="draw what `run` or `scale` wrote")
     plotting.set_defaults(action=plot)
     plotting.add_argument("file", type=Path)
     plotting.add_argument("--images", type=Path, default=_IMAGES, help="folder to draw into")

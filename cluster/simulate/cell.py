@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, cycle
 
+from cluster.autoscaling import Observation
 from cluster.simulate.chats import Chat, Request
 from cluster.simulate.engine import Engine, EngineShape, News
 from cluster.simulate.events import Events
 from cluster.simulate.ingress import Ingress, Wires
 from cluster.simulate.tally import Tally
+from deployments.load_meter import LoadMeter
 from deployments.placement import AFFINITY_MARGIN, POLICIES
-from engine.outputs import EngineLoad
 
 HEARTBEAT_S = 1.0
 """An engine tells its load at least this often, as `deployments.engine_actor` has it."""
 
-ChooseSize = Callable[[float, Sequence[EngineLoad]], int]
-"""Time and loads of the engines in service → how many there should be; at least 1."""
+ChooseSize = Callable[[Observation, float], int]
+"""What there is, and the time → how many engines there should be; at least 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
     """A rule for the number of engines, and what it takes to follow it."""
 
-    choose: ChooseSize
-    interval_s: float = 5.0
+    make: Callable[[], ChooseSize]
+    """Makes the rule of a cell, which may remember what it saw."""
+    least: int = 1
+    most: int = 8
+    interval_s: float = 1.0
     """Between two calls of the rule."""
     start_up_s: float = 30.0
     """Before an engine that is started takes requests; it costs from the beginning."""
@@ -77,6 +81,9 @@ class Cell:
             for _ in range(settings.num_ingresses)
         ]
         self._next_ingress = cycle(self.ingresses)
+        self.sizes: list[tuple[float, int]] = []
+        """When how many engines were in service."""
+        self._choose = settings.sizing and settings.sizing.make()
         self._in_service: list[Engine] = []
         self._num_starting = 0
         self._join([self._start() for _ in range(settings.num_engines)])
@@ -97,12 +104,15 @@ class Cell:
         name = f"e{len(self.engines)}"
         shape, itl = self._settings.shape, self.tally.itl
         engine = Engine(name, self.events, shape, itl, self._note_token, self._spread)
+        if self._choose is not None:
+            engine.meter = LoadMeter(shape.max_num_seqs)
         engine.tally.service_s = -self.events.now
         self.engines.append(engine)
         return engine
 
     def _join(self, engines: list[Engine]) -> None:
         self._in_service += engines
+        self.sizes.append((self.events.now, len(self._in_service)))
         for ingress in self.ingresses:
             ingress.set_engines(self._in_service)
 
@@ -160,8 +170,8 @@ class Cell:
 
     def _resize(self, sizing: Sizing) -> None:
         """Start engines, or take those of least work out of service, as the rule says."""
-        loads = [engine.load() for engine in self._in_service]
-        wanted = max(1, sizing.choose(self.events.now, loads))
+        assert self._choose is not None
+        wanted = max(1, self._choose(self._observe(sizing), self.events.now))
         missing = wanted - len(self._in_service) - self._num_starting
         if missing > 0:
             self._num_starting += missing
@@ -171,6 +181,17 @@ class Cell:
             self._retire(len(self._in_service) - wanted)
         if self._num_open:
             self.events.at(self.events.now + sizing.interval_s, self._resize, sizing)
+
+    def _observe(self, sizing: Sizing) -> Observation:
+        ready, now = len(self._in_service), self.events.now
+        return Observation(
+            target=ready + self._num_starting,
+            ready=ready,
+            engines=[engine.meter.read(now) for engine in self._in_service if engine.meter],
+            held=float(sum(ingress.num_held for ingress in self.ingresses)),
+            least=sizing.least,
+            most=sizing.most,
+        )
 
     def _finish_start(self, engines: list[Engine], _: None) -> None:
         self._num_starting -= len(engines)

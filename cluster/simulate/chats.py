@@ -69,6 +69,8 @@ class Request:
     num_output: int
     ingress: Ingress
     sent_at: float
+    submitted_at: float = 0.0
+    """When it reached its engine."""
     eligible: int = 0
     """First step of its engine that it may be in."""
     num_cached: int = 0

@@ -13,6 +13,7 @@ from cluster.simulate.chats import Request
 from cluster.simulate.events import Events
 from cluster.simulate.step_time import StepTime
 from cluster.simulate.tally import EngineTally, Histogram
+from deployments.load_meter import LoadMeter
 from engine.outputs import EngineLoad
 
 HEADROOM = 0.02
@@ -69,6 +70,8 @@ class Engine:
     ) -> None:
         self.name = name
         self.tally = EngineTally()
+        self.meter: LoadMeter | None = None
+        """Follows it, if somebody asks."""
         self.told_at = events.now
         """When it last told its load."""
         self._events = events
@@ -84,6 +87,7 @@ class Engine:
         self._ends: list[tuple[int, int, Request]] = []
         """A heap of those that decode: last step, number, request."""
         self._num_begun = 0
+        self._num_received = 0
         self._context = 0
         """Tokens that those that decode will have in the cache after the next step."""
         self._to_compute = 0
@@ -118,6 +122,8 @@ class Engine:
                 f"a request of {request.num_tokens} tokens cannot fit into a cache of "
                 f"{self._shape.cache_tokens}; raise --cache-tokens or lower --max-tokens"
             )
+        request.submitted_at = self._events.now
+        self._num_received += 1
         self._fresh.append(request)
         self._to_compute += request.num_prompt
         if self.is_idle:
@@ -140,6 +146,7 @@ class Engine:
             free_blocks=cache.num_free,
             total_blocks=cache.num_blocks,
             block_size=cache.block_size,
+            num_received=self._num_received,
             prefilled_tokens=self._prefilled,
         )
 
@@ -147,7 +154,10 @@ class Engine:
         """Send the load, and what is new."""
         self.told_at = self._events.now
         taken, self._fresh = self._fresh, []
-        self._on_news(News(self, self.load(), taken, ended or []))
+        load = self.load()
+        if self.meter is not None:
+            self.meter.follow(load, self._events.now)
+        self._on_news(News(self, load, taken, ended or []))
 
     def _steps_done(self) -> int:
         """Steps of the stretch that have ended."""
@@ -266,6 +276,9 @@ class Engine:
                 continue
             self._prefilling.popleft()
             self._on_token(request)
+            if self.meter is not None:
+                now = self._events.now
+                self.meter.note_first_token(now - request.submitted_at, now)
             if request.num_output == 1:
                 ended.append(self._finish(request))
                 continue

@@ -51,6 +51,11 @@ class Ingress:
         """Requests for which no engine had room."""
         self._is_looking = False
 
+    @property
+    def num_held(self) -> int:
+        """Requests for which no engine has room."""
+        return len(self._line)
+
     def set_engines(self, engines: Iterable[Engine]) -> None:
         """Take over which engines are in service; new ones tell their load at once, as the first
         message of a trunk does."""

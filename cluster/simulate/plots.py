@@ -35,6 +35,48 @@ def plot_policies(document: dict[str, Any], folder: Path, stem: str) -> list[Pat
         return save(figure, folder, stem)
 
 
+def plot_rules(document: dict[str, Any], folder: Path, stem: str) -> list[Path]:
+    """Draw, for each trace, engines by time, and late requests by cost, one colour a rule.
+
+    Args:
+        document: what `cluster.simulate scale` wrote.
+        folder: where to put the files.
+        stem: their name.
+
+    Returns:
+        The files.
+    """
+    records = document["records"]
+    traces = list(dict.fromkeys(record["trace"] for record in records))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(15, 4 * len(traces)), layout="constrained")
+        rows = figure.subplots(len(traces), 2, squeeze=False, width_ratios=[2, 1])
+        for trace, (sizes, costs) in zip(traces, rows, strict=True):
+            for index, record in enumerate(r for r in records if r["trace"] == trace):
+                _draw_rule(record, f"C{index}", sizes, costs)
+            sizes.set_title(trace, loc="left")
+            _label(sizes, "minutes", "engines in service")
+            _label(costs, "engine hours", "late requests (%)")
+        return save(figure, folder, stem)
+
+
+def _draw_rule(record: dict[str, Any], colour: str, sizes: Axes, costs: Axes) -> None:
+    end = (record["simulated_s"], record["sizes"][-1][1])
+    times, counts = zip(*record["sizes"], end, strict=True)
+    minutes = [when / 60 for when in times]
+    sizes.step(minutes, counts, where="post", color=colour, label=record["rule"])
+    costs.plot(
+        record["engine_hours"], record["late"] * 100, "o", color=colour, label=record["rule"]
+    )
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=9)
+
+
 def _draw_trace(records: Sequence[dict[str, Any]], row: Sequence[Axes]) -> None:
     times, costs, hits = row
     for index, policy in enumerate(dict.fromkeys(record["policy"] for record in records)):

@@ -54,6 +54,12 @@ class Histogram:
                 return min(math.exp((bucket + 0.5) / BUCKETS_PER_E), self.max)
         return 0.0
 
+    def share_within(self, seconds: float) -> float:
+        """Share of the times that are no longer than this, give or take a bucket; 1 of none."""
+        last = math.floor(math.log(max(seconds, _SMALLEST_S)) * BUCKETS_PER_E)
+        within = sum(times for bucket, times in self._counts.items() if bucket <= last)
+        return within / self.count if self.count else 1.0
+
     def spread(self) -> dict[str, float]:
         """Mean, quantiles and maximum, in milliseconds."""
         quantiles = {f"p{percent}": self.quantile(percent / 100) for percent in _QUANTILES}

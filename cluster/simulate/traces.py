@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,7 +61,7 @@ class Bursts:
 
 @dataclass(frozen=True)
 class Day:
-    """Poisson with a rate that follows a sine; by thinning (Lewis and Shedler, 1979)."""
+    """Poisson with a rate that follows a sine."""
 
     length_s: float = 600.0
     """Of a day, which is short so that a run has several."""
@@ -70,12 +70,34 @@ class Day:
 
     def times(self, rate: float, shared: random.Random, own: random.Random) -> Iterator[float]:
         """See `Arrivals.times`."""
-        now, most = 0.0, 1 + self.swing
-        while True:
-            now += own.expovariate(rate * most)
-            level = 1 - self.swing * math.cos(2 * math.pi * now / self.length_s)
-            if own.random() * most < level:
-                yield now
+        return _thinned(rate, self.level, 1 + self.swing, own)
+
+    def level(self, now: float) -> float:
+        """Rate at a time, over its mean."""
+        return 1 - self.swing * math.cos(2 * math.pi * now / self.length_s)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Poisson with a rate that jumps up, and down again, over and over."""
+
+    low_s: float = 300.0
+    high_s: float = 300.0
+    times_low: float = 8.0
+    """The high rate over the low one."""
+
+    def times(self, rate: float, shared: random.Random, own: random.Random) -> Iterator[float]:
+        """See `Arrivals.times`."""
+        return _thinned(rate, self.level, self.times_low * self._low, own)
+
+    def level(self, now: float) -> float:
+        """Rate at a time, over its mean."""
+        is_low = now % (self.low_s + self.high_s) < self.low_s
+        return self._low if is_low else self.times_low * self._low
+
+    @property
+    def _low(self) -> float:
+        return (self.low_s + self.high_s) / (self.low_s + self.times_low * self.high_s)
 
 
 @dataclass(frozen=True)
@@ -160,6 +182,17 @@ TRACES = {
 }
 """Name → traffic. Prompts and answers are of the order of public chat traces; nothing here was
 fitted to one."""
+
+
+def _thinned(
+    rate: float, level: Callable[[float], float], most: float, own: random.Random
+) -> Iterator[float]:
+    """Poisson with a rate of `rate * level(now)`, by thinning (Lewis and Shedler, 1979)."""
+    now = 0.0
+    while True:
+        now += own.expovariate(rate * most)
+        if own.random() * most < level(now):
+            yield now
 
 
 def _poisson(rng: random.Random, mean: float) -> int:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.autoscaling import Observation
 from cluster.simulate.cell import Cell, CellSettings, Sizing
 from cluster.simulate.chats import Chat, Turn
 from cluster.simulate.engine import EngineShape
@@ -142,12 +143,13 @@ def test_load_in_step_with_the_hour_takes_fewer_engines():
     steady = settings("day", num_engines=4, requests=3000, rate=10.0)
     sizes: list[tuple[float, int]] = []
 
-    def follow(now: float, loads) -> int:
-        wanted = 1 + sum(load.num_running + load.num_waiting for load in loads) // 4
-        sizes.append((now, min(wanted, 4)))
+    def follow(seen: Observation, now: float) -> int:
+        wanted = 1 + sum(engine.running + engine.waiting for engine in seen.engines) // 4
+        sizes.append((now, min(int(wanted), 4)))
         return sizes[-1][1]
 
-    sized = replace(steady.cell, num_engines=1, sizing=Sizing(follow, 2.0, 3.0))
+    sizing = Sizing(lambda: follow, interval_s=2.0, start_up_s=3.0)
+    sized = replace(steady.cell, num_engines=1, sizing=sizing)
     cell = Cell(sized, steady.trace.chats(0, 3000, 10.0, 0, 32768), 0)
     tally = cell.run()
     assert tally.e2e.count == 3000
