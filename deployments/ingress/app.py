@@ -35,6 +35,7 @@ from deployments.ingress.metrics_page import handle_metrics
 from deployments.ingress.openapi import handle_openapi
 from deployments.ingress.options import IngressOptions
 from deployments.ingress.plugged import PluggedProtocol
+from deployments.ingress.request_counts import AnswerCounts
 from deployments.ingress.responses import handle_responses
 from deployments.ingress.served import ServedModels
 from deployments.ingress.simple import (
@@ -95,7 +96,7 @@ def build_asgi_app(
     Raises:
         ConfigError: there is something wrong with the API keys.
     """
-    journal = journal or Journal()
+    journal = journal or Journal(answers=models.answers)
     bodies = Bodies(options.max_body_bytes, options.max_held_body_bytes, options.body_timeout_s)
     routes = []
     for method, path, handler in ROUTES:
@@ -107,7 +108,7 @@ def build_asgi_app(
         routes.append(Route(path, Endpoint(protocol, bodies, journal), methods=["POST"]))
     app = Starlette(
         routes=routes,
-        middleware=_middleware(options, draining or Draining(), host),
+        middleware=_middleware(options, draining or Draining(), host, models.answers),
         exception_handlers={HTTPException: handle_http_exception},
     )
     app.router.redirect_slashes = False  # or hosts that clients name would come back to them
@@ -144,7 +145,9 @@ def _plugged(
     return {path: PluggedProtocol(models, those) for path, those in by_path.items()}
 
 
-def _middleware(options: IngressOptions, draining: Draining, host: str | None) -> list[Middleware]:
+def _middleware(
+    options: IngressOptions, draining: Draining, host: str | None, answers: AnswerCounts
+) -> list[Middleware]:
     """What a request passes first. Nothing here touches the messages of a stream, but what a
     browser gets, whose pages are named in the options."""
     key_limits = KeyLimits(
@@ -153,7 +156,10 @@ def _middleware(options: IngressOptions, draining: Draining, host: str | None) -
     keys = options.key_source()
     # Elsewhere than on the loopback an open server is called by names that only its users know.
     hosts = options.allowed_hosts if keys is None and is_loopback(host or "") else None
-    gates = [Middleware(DrainGate, draining), Middleware(Gate, keys, key_limits, hosts)]
+    gates = [
+        Middleware(DrainGate, draining, answers),
+        Middleware(Gate, keys, key_limits, hosts, answers),
+    ]
     if not options.cors_allow_origins:
         return gates
     cors = Middleware(

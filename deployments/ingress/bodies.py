@@ -58,7 +58,7 @@ class Bodies:
                 if size > self._max_bytes:
                     raise _too_large(self._max_bytes)
                 if self.held > self._max_bytes_together:
-                    raise overloaded(1)
+                    raise overloaded(1, "bodies")
                 more = message.get("more_body", False)
             body = HeldBody(self, b"".join(chunks))
         finally:

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.ingress.errors import ApiError
 from deployments.ingress.gate import path_in_app
+from deployments.ingress.request_counts import AnswerCounts
 
 RETRY_AFTER_S = 1
 LIVENESS_PATHS = frozenset(("/health", "/ping"))
@@ -31,18 +32,22 @@ class DrainGate:
     Args:
         app: what is behind it.
         draining: where it counts, and which says whether.
+        answers: where refusals are counted.
     """
 
-    def __init__(self, app: ASGIApp, draining: Draining) -> None:
+    def __init__(self, app: ASGIApp, draining: Draining, answers: AnswerCounts) -> None:
         self._app = app
         self._draining = draining
+        self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
         if scope["type"] != "http" or path_in_app(scope) in LIVENESS_PATHS:
             await self._app(scope, receive, send)
         elif self._draining.ending:
-            await _refusal().response()(scope, receive, send)
+            refusal = _refusal()
+            self._answers.refuse(refusal)
+            await refusal.response()(scope, receive, send)
         else:
             self._draining.num_running += 1
             try:

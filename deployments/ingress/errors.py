@@ -29,6 +29,7 @@ class ApiError(Exception):
         code: OpenAI's `code`.
         param: the offending field.
         retry_after_s: seconds after which another try makes sense.
+        reason: what metrics count it under; by default `code`, or `kind` where there is none.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: int | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -48,6 +50,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.reason = reason or code or kind
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
@@ -92,21 +95,27 @@ def model_not_found(name: str, served: list[str]) -> ApiError:
     )
 
 
-def unavailable(message: str, retry_after_s: int) -> ApiError:
+def unavailable(message: str, retry_after_s: int, reason: str = "no_engine") -> ApiError:
     """The answer when no engine can take a request now."""
     return ApiError(
-        503, message, "service_unavailable", code="engine_unavailable", retry_after_s=retry_after_s
+        503,
+        message,
+        "service_unavailable",
+        code="engine_unavailable",
+        retry_after_s=retry_after_s,
+        reason=reason,
     )
 
 
-def overloaded(retry_after_s: int) -> ApiError:
-    """The answer when this server has as many requests as it takes."""
+def overloaded(retry_after_s: int, reason: str = "too_many_requests") -> ApiError:
+    """The answer when this server has as many requests as it takes, or as much of what they need."""
     return ApiError(
         429,
         "The server has as many requests as it takes; try again later.",
         "rate_limit_error",
         code="server_overloaded",
         retry_after_s=retry_after_s,
+        reason=reason,
     )
 
 
@@ -124,10 +133,12 @@ def to_api_error(error: BaseException, retry_after_s: int = 1) -> ApiError:
         case InvalidRequest():
             answer = invalid(error)
         case EngineDead():
-            answer = unavailable("The engine of the request was lost; try again.", retry_after_s)
+            told = "The engine of the request was lost; try again."
+            answer = unavailable(told, retry_after_s, "engine_lost")
             answer.code = "engine_lost"  # unlike a request that was never admitted
         case BackPressureError():
-            answer = unavailable("All engines are busy; try again later.", retry_after_s)
+            told = "All engines are busy; try again later."
+            answer = unavailable(told, retry_after_s, "queue_full")
         case ray.exceptions.RayActorError() | RayServeException():
             answer = unavailable("No engine could take the request; try again.", retry_after_s)
         case HTTPException():

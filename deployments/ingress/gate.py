@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.api_keys import ApiKey, KeySource
 from deployments.ingress.errors import ApiError
+from deployments.ingress.request_counts import AnswerCounts
 from engine.errors import InvalidRequest
 
 OPEN_PATHS = frozenset(("/health", "/ready", "/ping"))
@@ -154,6 +155,7 @@ class Gate:
         limits: of each key.
         hosts: names by which requests may call the server, besides those of the loopback; None lets
             them use any.
+        answers: where refusals are counted.
     """
 
     def __init__(
@@ -161,9 +163,11 @@ class Gate:
         app: ASGIApp,
         source: KeySource | None,
         limits: KeyLimits,
-        hosts: Collection[str] | None = None,
+        hosts: Collection[str] | None,
+        answers: AnswerCounts,
     ) -> None:
         self._app = app
+        self._answers = answers
         self._source = source
         self._limits = limits
         self._hosts = hosts
@@ -177,6 +181,7 @@ class Gate:
         try:
             use = self._admit(scope)
         except ApiError as error:
+            self._answers.refuse(error)
             response = error.response()
             if _may_be_long(scope):  # or the HTTP server would take in all of it
                 response.headers["Connection"] = "close"

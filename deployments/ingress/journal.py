@@ -1,4 +1,4 @@
-"""Tells of each request at its end: a line in the log, and a trace."""
+"""Tells of each request at its end: a line in the log, a trace, and a count."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import Scope
 
-from deployments.ingress.gate import path_in_app
+from deployments.ingress.gate import OPEN_PATHS, path_in_app
+from deployments.ingress.request_counts import AnswerCounts
 from deployments.ingress.request_ids import request_id
 from deployments.ingress.request_record import RECORD, RequestRecord, Stage
 from deployments.observability.logs import REQUEST_ID
@@ -33,11 +34,18 @@ class Journal:
         log_requests: whether all requests to models get a line; those that fail by the server's
             fault do in any case.
         traces: what makes traces; None makes none.
+        answers: where requests are counted.
     """
 
-    def __init__(self, log_requests: bool = False, traces: Traces | None = None) -> None:
+    def __init__(
+        self,
+        log_requests: bool = False,
+        traces: Traces | None = None,
+        answers: AnswerCounts | None = None,
+    ) -> None:
         self._log_requests = log_requests
         self._traces = traces
+        self._answers = answers or AnswerCounts()
 
     def open(self, scope: Scope) -> RequestRecord:
         """The record of a request whose headers have come."""
@@ -61,6 +69,8 @@ class Journal:
 
     def tell(self, record: RequestRecord) -> None:
         """Tell of a request that has ended."""
+        if record.path not in OPEN_PATHS:
+            self._answers.add(record)
         about_model = record.model is not None
         writes = record.failed or (self._log_requests and (about_model or record.failure))
         traced = self._traces is not None and about_model

@@ -37,7 +37,7 @@ class LogprobBudget:
                 "logprobs",
             )
         if count and self.held + count > self.limit:
-            raise overloaded(retry_after_s)
+            raise overloaded(retry_after_s, "logprobs")
         self.held += count
         try:
             yield

@@ -29,6 +29,7 @@ async def handle_metrics(models: ServedModels, request: Request, data: bytes) ->
 def ingress_samples(models: ServedModels) -> Iterator[Sample]:
     """What this process has counted."""
     labels = _name_of(models)
+    yield from models.answers.samples(labels)
     for model in models.by_name.values():
         yield from _model_samples(model, {"model_name": model.name, **labels})
 

@@ -4,13 +4,56 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from deployments.ingress.request_record import RequestRecord
 from deployments.samples import TOKEN_SECONDS, TOKENS, Histogram, Labels, Sample
 from engine.job import Job
 
+if TYPE_CHECKING:
+    from deployments.ingress.errors import ApiError
+
 FINISH_REASONS = ("stop", "length", "abort", "error")
+
+EXPECTED_ANSWERS = (
+    (200, ""),
+    (429, "backlog"),
+    (429, "rate_limit_exceeded"),
+    (429, "too_many_requests"),
+    (500, "server_error"),
+    (503, "engine_failed"),
+    (503, "engine_lost"),
+    (503, "no_engine"),
+    (503, "queue_full"),
+)
+"""Told from the start, so that the first of them is seen as an increase."""
+
+
+class AnswerCounts:
+    """Of all answers to requests that want something of a model, and of all that are errors."""
+
+    def __init__(self) -> None:
+        self.counts = Counter(dict.fromkeys(EXPECTED_ANSWERS, 0))
+        """By status and reason, which is empty where nothing went wrong."""
+
+    def add(self, record: RequestRecord) -> None:
+        """Count a request that has ended; one that fails in its stream as if it had begun so."""
+        if record.failure is not None:
+            self.refuse(record.failure)
+        elif record.model is not None:
+            self.counts[record.status, "" if record.status < 400 else "client_left"] += 1
+
+    def refuse(self, error: ApiError) -> None:
+        """Count an answer that is an error."""
+        self.counts[error.status, error.reason] += 1
+
+    def samples(self, labels: Labels) -> Iterator[Sample]:
+        """All of it."""
+        for (status, reason), count in self.counts.items():
+            answer = {"status": str(status), "reason": reason, **labels}
+            yield Sample("http_requests_total", count, answer)
 
 
 class TokenGaps:
@@ -38,6 +81,8 @@ class RequestCounts:
     """Of one model."""
 
     def __init__(self) -> None:
+        self.num_failovers = 0
+        """Times that a completion had to go on elsewhere."""
         self.ended = Counter(dict.fromkeys(FINISH_REASONS, 0))
         """Completions that have ended, by finish reason."""
         self.prompt_tokens = Histogram(TOKENS)
@@ -60,13 +105,13 @@ class RequestCounts:
         """Seconds between messages with tokens, of requests for one completion."""
 
     @contextmanager
-    def follow(self, jobs: Sequence[Job]) -> Iterator[TokenGaps | None]:
-        """Count jobs when they have ended, in whatever way.
+    def follow(self, record: RequestRecord) -> Iterator[TokenGaps | None]:
+        """Count a request's jobs when they have ended, in whatever way.
 
         Yields:
             What is to be told of tokens, where messages bring those of one completion.
         """
-        unfinished = "abort"
+        unfinished, jobs = "abort", record.jobs
         alone = len(jobs) == len(jobs[0].requests) == 1
         try:
             yield TokenGaps(self.gap_s) if alone else None
@@ -74,10 +119,12 @@ class RequestCounts:
             unfinished = "error"
             raise
         finally:
+            if record.journey is not None:
+                self.num_failovers += len(record.journey.moved_at)
             for job in jobs:
-                self._count(job, unfinished)
+                self._count(job, record.read_at, unfinished)
 
-    def _count(self, job: Job, unfinished: str) -> None:
+    def _count(self, job: Job, arrived_at: float, unfinished: str) -> None:
         self.prompt_tokens.add(len(job.prompt_token_ids))
         for processor in job.processors.values():
             self.generated_tokens.add(len(processor.token_ids))
@@ -85,12 +132,12 @@ class RequestCounts:
         times = job.metrics
         first, finished = times.first_token_time, times.finished_time
         if finished is not None:
-            self.latency_s.add(finished - times.arrival_time)
+            self.latency_s.add(finished - arrived_at)
         if first is None:  # an embedding has no tokens
             return
-        self.first_token_s.add(first - times.arrival_time)
+        self.first_token_s.add(first - arrived_at)
         self.prefill_s.add(times.prefill_s)
-        self.queue_s.add(max(0.0, first - times.arrival_time - times.prefill_s))
+        self.queue_s.add(max(0.0, first - arrived_at - times.prefill_s))
         if finished is not None:
             self.decode_s.add(finished - first)
             longest = max(len(processor.token_ids) for processor in job.processors.values())
@@ -99,6 +146,7 @@ class RequestCounts:
 
     def samples(self, labels: Labels) -> Iterator[Sample]:
         """All of it."""
+        yield Sample("num_failovers_total", self.num_failovers, labels)
         for reason, count in self.ended.items():
             ended = {**labels, "finished_reason": reason}
             yield Sample("request_success_total", count, ended)

@@ -17,7 +17,7 @@ from deployments.ingress.claims import current_claims
 from deployments.ingress.errors import model_not_found, overloaded, unavailable
 from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.ingress.message_style import MessageStyle
-from deployments.ingress.request_counts import RequestCounts
+from deployments.ingress.request_counts import AnswerCounts, RequestCounts
 from deployments.ingress.request_record import current_record
 from deployments.ingress.response_cache import ResponseCache
 from deployments.load_table import EngineView
@@ -121,7 +121,7 @@ class ServedModel:
         if self.backlog_limits.are_set:
             backlog = self.client.table.backlog(self.client.deployment)
             if (later := self.backlog_limits.retry_after_s(backlog)) is not None:
-                raise overloaded(max(later, self.retry_after_s))
+                raise overloaded(max(later, self.retry_after_s), "backlog")
 
     def check_length(self, text: str, param: str) -> None:
         """Refuse a text that is too long before the work of tokenizing it.
@@ -192,9 +192,10 @@ class ServedModel:
         recall = self.cache.recall(jobs, claims.key.owner)
         claims.is_cache_hit = recall.is_hit
         requests = [request for job in recall.missing for request in job.requests.values()]
-        journey = current_record().send(jobs)
+        record = current_record()
+        journey = record.send(jobs)
         with (
-            self.counts.follow(jobs) as gaps,
+            self.counts.follow(record) as gaps,
             self.client.start(requests, journey) as generation,
         ):
             async for deltas in recall.around(generation):
@@ -215,7 +216,7 @@ class ServedModel:
         message = delta.error or "The engine failed."
         if delta.refused:
             return InvalidRequest(message, delta.param)
-        return unavailable(message, self.retry_after_s)
+        return unavailable(message, self.retry_after_s, "engine_failed")
 
     async def finish(self, jobs: Sequence[Job]) -> None:
         """Run jobs to their end; the results are in the jobs."""
@@ -231,6 +232,8 @@ class ServedModels:
     by_name: dict[str, ServedModel] = field(default_factory=dict)
     lag: LoopLag | None = None
     """Of the event loop that serves them."""
+    answers: AnswerCounts = field(default_factory=AnswerCounts)
+    """Of all requests, those included that come to no model."""
 
     def find(self, name: str | None) -> ServedModel:
         """The model of this name; None will do when there is only one.

@@ -10,6 +10,7 @@ import pytest
 from deployments.ingress.app import build_asgi_app
 from deployments.ingress.draining import DrainGate, Draining
 from deployments.ingress.options import IngressOptions
+from deployments.ingress.request_counts import AnswerCounts
 from deployments.ingress.served import ServedModels
 
 
@@ -23,7 +24,7 @@ async def test_newcomers_are_refused_and_others_finish():
         await send({"type": "http.response.body", "body": b"done"})
 
     draining = Draining()
-    transport = httpx.ASGITransport(DrainGate(app, draining))
+    transport = httpx.ASGITransport(DrainGate(app, draining, AnswerCounts()))
     async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
         slow = asyncio.create_task(client.get("/slow"))
         while not draining.num_running:

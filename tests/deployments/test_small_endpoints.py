@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.ingress.message_style import MessageStyle
+from deployments.ingress.options import IngressOptions
 from deployments.samples import Histogram
 from engine.tokenizer import Tokenizer
 from tests.deployments.fake_core import expected_tokens
@@ -187,7 +189,7 @@ async def test_metrics_tell_where_time_goes():
     found = {k.removesuffix(" model_name=m"): v for k, v in samples(text).items()}
     sums = {
         name: found[f"trunkline_{name}_seconds_sum"]
-        for name in ("time_to_first_token", "e2e_request_latency")
+        for name in ("time_to_first_token", "e2e_request_latency", "inter_token_latency")
     }
     queue, prefill, decode = (
         found[f"trunkline_request_{stage}_time_seconds_sum"]
@@ -195,7 +197,10 @@ async def test_metrics_tell_where_time_goes():
     )
     assert queue + prefill == pytest.approx(sums["time_to_first_token"])
     assert queue + prefill + decode == pytest.approx(sums["e2e_request_latency"])
+    assert decode == pytest.approx(sums["inter_token_latency"], abs=0.02)
     assert found["trunkline_request_time_per_output_token_seconds_sum"] == pytest.approx(decode / 4)
+    # Steps may come in one message.
+    assert 1 <= found["trunkline_inter_token_latency_seconds_count"] <= 4
 
 
 async def test_tokens_of_several_completions_are_no_gaps(plane):
@@ -208,8 +213,37 @@ async def test_metrics_tell_how_requests_end():
     async with open_plane(step_s=0.001, die_at_token=5) as plane:
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 50}
         assert (await plane.http.post("/v1/completions", json=body)).status_code == 503
-        assert plane.model.counts.ended == {"stop": 0, "length": 0, "abort": 0, "error": 1}
-        assert plane.model.counts.latency_s.total == 0
+        counts = plane.model.counts
+        assert counts.ended == {"stop": 0, "length": 0, "abort": 0, "error": 1}
+        assert counts.latency_s.total == 0
+        assert counts.num_failovers == 1  # its only engine has died; it waited for another
+
+
+async def test_answers_are_counted_by_status_and_reason():
+    async with open_plane(options=IngressOptions(max_body_bytes=2000)) as plane:
+        plane.model.max_concurrent_requests = 1
+        body = {"model": "m", "prompt": PROMPT, "max_tokens": 3}
+        await post(plane, "/v1/completions", **body)
+        holder = asyncio.create_task(post(plane, "/v1/completions", **body | {"max_tokens": 200}))
+        await plane.until(lambda: plane.client.num_running == 1)
+        wrong = [body, body | {"model": "none"}, body | {"max_tokens": -1}, {"prompt": "a" * 2000}]
+        for each in wrong:
+            await plane.http.post("/v1/completions", json=each)
+        holder.cancel()
+        await plane.until(lambda: plane.client.num_running == 0)
+        for path in ("/ready", "/health", "/v1/models"):
+            await plane.http.get(path)
+        text = (await plane.http.get("/metrics")).text
+    name = "trunkline_http_requests_total reason="
+    found = {k.removeprefix(name): v for k, v in samples(text).items() if k.startswith(name) and v}
+    assert found == {
+        " status=200": 1,
+        "too_many_requests status=429": 1,
+        "model_not_found status=404": 1,
+        "invalid_request_error status=400": 1,
+        "body_too_large status=413": 1,
+        "client_left status=499": 1,
+    }
 
 
 def test_a_histogram_counts_up_to_its_bounds():
