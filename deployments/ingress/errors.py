@@ -108,7 +108,7 @@ def unavailable(message: str, retry_after_s: int, reason: str = "no_engine") -> 
 
 
 def overloaded(retry_after_s: int, reason: str = "too_many_requests") -> ApiError:
-    """The answer when this server has as many requests as it takes, or as much of what they need."""
+    """The answer when this server holds as many requests as it takes, or as much for them."""
     return ApiError(
         429,
         "The server has as many requests as it takes; try again later.",
