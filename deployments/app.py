@@ -21,6 +21,7 @@ from deployments.ingress.app import check_plugin_paths
 from deployments.ingress.deployment import IngressASGI
 from deployments.ingress.options import IngressOptions
 from deployments.names import INGRESS
+from deployments.observability.options import LoggingOptions
 from deployments.ranks import start_ranked_engine
 from deployments.routing import EngineRouter
 from deployments.watchdog import WatchOptions
@@ -70,12 +71,15 @@ def compose(args: AppArgs, start_core: StartCore) -> serve.Application:
     args = args.check()
     check_plugin_paths(args.plugin_classes().values())
     engines = {
-        name: _engine_app(name, options, start_core) for name, options in args.models.items()
+        name: _engine_app(name, options, args.logging, start_core)
+        for name, options in args.models.items()
     }
     return _ingress_deployment(args.ingress).bind(args, engines)
 
 
-def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.Application:
+def _engine_app(
+    name: str, model: ModelOptions, logging: LoggingOptions, start_core: StartCore
+) -> serve.Application:
     options, engine = model.deployment, model.engine
     ranks = engine.tensor_parallel_size
     resources = engine_resources(engine, options, has_gpus())
@@ -108,7 +112,7 @@ def _engine_app(name: str, model: ModelOptions, start_core: StartCore) -> serve.
         "resources": {k: v for k, v in share.items() if k not in ("CPU", "GPU")},
     }
     watch = WatchOptions(options.stall_limit_s, options.crash_dump_dir)
-    return deployment.bind(name, engine, actor_options, start_core, watch)
+    return deployment.bind(name, engine, actor_options, start_core, watch, logging)
 
 
 def _ingress_deployment(options: IngressOptions) -> serve.Deployment:

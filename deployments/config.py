@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from deployments.arguments import into_engine, with_models
 from deployments.ingress.options import IngressOptions
+from deployments.observability.options import LoggingOptions, TracingOptions
 from deployments.options import Options
 from deployments.placement import AFFINITY_MARGIN
 from deployments.plugins.loading import PluginClass, load_classes
@@ -211,6 +212,10 @@ class AppArgs(Options):
     """Name that clients use → model."""
     ingress: IngressOptions = IngressOptions()
     """The HTTP side."""
+    logging: LoggingOptions = LoggingOptions()
+    """What all processes log, and where to."""
+    tracing: TracingOptions = TracingOptions()
+    """OpenTelemetry traces of requests."""
 
     @model_validator(mode="before")
     @classmethod
@@ -242,6 +247,8 @@ class AppArgs(Options):
         for options in self.models.values():
             options.check()
         self.plugin_classes()
+        self.logging.check()
+        self.tracing.check()
         return self.model_copy(update={"ingress": self.ingress.check()})
 
     def plugin_classes(self) -> dict[str, PluginClass]:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from deployments.engine_guard import EngineGuard
 from deployments.load_meter import LoadMeter
 from deployments.metrics import lag_gauge
+from deployments.observability.logs import ProcessLog, configure_logging
+from deployments.request_ends import RequestEnds
 from deployments.subscriber import Subscriber
 from deployments.watchdog import LoopLag, WatchOptions
 from deployments.wire import (
@@ -74,6 +76,12 @@ class EngineActor:
 
     When the loop dies or a step hangs, it says so on the trunks and to its replica, leaves a crash
     dump, and ends its process.
+
+    Args:
+        config: of the engine.
+        start_core: makes its core.
+        options: of the watchdogs.
+        log: how this process logs; None leaves that as it is.
     """
 
     def __init__(
@@ -81,9 +89,12 @@ class EngineActor:
         config: EngineConfig,
         start_core: StartCore,
         options: WatchOptions = WatchOptions(),  # noqa: B008  # it is frozen
+        log: ProcessLog | None = None,
     ) -> None:
-        # Ray's workers have no handler; this reaches the terminal of whoever started the server.
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        if log is not None:
+            configure_logging(log)
+        self._model_name = log.place.model if log else None
+        self._ends = RequestEnds(log.options.requests if log else False)
         self._config = config
         self._start_core = start_core
         self._options = options
@@ -101,6 +112,10 @@ class EngineActor:
         self._readers = 0
         self._draining = False
         self._lag = LoopLag("an engine actor", lag_gauge("engine_actor"), logger)
+
+    def __repr__(self) -> str:
+        """As Ray's dashboard shows it."""
+        return f"EngineActor({self._model_name or self._config.model})"
 
     async def start(self) -> dict[str, Any]:
         """Load the model and start the loop; returns the fields of EngineInfo, and the `pid`.
@@ -143,6 +158,7 @@ class EngineActor:
             self._num_submitted += 1
             subscriber.submitted.append((self._num_submitted, item.request.request_id))
             self._owners[item.request.request_id] = item.subscriber_id
+            self._ends.begin(item)
             self._spread(item)
         self._loop.submit([item.request for item in submissions])
 
@@ -284,20 +300,22 @@ class EngineActor:
             request_id = delta.request_id
             if delta.prefill_s:
                 self._meter.note_first_token(delta.queued_s + delta.prefill_s, self._load_since)
+                self._ends.note_first(delta)
             if request_id not in self._owners:
                 continue
             so_far = self._num_tokens.get(request_id, 0)
             self._num_tokens[request_id] = so_far + len(delta.token_ids)
             if delta.finish_reason is not None:
-                self._forget(request_id, delta.finish_reason)
+                self._forget(request_id, delta.finish_reason, delta.refused)
         if self._report.ended:
             self._report_ready.set()
 
-    def _forget(self, request_id: str, reason: str) -> None:
+    def _forget(self, request_id: str, reason: str, refused: bool = False) -> None:
         owner = self._owners.pop(request_id)
         self._subscribers[owner].request_ids.discard(request_id)
-        num_tokens = self._num_tokens.pop(request_id, 0)
-        self._report.ended.append(EndNotice(request_id, reason, num_tokens))
+        notice = EndNotice(request_id, reason, self._num_tokens.pop(request_id, 0))
+        self._report.ended.append(notice)
+        self._ends.tell(notice, refused)
 
     def _on_end(self, reason: str) -> None:
         """Tell on all trunks, and to the replica, that the engine ends."""

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,6 +19,8 @@ from deployments.engine_actor import EngineActor, StartCore
 from deployments.load_meter import EngineUse
 from deployments.metrics import EngineMetrics, harmless
 from deployments.names import engine_actor_name
+from deployments.observability.logs import Place, ProcessLog, configure_logging
+from deployments.observability.options import LoggingOptions
 from deployments.placement import Booking
 from deployments.watchdog import Silence, WatchOptions
 from deployments.wire import (
@@ -55,10 +58,14 @@ class EngineReplica:
         actor_options: dict[str, Any],
         start_core: StartCore,
         options: WatchOptions = WatchOptions(),  # noqa: B008  # it is frozen
+        logging_options: LoggingOptions = LoggingOptions(),  # noqa: B008  # likewise
     ) -> None:
         self._config = config
         self._options = options
         replica_id = serve.get_replica_context().replica_id.unique_id
+        place = Place("engine_replica", model_name, replica_id)
+        configure_logging(ProcessLog(logging_options, place))
+        log = ProcessLog(logging_options, replace(place, component="engine"))
         self._actor = (
             ray.remote(EngineActor)
             .options(
@@ -69,7 +76,7 @@ class EngineReplica:
                 enable_task_events=False,
                 **actor_options,
             )
-            .remote(config, start_core, options)
+            .remote(config, start_core, options, log)
         )
         self._ends: dict[str, asyncio.Future[str]] = {}
         self._outbox: list[Submission] = []

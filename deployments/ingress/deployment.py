@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.context import _get_global_client
@@ -19,6 +19,7 @@ from deployments.failover import FailoverLimits
 from deployments.flags import missing_flags
 from deployments.ingress.app import build_asgi_app
 from deployments.ingress.draining import Draining
+from deployments.ingress.journal import Journal
 from deployments.ingress.logprob_budget import LogprobBudget
 from deployments.ingress.message_style import MessageStyle
 from deployments.ingress.metrics_page import ingress_samples
@@ -27,11 +28,16 @@ from deployments.ingress.response_cache import ResponseCache
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import load_table
 from deployments.metrics import keep_publishing, lag_gauge
+from deployments.observability.logs import Place, ProcessLog, configure_logging
+from deployments.observability.options import TracingOptions
 from deployments.trunk import TrunkHub
 from deployments.watchdog import LoopLag
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer, has_tokenizer
+
+if TYPE_CHECKING:
+    from deployments.ingress.traces import Traces
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,12 +59,16 @@ class Ingress:
         self, args: AppArgs, handles: dict[str, Any]
     ) -> None:
         self._options = args.ingress
+        place = Place("ingress", None, serve.get_replica_context().replica_id.unique_id)
+        configure_logging(ProcessLog(args.logging, place))
+        traces = _traces(args.tracing, place)
         self._draining = Draining()
         failover = FailoverLimits(args.ingress.failover_tries, args.ingress.failover_timeout_s)
         hub = TrunkHub(f"ingress-{uuid.uuid4().hex[:12]}", load_table())
         lag = LoopLag("an ingress replica", lag_gauge("ingress"))
         self._lag_task = asyncio.create_task(lag.run())
         self._models = ServedModels(lag=lag)
+        self._journal = Journal(args.logging.requests, traces, self._models.answers)
         for name, options in args.models.items():
             # `options` starts the handle's router, which learns at once what engines there are.
             handle = handles[name].options(method_name="generate")
@@ -85,13 +95,21 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve in the replica, after the constructor."""
         return build_asgi_app(
-            self._models, self._options, self._draining, self._host, self._plugins
+            self._models, self._options, self._draining, self._host, self._plugins, self._journal
         )
 
     async def drain(self) -> int:
         """Refuse requests from now on; returns how many are under way."""
         self._draining.ending = True
         return self._draining.num_running
+
+
+def _traces(options: TracingOptions, place: Place) -> Traces | None:
+    if options.otlp_endpoint is None:
+        return None
+    from deployments.ingress.traces import Traces  # imports OpenTelemetry
+
+    return Traces(options, place)
 
 
 def _http_host() -> str | None:

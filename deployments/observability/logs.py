@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
+from typing import NamedTuple
 
 from deployments.observability.lines import JsonLines, TextLines
 from deployments.observability.options import LoggingOptions
@@ -36,19 +37,27 @@ class Place:
     """Id of the Serve replica that the process is, or belongs to."""
 
 
+class ProcessLog(NamedTuple):
+    """How a process logs."""
+
+    options: LoggingOptions
+    place: Place
+
+
 class LogQueue(QueueHandler):
     """Takes records where they are made, which must not wait, to the thread that writes them.
 
     Args:
-        place: whose records they are.
+        setting: of the process.
         handlers: write them.
     """
 
-    def __init__(self, place: Place, handlers: list[logging.Handler]) -> None:
+    def __init__(self, setting: ProcessLog, handlers: list[logging.Handler]) -> None:
         super().__init__(queue.Queue(MAX_WAITING))
-        self._place = place
+        self.setting = setting
         self._num_lost = 0
         self._handlers = handlers
+        self._is_closed = False
         self._writer = QueueListener(self.queue, *handlers, respect_handler_level=True)
         self._writer.start()
 
@@ -56,7 +65,7 @@ class LogQueue(QueueHandler):
         """Note in a record what only this context knows."""
         record.msg, record.args = record.getMessage(), None
         values = record.__dict__
-        place = self._place
+        place = self.setting.place
         values.setdefault("component", place.component)
         values.setdefault("model", place.model)
         values.setdefault("instance", place.instance)
@@ -75,13 +84,15 @@ class LogQueue(QueueHandler):
 
     def close(self) -> None:
         """Write what waits, and end the thread."""
-        self._writer.stop()
-        for handler in self._handlers:
-            handler.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self._writer.stop()
+            for handler in self._handlers:
+                handler.close()
         super().close()
 
 
-def configure_logging(options: LoggingOptions, place: Place) -> None:
+def configure_logging(setting: ProcessLog) -> None:
     """Let all that this process logs go where the options say, in place of an earlier setting.
 
     Serve's own file of a replica, which the dashboard shows, stays as `logging_config` has it.
@@ -89,6 +100,7 @@ def configure_logging(options: LoggingOptions, place: Place) -> None:
     Raises:
         ConfigError: a file cannot be written, or a handler cannot be made.
     """
+    options = setting.options
     loggers = logging.getLogger(), logging.getLogger(_SERVE)
     for logger in loggers:  # the latter passes nothing on to the former
         for handler in list(logger.handlers):
@@ -96,12 +108,18 @@ def configure_logging(options: LoggingOptions, place: Place) -> None:
             if isinstance(handler, LogQueue) or type(handler) is logging.StreamHandler:
                 logger.removeHandler(handler)
                 handler.close()
-    log = LogQueue(place, _handlers(options, place))
+    log = LogQueue(setting, _handlers(options, setting.place))
     log.setLevel(options.level)
     log.addFilter(lambda record: not getattr(record, "serve_access_log", False))
     for logger in loggers:
         logger.addHandler(log)
     logging.getLogger("trunkline").setLevel(options.level)
+
+
+def current_setting() -> ProcessLog | None:
+    """How this process logs; None where that was not configured."""
+    handlers = logging.getLogger().handlers
+    return next((each.setting for each in handlers if isinstance(each, LogQueue)), None)
 
 
 def _handlers(options: LoggingOptions, place: Place) -> list[logging.Handler]:
