@@ -16,6 +16,7 @@ from deployments.crash_dump import (
     thread_stacks,
     write_crash_dump,
 )
+from deployments.engine_state import SILENT_S
 from deployments.watchdog import Silence, StepWatch, WatchOptions
 from engine.config import EngineConfig
 
@@ -72,8 +73,10 @@ class EngineGuard:
 
     @property
     def overdue(self) -> bool:
-        """Whether new requests had better go elsewhere, see `StepWatch.overdue`."""
-        return self._steps.overdue(self._loop.last_progress)
+        """Whether new requests had better go elsewhere: a step takes long, see `StepWatch.overdue`,
+        or the replica, through which they would come, has been silent."""
+        deaf = self._replica.seconds > SILENT_S
+        return deaf or self._steps.overdue(self._loop.last_progress)
 
     def end(self, error: BaseException) -> None:
         """End the engine, as its loop has died of an exception."""

@@ -279,8 +279,8 @@ async def _silence_limit() -> AsyncIterator[watchdog.Silence]:
     silence = watchdog.Silence()
 
     async def look() -> None:
-        while silence.look() <= SILENCE_LIMIT_S:
-            await asyncio.sleep(watchdog.LOOK_S)
+        while (left := SILENCE_LIMIT_S - silence.look()) > 0:
+            await asyncio.sleep(min(watchdog.LOOK_S, left))
         limit.reschedule(asyncio.get_running_loop().time())
 
     async with asyncio.timeout(None) as limit:

@@ -325,6 +325,24 @@ async def test_a_replica_that_reads_no_reports_is_killed(monkeypatch, ended):
     await actor.drain()
 
 
+async def test_nothing_is_sent_to_an_engine_whose_replica_is_silent(monkeypatch, ended):
+    """It would never get there, though the engine itself lives."""
+    monkeypatch.setattr(engine_guard, "SILENT_S", 1.4)  # reports come every second
+    actor = EngineActor(EngineConfig(), FakeCore)
+    await actor.start()
+    reports, trunk_of_x = actor.watch(4711), actor.subscribe("x")
+    await anext(reports)
+    assert not decode_trunk_message(await anext(trunk_of_x)).load.overdue
+    async with asyncio.timeout(10):
+        while not decode_trunk_message(await anext(trunk_of_x)).load.overdue:
+            await actor.acknowledge("x", 1)
+        await anext(reports)
+        while decode_trunk_message(await anext(trunk_of_x)).load.overdue:
+            await actor.acknowledge("x", 1)
+    await trunk_of_x.aclose()
+    await actor.drain()
+
+
 def test_the_compiler_is_known_by_the_stack_of_the_loop():
     began, end = threading.Event(), threading.Event()
 
