@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.serving.client import LOST, Exchange, Receiver
 from benchmarks.serving.soak.__main__ import go_through, has_passed
-from benchmarks.serving.soak.memory import BASELINE, SAMPLES, MemoryWatch
+from benchmarks.serving.soak.memory import OF_PLANE, SAMPLES, MemoryWatch
 from benchmarks.serving.soak.outcome import Outcome, Sent, judge, read
 from benchmarks.serving.soak.scripts import CHAT, COMPLETIONS, Script, draw_scripts
 from benchmarks.serving.soak.traffic import ask
@@ -100,7 +100,7 @@ def test_scripts_are_the_same_for_the_same_seed():
 def test_memory_that_grows_is_told_from_memory_that_does_not():
     watch = MemoryWatch()
     for number in range(SAMPLES + 2):
-        filled = min(number, BASELINE - 1)
+        filled = min(number, OF_PLANE.baseline)
         watch.take({1: ("ingress", 100.0 + 50 * filled), 2: ("haproxy", 100.0 + 15 * number)})
     found = watch.summarise()
     assert found["ingress"]["flat"] and found["ingress"]["growth"] == 0
@@ -112,6 +112,15 @@ def test_process_that_grows_is_not_hidden_by_a_small_one_that_grows_by_a_larger_
     for number in range(SAMPLES):
         watch.take({1: ("ingress", 5.0 + number), 2: ("ingress", 100.0 + 10 * number)})
     assert not watch.summarise()["ingress"]["flat"]
+
+
+@pytest.mark.parametrize(("each_request", "flat"), [(0.0, True), (1.0, False)])
+def test_daemon_may_grow_with_processes_that_are_started_but_not_with_requests(each_request, flat):
+    watch = MemoryWatch()
+    for number in range(3 * SAMPLES):
+        started = min(number, 2 * SAMPLES)
+        watch.take({1: ("others", 80.0 + 3 * started + each_request * number)})
+    assert watch.summarise()["others"]["flat"] is flat
 
 
 FLAT = {role: {"flat": True} for role in ("ingress", "engine_actor", "engine_replica", "proxy")}
