@@ -28,6 +28,7 @@ from deployments.ingress.deployment import load_served_model
 from deployments.ingress.options import IngressOptions
 from deployments.ingress.prompts import chat_prompt
 from deployments.launch import Plan, check_port_free, read_plan
+from deployments.observability.options import LoggingOptions, TracingOptions
 from deployments.protocols.template import TemplateFields
 from deployments.protocols.tool_parsers import TOOL_CALL_PARSERS
 from deployments.serve_config import apply_environment, checked_port, read_values
@@ -204,6 +205,8 @@ def test_shipped_configuration_is_valid_and_names_every_option():
     assert set(model["deployment"]) == set(DeploymentOptions.model_fields)
     assert set(model) == set(ModelOptions.model_fields)
     assert list(args["ingress"]) == list(IngressOptions.model_fields)
+    assert list(args["logging"]) == list(LoggingOptions.model_fields)
+    assert list(args["tracing"]) == list(TracingOptions.model_fields)
     AppArgs(**args)
 
 
