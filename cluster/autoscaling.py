@@ -27,8 +27,8 @@ MOST_GROWTH = 2.0
 few, but not by how much."""
 STALE_S = 10.0
 """What an engine told longer ago counts as not told."""
-DOUBT_S = 1800.0
-"""Without a queue nobody knows how fast engines are. They may do other work than when that was last
+DOUBT_S = 7200.0
+"""Without a queue nobody knows how fast engines can be. They may do other work than when that was
 seen, so that the speed is taken to double in this time: in the end fewer are tried."""
 NO_TRAFFIC_TOKENS_S = 1.0
 """Fewer tokens a second are the rest of a rate that fades."""
@@ -160,11 +160,15 @@ def _follow_starts(state: State, seen: Observation, now: float) -> State:
 
 
 def _follow_speed(state: State, seen: Observation, now: float) -> State:
-    """Learn how fast engines are from those that have a queue."""
-    speeds = [engine.done_tokens_s for engine in seen.engines if engine.done_tokens_s > 0]
-    if not speeds:
-        return state
-    return replace(state, speed=sum(speeds) / len(speeds), speed_at=now)
+    """Learn how fast engines are from those that have a queue; what kept them from more, such as
+    rows that were taken, may be over when steps without one are faster."""
+    queued = [engine.done_tokens_s for engine in seen.engines if engine.done_tokens_s > 0]
+    if queued:
+        return replace(state, speed=sum(queued) / len(queued), speed_at=now)
+    steps = [engine.step_tokens_s for engine in seen.engines if engine.step_tokens_s > 0]
+    if state.speed > 0 and sum(steps) > state.speed * len(steps):
+        return replace(state, speed=sum(steps) / len(steps), speed_at=now)
+    return state
 
 
 def _follow_held(state: State, seen: Observation, now: float) -> State:

@@ -15,6 +15,7 @@ FIRST_TOKENS_S = 10.0
 FIRST_TOKENS_KEPT = 256
 KNOWN_AFTER_S = 1.0
 """Queues that have lasted less say nothing yet of the speed."""
+_SHORTEST_S = 1e-3
 PERCENTILE = 0.95
 """Of the times to the first token."""
 
@@ -38,6 +39,9 @@ class EngineUse(NamedTuple):
     done_tokens_s: float = 0.0
     """Prompt tokens that it got done a second while others had to wait, for whatever: computation,
     rows or blocks. 0 where none had to lately."""
+    step_tokens_s: float = 0.0
+    """Prompt tokens a second of the steps that computed any: it can do as many at least, where rows
+    and blocks last."""
     ttft_s: float = 0.0
     """95th percentile of the latest times from a request's arrival to its first token."""
 
@@ -61,6 +65,8 @@ class LoadMeter:
         """Whether prompt tokens have been waiting for longer than two steps."""
         self._done_tokens = self._done_seconds = 0.0
         """What was done lately while they were, and how long that took."""
+        self._step_tokens = self._step_seconds = 0.0
+        """Of late steps that computed prompt tokens."""
         self._first_tokens: deque[tuple[float, float]] = deque(maxlen=FIRST_TOKENS_KEPT)
 
     def follow(self, load: EngineLoad, now: float) -> None:
@@ -79,14 +85,23 @@ class LoadMeter:
         arrived = max(0, _tokens_seen(load) - _tokens_seen(last))
         self._tokens = self._tokens * fading + arrived
         self._requests = self._requests * fading + load.num_received - last.num_received
-        self._done_tokens *= fading
-        self._done_seconds *= fading
-        if self._queued:
-            self._done_tokens += load.prefilled_tokens - last.prefilled_tokens
-            self._done_seconds += elapsed
+        self._time(load.prefilled_tokens - last.prefilled_tokens, elapsed, fading, last)
         # What came within the last two steps could not have been begun: one is planned ahead.
         self._queued = load.waiting_tokens > arrived + self._arrived
         self._arrived = arrived
+
+    def _time(self, done: int, elapsed: float, fading: float, last: EngineLoad) -> None:
+        """Count the prompt tokens of a step, and how long they took, where that says something."""
+        self._done_tokens *= fading
+        self._done_seconds *= fading
+        if self._queued:
+            self._done_tokens += done
+            self._done_seconds += elapsed
+        self._step_tokens *= fading
+        self._step_seconds *= fading
+        if done > 0 and last.num_running:  # else it was idle for a part of the time
+            self._step_tokens += done
+            self._step_seconds += elapsed
 
     def note_first_token(self, seconds: float, now: float) -> None:
         """Take over how long a request has waited for its first token, which has just come."""
@@ -107,6 +122,7 @@ class LoadMeter:
             arriving_tokens_s=self._tokens * fading,
             arriving_requests_s=self._requests * fading,
             done_tokens_s=self._done_tokens / self._done_seconds if known else 0.0,
+            step_tokens_s=self._step_tokens / max(self._step_seconds, _SHORTEST_S),
             ttft_s=self._ttft(now),
         )
 

@@ -109,6 +109,16 @@ def test_a_long_answer_keeps_the_last_engine():
         assert decision.target == 1
 
 
+def test_speed_seen_where_rows_were_full_is_forgotten_when_steps_are_faster():
+    slow = EngineUse(running=1.0, rows_used=0.1, arriving_tokens_s=50.0)
+    fast = slow._replace(step_tokens_s=1000.0)
+    state = State(speed=20.0)
+    for use, needed in ((slow, 2 * 50 / 0.7 / 20), (fast, 2 * 50 / 0.7 / 1000)):
+        seen = Observation(8, 8, [use, use, *[EngineUse()] * 6], most=8)
+        decision, state = decide(Goals(), state, seen, 0.0)
+        assert decision.needs["prompt tokens"] == pytest.approx(needed, rel=1e-3)
+
+
 def test_lost_engine_is_capacity_to_come():
     fluid = Fluid(constant(1900.0), target=3, ready=3, state=SPEED_KNOWN).run(60)
     assert fluid.changes == []

@@ -26,8 +26,8 @@ def test_rates_are_those_at_which_requests_come_and_fade():
         load = EngineLoad(num_received=tick, prefilled_tokens=come // 2, waiting_tokens=come // 2)
         meter.follow(load, tick * 0.1)
     use = meter.read(59.9)
-    assert use.arriving_tokens_s == pytest.approx(500, rel=0.02)
-    assert use.arriving_requests_s == pytest.approx(10, rel=0.02)
+    assert use.arriving_tokens_s == pytest.approx(500, rel=0.03)
+    assert use.arriving_requests_s == pytest.approx(10, rel=0.03)
     assert use.done_tokens_s == pytest.approx(250, rel=0.02)
     assert meter.read(89.9).arriving_tokens_s < 2
 
@@ -46,3 +46,12 @@ def test_first_tokens_of_late():
     meter.note_first_token(30.0, -20.0)
     assert meter.read(2.0).ttft_s == pytest.approx(0.95, abs=0.02)
     assert meter.read(12.0).ttft_s == 0
+
+
+def test_steps_that_computed_prompts_say_how_fast_it_is_at_least():
+    meter = LoadMeter(8)
+    for tick in range(100):  # a prompt of 40 tokens in every tenth step of 0.1 s
+        load = EngineLoad(num_running=1, prefilled_tokens=40 * (tick // 10))
+        meter.follow(load, tick * 0.1)
+    assert meter.read(9.9).step_tokens_s == pytest.approx(400)
+    assert meter.read(9.9).done_tokens_s == 0
