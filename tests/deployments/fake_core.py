@@ -19,6 +19,8 @@ from engine.snapshot import EngineSnapshot
 
 BLOCK_SIZE = 16
 TOTAL_BLOCKS = 4096
+QUEUED_S, PREFILL_S = 0.001, 0.002
+"""What it says of each request's start."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ class FakeCore:
         self._done[request_id] = done + 1
         self._generated += 1
         delta = TokenDelta(request_id, expected_tokens(request.prompt_token_ids, done + 1)[-1:])
+        if done == len(request.output_token_ids):
+            delta.queued_s, delta.prefill_s = QUEUED_S, PREFILL_S
         limit = self.info.max_model_len - len(request.prompt_token_ids)
         most = request.params.max_tokens
         if done + 1 >= (limit if most is None else min(limit, most)):
