@@ -27,6 +27,7 @@ from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import prompt_logprobs
 from deployments.protocols.openai import ChatBody
 from deployments.protocols.reasoning import thinking_at_end, thinking_in_prompt
+from deployments.protocols.sampling import check_room
 from deployments.protocols.tool_calls import ToolUse
 from engine.job import Job
 from engine.outputs import CompletionOutput
@@ -59,6 +60,8 @@ async def handle_chat(
             param="messages",
             keep_last=body.num_kept(model.max_model_len, params),
         )
+        lengths = (len(job.prompt_token_ids) for job in jobs)
+        check_room(lengths, model.max_model_len, body.output_limit())
         form = _form(model, body, tool_use, params, prompt.text)
     if body.stream:
         begin = header(answer_id, "chat.completion.chunk", body.model)

@@ -24,6 +24,7 @@ from deployments.ingress.token_ids import TokenIdChunks
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import completion_logprobs, joined_logprobs, prompt_logprobs
 from deployments.protocols.openai import CompletionBody
+from deployments.protocols.sampling import check_room
 from engine.job import Job
 from engine.outputs import Logprob
 
@@ -50,6 +51,8 @@ async def handle_completion(
             add_special_tokens=body.add_special_tokens,
             keep_last=body.num_kept(model.max_model_len, params),
         )
+        lengths = (len(job.prompt_token_ids) for job in jobs)
+        check_room(lengths, model.max_model_len, body.output_limit())
     begin = header(answer_id, "text_completion", body.model)
     if body.stream:
         return await _stream(model, body, jobs, echo, begin)

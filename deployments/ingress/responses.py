@@ -22,6 +22,7 @@ from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import chat_logprobs
 from deployments.protocols.reasoning import thinking_in_prompt
 from deployments.protocols.responses import ResponsesBody, renamed
+from deployments.protocols.sampling import check_room
 from engine.errors import InvalidRequest
 from engine.job import Job
 from engine.outputs import Logprob
@@ -66,6 +67,8 @@ async def _respond(
             cache_salt=body.cache_salt,
             param="input",
         )
+        limit = ("max_output_tokens", body.max_output_tokens)
+        check_room([len(prompt.token_ids)], model.max_model_len, limit)
         form = model.style.form(
             tool_use, thinking_in_prompt(prompt.text), may_think=params.structured_outputs is None
         )

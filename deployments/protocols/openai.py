@@ -64,6 +64,10 @@ class GenerationBody(SamplingFields):
             )
         return kept
 
+    def output_limit(self) -> tuple[str, int | None]:
+        """The field that limits the output, and its value."""
+        return "max_tokens", self.max_tokens
+
     def check_stream_options(self) -> None:
         """Refuse options that do not go with whether a stream was asked for.
 
@@ -211,15 +215,19 @@ class ChatBody(TemplateFields, GenerationBody):
             )
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
-        limit = self.max_tokens
-        if self.max_completion_tokens is not None:
-            limit = self.max_completion_tokens
         try:
             return self.sampling_params(
-                max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None
+                max_tokens=self.output_limit()[1],
+                logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             )
         except InvalidRequest as error:
             raise self._renamed(error) from None
+
+    def output_limit(self) -> tuple[str, int | None]:
+        """The field that limits the output, and its value."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return super().output_limit()
 
     def tool_use(self) -> ToolUse | None:
         """What the model may call, or None when it may call nothing.
@@ -231,9 +239,7 @@ class ChatBody(TemplateFields, GenerationBody):
 
     def _renamed(self, error: InvalidRequest) -> InvalidRequest:
         """The same error under the name that the client used."""
-        names = {"logprobs": "top_logprobs"}
-        if self.max_completion_tokens is not None:
-            names["max_tokens"] = "max_completion_tokens"
+        names = {"logprobs": "top_logprobs", "max_tokens": self.output_limit()[0]}
         used = names.get(error.param or "")
         if used is None:
             return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -94,6 +95,29 @@ class SamplingFields(FormFields):
         if form := self.asked_form():
             given["structured_outputs"] = form
         return SamplingParams(**given)
+
+
+def check_room(
+    prompt_lengths: Iterable[int], max_model_len: int, limit: tuple[str, int | None]
+) -> None:
+    """Refuse a limit of the output for which a prompt leaves no room, as OpenAI and vLLM do.
+
+    Args:
+        prompt_lengths: in tokens.
+        max_model_len: of the model.
+        limit: name of the field and its value; without one the output may fill what there is.
+
+    Raises:
+        InvalidRequest: see above; names the field.
+    """
+    name, asked = limit
+    longest = max(prompt_lengths)
+    if asked is not None and longest + asked > max_model_len:
+        raise InvalidRequest(
+            f"{name} is {asked}, but max_model_len is {max_model_len} and the prompt has {longest} "
+            f"tokens, which leaves {max_model_len - longest}; ask for fewer, or leave {name} out.",
+            name,
+        )
 
 
 def _by_token(bias: dict[str, Any]) -> dict[int, Any]:

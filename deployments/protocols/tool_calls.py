@@ -12,6 +12,9 @@ from engine.errors import InvalidRequest
 MAX_NAME_LENGTH = 256
 """In characters. (OpenAI takes 64.)"""
 
+ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+"""OpenAI's."""
+
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 _SAYS_WHAT = frozenset(("type", "$ref", "anyOf", "oneOf", "allOf"))
 """Keywords with which a schema says what kind of value it is for."""
@@ -158,10 +161,23 @@ def template_messages(
         template: that they are for.
 
     Raises:
-        InvalidRequest: the calls in a message are malformed.
+        InvalidRequest: a role is neither one of `ROLES` nor named by the template, or the calls in
+            a message are malformed.
     """
+    for index, message in enumerate(messages):
+        _check_role(index, message.get("role"), template or "")
     role = "developer" if "developer" in (template or "") else "system"
     return [_for_template(message, role) for message in messages]
+
+
+def _check_role(index: int, role: Any, template: str) -> None:
+    """Refuse a role that most templates would write as it is, and no model has ever seen."""
+    if not isinstance(role, str) or role in ROLES:
+        return
+    if f"'{role}'" in template or f'"{role}"' in template:
+        return
+    where = f"messages[{index}].role"
+    raise InvalidRequest(f"{where} must be one of {', '.join(ROLES)}.", where)
 
 
 def _for_template(message: dict[str, Any], developer: str) -> dict[str, Any]:

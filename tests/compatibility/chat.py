@@ -62,14 +62,18 @@ CHAT_ROWS = (
         works([USER], lambda seen: used(seen.answer, "prompt") > 2),
         works(ROLES, lambda seen: used(seen.answer, "prompt") > 20),
         refused([{"role": "user", "content": IMAGE}]),
+        refused([{"role": "critic", "content": "a"}], "messages[0].role"),
         invalid([]),
-        note="Roles `system`, `developer`, `user`, `assistant`, `tool`; parts of text. 400 for"
-        " images, audio and files.",
+        note="Roles `system`, `developer`, `user`, `assistant`, `tool`, `function`, and those that"
+        " the chat template names; parts of text. 400 for images, audio and files.",
     ),
     row(
         "max_completion_tokens",
         works(2, lambda seen: used(seen.answer, "completion") == 2, max_tokens=None),
+        invalid(511, max_tokens=None),
         invalid(2, "max_tokens"),
+        note="400 if `max_model_len` leaves less room after the prompt. With neither the answer may"
+        " fill that.",
     ),
     row(
         "logprobs",
@@ -85,7 +89,8 @@ CHAT_ROWS = (
         "tools",
         works(TOOLS, longer),
         refused([{"type": "custom", "custom": {"name": "f"}}]),
-        note="Functions. 400 for `custom` tools.",
+        note="Functions. 400 for `custom` tools, and with `tool_choice` `auto` for a model whose"
+        " chat template knows no tools.",
     ),
     row(
         "tool_choice",

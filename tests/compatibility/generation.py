@@ -43,7 +43,12 @@ def generation_rows(logprobs: int) -> tuple[Row, ...]:
     return (
         *sampling_rows("max_tokens"),
         *guided_rows("max_tokens"),
-        row("max_tokens", works(2, lambda seen: used(seen.answer, "completion") == 2)),
+        row(
+            "max_tokens",
+            works(2, lambda seen: used(seen.answer, "completion") == 2),
+            invalid(511),
+            note="400 if `max_model_len` leaves less room after the prompt.",
+        ),
         row("n", works(2, lambda seen: len(seen.answer["choices"]) == 2), note="Up to 128."),
         row("user", ignored("somebody")),
         row("stream", works(True, says_the_same)),

@@ -61,7 +61,12 @@ RESPONSES_ROWS = (
         note="Text, messages, and the items of earlier answers. 400 for images, audio and files.",
     ),
     row("instructions", works("abc", longer)),
-    row("max_output_tokens", works(2, lambda seen: used(seen.answer, "completion") == 2)),
+    row(
+        "max_output_tokens",
+        works(2, lambda seen: used(seen.answer, "completion") == 2),
+        invalid(511),
+        note="400 if `max_model_len` leaves less room after the prompt.",
+    ),
     row("stream", works(True, says_the_same)),
     row("stream_options", ignored({"include_obfuscation": False}, stream=True)),
     row(

@@ -87,9 +87,9 @@ class Server:
             plane.table.set_members(DEPLOYMENT, [])
             await asyncio.sleep(0)
 
-    def _note(self, requests: list[EngineRequest]) -> Any:
+    def _note(self, requests: list[EngineRequest], *more: Any) -> Any:
         self.last_request = requests[0]
-        return self._start(requests)
+        return self._start(requests, *more)
 
 
 def _write_model(folder: Path) -> str:

@@ -147,6 +147,7 @@ async def test_text_stays_text_where_nothing_may_be_called(plane, tools):
 
 async def test_text_stays_text_of_a_model_with_no_known_form(plane):
     plane.model.style = MessageStyle.of(plane.model.tokenizer)
+    plane.model.tokenizer = repeater("{{ messages[-1].content }}{# tools #}")
     assert (await whole(plane, saying(CALL_2)))["message"]["content"] == CALL_2
 
 
@@ -326,6 +327,49 @@ async def test_an_answer_of_a_form_holds_no_thinking(plane):
     plane.model.style = MessageStyle.of(plane.model.tokenizer, None, "deepseek_r1")
     body = saying("{}", tools=None, response_format={"type": "json_object"})
     assert (await whole(plane, body))["message"] == {"role": "assistant", "content": "{}"}
+
+
+def by_responses(*names: str) -> dict[str, Any]:
+    """A body of `/v1/responses` with these functions."""
+    tools = [{"type": "function", "name": name} for name in names]
+    return {"model": "m", "input": "a", "tools": tools}
+
+
+async def test_tools_that_a_model_would_not_hear_of_are_refused(plane):
+    plane.model.style = MessageStyle.of(plane.model.tokenizer)
+    for path, body in (
+        (PATH, saying(CALL_1)),
+        (PATH, saying(CALL_1, tool_choice="auto", stream=True)),
+        ("/v1/responses", by_responses("add")),
+        ("/tokenize", {"messages": saying("")["messages"], "tools": TOOLS}),
+    ):
+        response = await plane.http.post(path, json=body)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "tools"), path
+        assert "knows no tools" in error["message"]
+    for more in ({"tool_choice": "none"}, {"tools": []}):
+        assert (await whole(plane, saying("a", **more)))["message"]["content"] == "a"
+
+
+@pytest.mark.parametrize("role", ["critic", "User", "bot", ""])
+@pytest.mark.parametrize("path", [PATH, "/tokenize"])
+async def test_roles_that_nobody_knows_are_refused(plane, path, role):
+    messages = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
+    response = await plane.http.post(path, json={"model": "m", "messages": messages})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "messages[1].role")
+    assert "developer, system, user, assistant, tool, function" in error["message"]
+
+
+async def test_roles_of_openai_s_and_those_that_the_template_names_are_taken(plane):
+    for role in ("developer", "system", "user", "assistant", "tool", "function"):
+        messages = [{"role": role, "content": "a"}]
+        response = await plane.http.post("/tokenize", json={"messages": messages})
+        assert response.status_code == 200, role
+    plane.model.tokenizer = repeater("{{ messages[-1].content }}{# 'critic' #}")
+    messages = [{"role": "critic", "content": "a"}]
+    response = await plane.http.post("/tokenize", json={"messages": messages})
+    assert response.status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,8 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_toke
         ({"length_penalty": 0.5}, "length_penalty"),
         ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"max_tokens": MAX_MODEL_LEN}, "max_tokens"),
+        ({"prompt": ["hi", "long " * 200], "max_tokens": 100}, "max_tokens"),
     ],
 )
 async def test_bad_field_is_named(plane, change, param):
@@ -252,6 +254,11 @@ async def test_bad_field_is_named(plane, change, param):
         ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
         ({"max_completion_tokens": 0, "max_tokens": None}, "max_completion_tokens"),
         ({"max_completion_tokens": 5}, "max_tokens"),
+        ({"max_tokens": MAX_MODEL_LEN}, "max_tokens"),
+        (
+            {"max_completion_tokens": MAX_MODEL_LEN, "max_tokens": None},
+            "max_completion_tokens",
+        ),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
         ({"add_special_tokens": True}, "add_special_tokens"),
@@ -268,6 +275,13 @@ async def test_bad_field_is_named(plane, change, param):
 async def test_bad_chat_field_is_named(plane, change, param):
     response = await plane.http.post("/v1/chat/completions", json={**CHAT, **change})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 6}, {"max_tokens": None}])
+async def test_an_output_may_fill_what_the_prompt_leaves(plane, more):
+    body = {"model": "m", "prompt": [5] * (MAX_MODEL_LEN - 6), **more}
+    answer = await plane.http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
 
 
 async def test_no_alternatives_need_no_logprobs(plane):
