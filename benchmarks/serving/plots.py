@@ -74,3 +74,47 @@ def _draw(
     for rank, style in (("p50", "o-"), ("p99", "^--")):
         values = [record[key][rank] for record in known]
         axes.plot(loads, values, style, color=colour, label=f"{name}, {rank}")
+
+
+def plot_load_step(document: dict[str, Any], folder: Path, stem: str) -> list[Path]:
+    """Draw load, engines with the decisions for them, and times to the first token, by time.
+
+    Args:
+        document: what `benchmarks.serving.load_step run` wrote.
+        folder: where to put the files.
+        stem: their name.
+
+    Returns:
+        The files.
+    """
+    (record,) = document["records"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 9), layout="constrained")
+        load, engines, ttft = figure.subplots(3, 1, sharex=True)
+        end = _draw_phases(load, record["phases"])
+        times, sizes = zip(*record["sizes"], (end, record["sizes"][-1][1]), strict=True)
+        engines.step(times, sizes, where="post", label="in service")
+        wanted = [(0.0, sizes[0]), *((d["at_s"], d["to"]) for d in record["decisions"])]
+        times, sizes = zip(*wanted, (end, wanted[-1][1]), strict=True)
+        engines.step(times, sizes, where="post", linestyle="--", label="decided")
+        engines.set_ylabel("engines")
+        times, seconds = zip(*record["ttft_p95_s"], strict=True)
+        ttft.plot(times, seconds, "o-", markersize=4, label="95th percentile, by arrival")
+        ttft.axhline(document["target_ttft_s"], color="gray", linestyle="--", label="target")
+        ttft.set_ylabel("time to first token (s)")
+        ttft.set_xlabel("seconds")
+        for axes in (load, engines, ttft):
+            axes.set_ylim(bottom=0)
+            axes.legend(frameon=False)
+        return save(figure, folder, stem)
+
+
+def _draw_phases(axes: Axes, phases: list[tuple[float, float]]) -> float:
+    """Draw the rate of arrivals; returns when the last phase ends."""
+    times, rates = [0.0], []
+    for seconds, rate in phases:
+        times.append(times[-1] + seconds)
+        rates.append(rate)
+    axes.step(times, [*rates, rates[-1]], where="post", label="arrivals")
+    axes.set_ylabel("requests a second")
+    return times[-1]

@@ -81,7 +81,9 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
 
     ray.init(
         address="local",
-        num_cpus=4 + options.engines + options.ingresses * (1 + CPUS),
+        num_cpus=4
+        + max(options.engines, options.max_engines or 0)
+        + options.ingresses * (1 + CPUS),
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
         namespace="serve",
@@ -160,6 +162,7 @@ def _app_args(options: argparse.Namespace) -> AppArgs:
     }
     deployment = {
         "num_replicas": options.engines,
+        "autoscaling": _scaling(options),
         "num_cpus": 0.1,
         "num_gpus": 1 if options.nodes else 0,  # which only the other nodes pretend to have
         "routing_policy": options.routing_policy,
@@ -177,6 +180,18 @@ def _app_args(options: argparse.Namespace) -> AppArgs:
     }
     models = {_NAME: {"engine": engine, "deployment": deployment}}
     return AppArgs.model_validate({"models": models, "ingress": ingress})
+
+
+def _scaling(options: argparse.Namespace) -> dict[str, Any] | None:
+    """How the number of engines follows the load, if there may be more than at the start."""
+    if options.max_engines is None:
+        return None
+    return {
+        "min_replicas": options.engines,
+        "max_replicas": options.max_engines,
+        "target_ttft_s": options.target_ttft_s,
+        "downscale_delay_s": options.downscale_delay_s,
+    }
 
 
 def _wait_until_ready(plan: Plan) -> None:
@@ -198,6 +213,9 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--step-ms", type=float, default=25.0, help="time of an engine's step")
     parser.add_argument("--token-us", type=float, default=0.0, help="added for a token of prefill")
     parser.add_argument("--engines", type=int, default=1)
+    parser.add_argument("--max-engines", type=int, help="scale with the load, from `--engines` up")
+    parser.add_argument("--target-ttft-s", type=float, default=2.0)
+    parser.add_argument("--downscale-delay-s", type=float, default=300.0)
     parser.add_argument("--ingresses", type=int, default=1)
     parser.add_argument(
         "--nodes", type=int, default=0, help="of the cluster beside this one, for all engines"
