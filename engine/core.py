@@ -287,6 +287,8 @@ class EngineCore:
 
     def _unusable(self, request: Request, error: str) -> TokenDelta:
         """The end of a request whose grammar is of no use, for the reason `error`."""
+        if request.matcher is not None and request.matcher.grammar.never_started:
+            return failed(request.request_id, error)
         options = request.params.structured_outputs
         param = "structured_outputs" if options is None else options.param
         return refusal(request.request_id, InvalidRequest(f"{param} {error}", param))

@@ -21,7 +21,12 @@ from engine.inputs import Prompt
 from engine.job import Job
 from engine.model_source import resolve_model
 from engine.output_processor import TextDelta
-from engine.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
+from engine.outputs import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    TokenDelta,
+)
 from engine.profile import StepRecord
 from engine.progress import Progress
 from engine.sampling_params import SamplingParams
@@ -267,8 +272,8 @@ class LLM:
             ) from error
         for delta in deltas:
             job, inbox = self._owners[delta.request_id]
-            if delta.refused:
-                inbox.append(InvalidRequest(delta.error or "", delta.param))
+            if delta.finish_reason == "error":
+                inbox.append(_end_of(delta))
                 del self._owners[delta.request_id]
                 continue
             text = job.push(delta)
@@ -276,6 +281,12 @@ class LLM:
                 del self._owners[delta.request_id]
                 self.core.abort([delta.request_id])  # a stop string ended it: the engine goes on
             inbox.append((job, text))
+
+
+def _end_of(delta: TokenDelta) -> StepFailed | InvalidRequest:
+    """What to raise for a request that has ended with an error."""
+    message = delta.error or ""
+    return InvalidRequest(message, delta.param) if delta.refused else StepFailed(message, [delta])
 
 
 def _embedding_output(job: Job, dimensions: int | None, normalize: bool) -> EmbeddingRequestOutput:

@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from engine.kv_cache.block_pool import InvariantViolation
 from engine.request import Request
 from engine.sampling.token_masks import TokenMasks
-from engine.structured_outputs.grammar import Grammar, GrammarHost
+from engine.structured_outputs.grammar import MAX_STARTS, Grammar, GrammarHost
 from engine.structured_outputs.messages import RowState, RowStatus
 from engine.structured_outputs.params import GrammarSource
 
@@ -74,7 +74,11 @@ class Constraints:
             if request.matcher is None or request.matcher.grammar.compiling:
                 self.waiting.append(request)
             elif error := request.matcher.grammar.error:
-                refused.append((request, error))
+                if request.matcher.grammar.never_started and self._host.failed_starts < MAX_STARTS:
+                    request.matcher = None  # it gets another grammar next time
+                    self.waiting.append(request)
+                else:
+                    refused.append((request, error))
             else:
                 ready.append(request)
         if may_wait and not ready and not refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import socket
 import struct
@@ -29,7 +30,11 @@ RETRY_AFTER_S = 60.0
 """A grammar that has failed is refused at once for so long."""
 TOO_MUCH = "takes too much time or memory to compile; make it simpler."
 TOO_SLOW = "takes too long to match; make it simpler."
-NOT_STARTED = "could not be compiled, as the engine cannot start the process for it; see its log."
+NOT_STARTED = "The engine cannot start the process that follows the output's form; try again."
+MAX_STARTS = 3
+"""So often in a row is the first process started for a request; then the request fails."""
+
+logger = logging.getLogger("trunkline.engine")
 
 
 class GrammarHost:
@@ -43,6 +48,8 @@ class GrammarHost:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self.failed_starts = 0
+        """In a row."""
         self._control: socket.socket | None = None
         self._end: Callable[[], object] | None = None
 
@@ -51,6 +58,7 @@ class GrammarHost:
         if self._end is not None and control is self._control:
             self._end()
             self._control = None
+            self.failed_starts += 1
 
     def connect(self, memory: MaskMemory) -> tuple[Connection, socket.socket]:
         """A connection to a new process that has the memory, and for `discard` what led to it."""
@@ -73,11 +81,16 @@ class GrammarHost:
             "OPENBLAS_NUM_THREADS": "1",  # threads of a process are lost in what it forks
         }
         with theirs:
-            process = subprocess.Popen(
-                module_command("engine.structured_outputs.process", setup),
-                stdin=theirs.fileno(),
-                env=environment,
-            )
+            try:
+                process = subprocess.Popen(
+                    module_command("engine.structured_outputs.process", setup),
+                    stdin=theirs.fileno(),
+                    env=environment,
+                )
+            except OSError:  # no memory or no process is left; connections end at once
+                logger.exception("the process for grammars cannot be started")
+                self._end = ours.close
+                return ours
         self._end = weakref.finalize(self, _end, ours, process)
         return ours
 
@@ -123,6 +136,11 @@ class Grammar:
         self._send(source)
 
     @property
+    def never_started(self) -> bool:
+        """Whether its process has ended before it could say anything: no fault of its own."""
+        return self.error is not None and not self._started
+
+    @property
     def may_be_retried(self) -> bool:
         """Whether it is of no use but another try may go another way."""
         return self.error is not None and time.monotonic() >= self._retry_at
@@ -145,7 +163,7 @@ class Grammar:
             while self.compiling and self.connection.poll():
                 reason = self.connection.recv_bytes().decode()
                 self.compiling = not self._started
-                self._started = True
+                self._started, self._host.failed_starts = True, 0
                 if reason:
                     self._fail(f"is not usable: {reason}")
         except (EOFError, OSError):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import subprocess
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from engine.request import EngineRequest
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs import constraints
 from engine.structured_outputs.constraints import Constraints
-from engine.structured_outputs.grammar import GrammarHost
+from engine.structured_outputs.grammar import MAX_STARTS, GrammarHost
 from engine.structured_outputs.messages import Setup
 from engine.structured_outputs.params import StructuredOutputsParams
 from engine.tokenizer import Tokenizer
@@ -311,15 +312,37 @@ def test_a_process_that_is_killed_takes_only_its_requests(make_core, alone):
     assert tokens == alone["r1"][0]
 
 
-def test_the_first_process_is_started_again(model):
+def test_a_process_that_cannot_start_is_no_fault_of_the_request(model, monkeypatch):
     core = EngineCore(tiny_config(model))
-    core.constraints._host.setup.model = os.devnull  # no model: it ends as it starts
-    core.add(wire("w1", PHONE))
-    (end,) = deltas_of(core)
-    assert "cannot start" in end.error
-    core.constraints._host.setup.model = model
-    outputs = run_core(core, [wire("w2", PHONE)], 10**6)
-    assert outputs["w2"][1] == "stop"
+    starts = []
+
+    def fail(*command, **options):
+        starts.append(command)
+        raise BlockingIOError("no process is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", fail)
+        core.add(wire("w1", PHONE))
+        (end,) = deltas_of(core)
+    assert (end.finish_reason, end.refused) == ("error", False)
+    assert "cannot start" in end.error and "try again" in end.error
+    assert len(starts) == MAX_STARTS
+    assert run_core(core, [wire("w2", PHONE)], 10**6)["w2"][1] == "stop"
+
+
+def test_a_process_that_ends_as_it_starts_is_started_again(model, monkeypatch):
+    core = EngineCore(tiny_config(model))
+    host = core.constraints._host
+    host.setup.model = os.devnull  # no model
+    discard = host.discard
+
+    def repair(control):
+        discard(control)
+        host.setup.model = model
+
+    monkeypatch.setattr(host, "discard", repair)
+    assert run_core(core, [wire("w1", PHONE)], 10**6)["w1"][1] == "stop"
+    assert host.failed_starts == 0
 
 
 def test_models_without_an_end_or_a_tokenizer_are_told_apart(make_core, tiny_model, monkeypatch):
