@@ -27,7 +27,7 @@ PROBES = {
     "sampling": "sampling",
 }
 """Modules of this package by the names of their probes; each has a `measure(bench, shapes)`."""
-HOST_PROBES = {"ingress": "ingress", "masks": "masks"}
+HOST_PROBES = {"ingress": "ingress", "masks": "masks", "metrics": "metrics"}
 """The same of probes that need no GPU; each has a `measure()`."""
 
 _MODELS = ("qwen2.5-7b", "qwen3-0.6b")

@@ -21,6 +21,7 @@ from benchmarks.probes import (
     gpu_samples,
     ingress,
     masks,
+    metrics,
     pages,
     prefill_attention,
     products,
@@ -391,6 +392,12 @@ def test_masks(tmp_path):
         ("masks", 3, 2),
     ]
     assert all(0 < r["microseconds"] <= r["p90"] for r in found)
+
+
+def test_metrics():
+    found = list(metrics.measure(rounds=3, calls=200))
+    assert [r["method"] for r in found] == ["token", "request", "samples of a model"]
+    assert all(0 < r["microseconds"] <= r["p90"] + 0.1 for r in found)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
