@@ -37,6 +37,8 @@ class Exchange:
     """Of the body, as it was transferred."""
     error: str | None = None
     """What kept the answer from being complete."""
+    port: int = 0
+    """The client's, by which a proxy's log knows the connection."""
 
 
 class Receiver:
@@ -81,6 +83,8 @@ class Connection:
         self.socket = socket.socket()
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.port = 0
+        """Of this side, once connected."""
         self.lost = False
         """Whether no exchange can begin any more."""
         self._exchange = Exchange(0.0)
@@ -102,12 +106,13 @@ class Connection:
         except OSError:
             connection.socket.close()
             raise
+        connection.port = connection.socket.getsockname()[1]
         receiver.add(connection)
         return connection
 
     async def exchange(self, request: bytes, timeout_s: float) -> Exchange:
         """Send a request and wait for the end of its answer; failures are told in the result."""
-        exchange = self._exchange = Exchange(time.monotonic())
+        exchange = self._exchange = Exchange(time.monotonic(), port=self.port)
         self._head, self._missing = b"", -1
         done = self._done = asyncio.get_running_loop().create_future()
         try:

@@ -91,6 +91,12 @@ async def test_a_client_that_leaves_is_not_taken_for_one_that_was_cut_off():
     assert judge(sent, {}, [])[0] == Outcome.LEFT
 
 
+def test_what_is_lost_can_be_found_in_the_log_of_a_proxy():
+    exchange = Exchange(10.0, error=LOST, port=40961)
+    _, why = judge(Sent(SCRIPT, exchange, False, 12.0), {}, [])
+    assert why == "chat: the connection was lost (status 0, after 2.00 s, port 40961)"
+
+
 def test_scripts_are_the_same_for_the_same_seed():
     scripts = draw_scripts("m", 100, 2, seed=3)
     assert scripts == draw_scripts("m", 100, 2, seed=3) != draw_scripts("m", 100, 2, seed=4)

@@ -33,7 +33,7 @@ STRIKE_AFTER_S = 3.0
 """By then all streams run, and none has ended."""
 PAUSE_S = 5.0
 BACK_LIMIT_S = 60.0
-BROKEN = (LOST, "[Errno", "cannot connect", "HTTP 503")
+BROKEN = (LOST, "cannot connect", "HTTP 503")
 """What clients may see while a frontend is gone."""
 
 Server = dict[str, Any]

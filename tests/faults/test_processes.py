@@ -9,8 +9,9 @@ from benchmarks.serving.fake_server import serve_fake
 
 pytestmark = pytest.mark.faults
 
-LONGEST_PAUSE_S = {"SIGKILL": 8.0, "SIGSTOP": 14.0}
-"""Of any stream. The machine also starts new engines; a silent one is given up after 8 s."""
+LONGEST_PAUSE_S = {"SIGKILL": 8.0, "SIGSTOP": 10.0}
+"""Of any stream. The machine also starts new engines; a silent one is given up after 8 s, and what
+moves from there must not move to another that has been stopped."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -106,8 +106,9 @@ def judge(sent: Sent, right: dict[Script, Said], windows: Iterable[Window]) -> t
 
 
 def _lost(sent: Sent, error: ValueError) -> str:
-    after_s = sent.ended - sent.exchange.sent
-    return f"{sent.script.name}: {error} (status {sent.exchange.status}, after {after_s:.1f} s)"
+    exchange, after_s = sent.exchange, sent.ended - sent.exchange.sent
+    told = f"status {exchange.status}, after {after_s:.2f} s, port {exchange.port}"
+    return f"{sent.script.name}: {error} ({told})"
 
 
 def _is_refused(exchange: Exchange) -> bool:
