@@ -7,7 +7,6 @@ import inspect
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp
 
 from deployments.ingress.answers import EventStream, new_id, to_json
 from deployments.ingress.errors import ApiError, json_response, server_error, to_api_error
+from deployments.ingress.plugin_threads import TIME_LIMIT_S, PluginThreads
 from deployments.ingress.prompts import chat_tokens
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
 from deployments.plugins.serving_engine import ServingEngine
@@ -29,9 +29,6 @@ logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 Plugin = ServingEngine[Any]
-
-THREADS = 4
-"""For each plug-in: one that is slow keeps no other waiting, nor what the server itself does."""
 
 
 class PluggedProtocol:
@@ -45,7 +42,7 @@ class PluggedProtocol:
     def __init__(self, models: ServedModels, plugins: Mapping[str, Plugin]) -> None:
         self._models = ServedModels({name: models.by_name[name] for name in plugins})
         self._plugins = plugins
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="plugin")
+        self._threads = PluginThreads()  # of its own: a slow protocol keeps no other waiting
 
     async def __call__(self, request: Request, data: bytes) -> ASGIApp:
         """Answer a request, in the plug-in's form whatever happens."""
@@ -82,7 +79,11 @@ class PluggedProtocol:
     ) -> str | list[int]:
         created = await self._aside(plugin, partial(plugin.create_prompt, body, request))
         with _blaming(plugin):
-            prompt = await created if inspect.isawaitable(created) else created
+            prompt = (
+                await asyncio.wait_for(created, TIME_LIMIT_S)
+                if inspect.isawaitable(created)
+                else created
+            )
             if isinstance(prompt, str):
                 return prompt
             kinds = set(map(type, prompt))
@@ -93,13 +94,24 @@ class PluggedProtocol:
         return cast(list[int], prompt)
 
     async def _aside(self, plugin: Plugin, work: Callable[[], T]) -> T:
-        """Do a plug-in's work in a thread."""
+        """Do a plug-in's work in a thread.
+
+        Raises:
+            InvalidRequest, ApiError: see `_blaming`; 504 for work that does not end in time.
+        """
 
         def blamed() -> T:  # there, as some exceptions may not be handed to another thread
             with _blaming(plugin):
                 return work()
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, blamed)
+        try:
+            return await self._threads.run(blamed)
+        except TimeoutError:
+            who = type(plugin).__name__
+            logger.error("the plug-in %s has not ended in %.0f s, now or before", who, TIME_LIMIT_S)
+            raise ApiError(
+                504, "The server's code for this path takes too long.", "server_error"
+            ) from None
 
 
 async def _stream(plugin: Plugin, model: ServedModel, body: Body, job: Job) -> EventStream:

@@ -18,6 +18,7 @@ from pydantic import ValidationError, field_validator
 from cluster.examples.ollama import OllamaGenerate
 from deployments.app import build
 from deployments.config import AppArgs
+from deployments.ingress import plugged, plugin_threads
 from deployments.ingress.app import build_asgi_app, check_plugin_paths
 from deployments.ingress.options import IngressOptions
 from deployments.ingress.served import ServedModels
@@ -287,6 +288,49 @@ async def test_a_slow_plugin_holds_up_nobody_else():
             go_on.set()  # else a failure would hang until the threads end
         for answer in await asyncio.gather(*slow):
             assert answer.json() == {"said": echo(PROMPT, 4)}
+
+
+async def test_plugins_that_hang_keep_no_thread_from_the_others(monkeypatch, caplog):
+    monkeypatch.setattr(plugin_threads, "TIME_LIMIT_S", 0.2)
+    monkeypatch.setattr(plugin_threads, "MAX_LEFT_BEHIND", 5)
+    go_on = threading.Event()
+
+    class Hanging(Ask):
+        def create_prompt(self, request, raw_request):
+            if request.raises == "hang":
+                go_on.wait()
+            return request.prompt
+
+    async with open_with(Hanging) as plane:
+
+        async def ask(raises=""):
+            return await plane.http.post("/ask/m", json={"raises": raises})
+
+        try:
+            for answer in await asyncio.gather(*(ask("hang") for _ in range(4))):
+                assert answer.status_code == 504
+                assert "takes too long" in answer.text
+            assert "the plug-in Hanging has not ended" in caplog.text
+            assert (await ask()).json() == {"said": echo(PROMPT, 4)}
+            assert (await ask("hang")).status_code == 504
+            assert (await ask()).status_code == 504  # as many are left behind as may be
+        finally:
+            go_on.set()
+        async with asyncio.timeout(10):
+            while (await ask()).status_code != 200:
+                await asyncio.sleep(0.01)
+        assert plane.model.num_preparing == 0
+
+
+async def test_prompts_that_are_awaited_in_vain_end_too(monkeypatch):
+    monkeypatch.setattr(plugged, "TIME_LIMIT_S", 0.05)
+
+    class Endless(Ask):
+        async def create_prompt(self, request, raw_request):
+            await asyncio.Event().wait()
+
+    async with open_with(Endless) as plane:
+        assert (await plane.http.post("/ask/m", json={})).status_code == 500
 
 
 async def test_a_client_that_leaves_meanwhile_holds_no_place():
