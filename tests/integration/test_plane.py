@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -47,9 +48,17 @@ ARGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """Where the processes write what they log."""
+    return tmp_path_factory.mktemp("logs")
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["default-flags", "fast-path"])
-def server(request):
-    started = Server(fast_path=request.param, args=ARGS, fake={"step_s": 0.01})
+def server(request, logs):
+    logging = {"requests": True, "format": "json", "folder": str(logs)}
+    args = {**ARGS, "logging": logging}
+    started = Server(fast_path=request.param, args=args, fake={"step_s": 0.01})
     try:
         wait_for(started, lambda health: len(health["engines"]) == 2 and all_connected(health))
         yield started
@@ -171,6 +180,38 @@ async def test_disconnect_frees_blocks_soon(server, stream):
         )
         request.cancel()
     await asyncio.to_thread(wait_for, server, idle, FREED_WITHIN_S)
+
+
+def told(logs: Path, request_id: str) -> dict[str, dict[str, Any]]:
+    """Component → the line that it wrote at the end of a request."""
+    texts = [file.read_text() for file in logs.iterdir()]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    ended = (line for line in lines if line["logger"] == "trunkline.requests")
+    return {line["component"]: line for line in ended if line["request_id"] == request_id}
+
+
+async def test_an_id_travels_to_the_engine_and_back(server, logs):
+    async with connect(server) as client:
+        answers = {}
+        for sent in ("mine-1", "m" * 129, None):
+            headers = {} if sent is None else {"X-Request-ID": sent}
+            body = completion("whose is this", 3)
+            answers[sent] = await client.post("/v1/completions", json=body, headers=headers)
+    taken = [answer.headers["x-request-id"] for answer in answers.values()]
+    assert taken[0] == "mine-1" and len({*taken}) == 3 and len(taken[1]) < 129
+    for request_id in (taken[0], taken[2]):
+        while len(lines := told(logs, request_id)) < 2:
+            await asyncio.sleep(0.02)
+        assert {line["output_tokens"] for line in lines.values()} == {3}
+        assert lines["engine"]["instance"] in lines["ingress"]["engines"]
+        assert lines["engine"]["model"] == lines["ingress"]["model"] == "m"
+    assert not any("whose is this" in file.read_text() for file in logs.iterdir())
+
+
+def test_deployments_and_actors_have_names_that_can_be_read(server):
+    (app,) = json.loads(server.call("details"))["applications"].values()
+    assert set(app["deployments"]) == {"Ingress", "Engine-m"}
+    assert "(EngineActor(m) pid=" in server.log()
 
 
 async def test_metrics_are_exported(server):
