@@ -42,7 +42,6 @@ class OutputProcessor:
 
     Attributes:
         token_ids: output tokens so far.
-        prompt_logprobs: one entry for each prompt position, None for the first, when asked for.
         num_cached_tokens: prompt tokens found in the prefix cache.
         finish_reason: why the completion ended, or None.
         must_abort: a stop string ended the completion, so the engine, which knows nothing of stop
@@ -67,9 +66,10 @@ class OutputProcessor:
         self._texts: list[str] = []
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative_logprob = 0.0
-        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
         )
+        self._unread_prompt_logprobs: list[TokenLogprobs] = []
         self._detokenizer: IncrementalDetokenizer | None = None
         self._matcher: StopStringMatcher | None = None
         if tokenizer is not None:
@@ -84,6 +84,23 @@ class OutputProcessor:
         """Whether the completion has ended; whatever comes later is ignored."""
         return self.finish_reason is not None
 
+    @property
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """One entry for each prompt position, None for the first, when asked for.
+
+        Those of long prompts take a good part of a second when they are read first; what pushes
+        deltas must not wait for that.
+        """
+        if self._prompt_logprobs is not None and self._unread_prompt_logprobs:
+            unread, self._unread_prompt_logprobs = self._unread_prompt_logprobs, []
+            self._prompt_logprobs += self._to_dicts(unread)
+        return self._prompt_logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """How many entries `prompt_logprobs` has, without the work of reading them."""
+        return len(self._prompt_logprobs or ()) + len(self._unread_prompt_logprobs)
+
     def push(self, delta: TokenDelta) -> TextDelta:
         """Take what a step added, and give what it means to the caller.
 
@@ -93,8 +110,8 @@ class OutputProcessor:
             return TextDelta(finish_reason=self.finish_reason, stop_reason=self.stop_reason)
         if delta.num_cached_tokens:
             self.num_cached_tokens = delta.num_cached_tokens
-        if delta.prompt_logprobs and self.prompt_logprobs is not None:
-            self.prompt_logprobs += self._to_dicts(delta.prompt_logprobs)
+        if delta.prompt_logprobs and self._prompt_logprobs is not None:
+            self._unread_prompt_logprobs += delta.prompt_logprobs
         if self._params.max_tokens == 0 and delta.token_ids:
             delta = TokenDelta(delta.request_id, [], "length")  # engines sample one all the same
         text, count = self._advance(delta)

@@ -18,6 +18,7 @@ from deployments.ingress.answers import (
 )
 from deployments.ingress.chat_writer import ChatWriter, MessageWriter, choice_logprobs
 from deployments.ingress.errors import json_response
+from deployments.ingress.logprob_budget import most_logprobs
 from deployments.ingress.message_style import MessageForm
 from deployments.ingress.messages import whole_message
 from deployments.ingress.prompts import chat_prompt
@@ -115,19 +116,24 @@ async def _whole(
     model: ServedModel, body: ChatBody, job: Job, form: MessageForm | None
 ) -> dict[str, Any]:
     """What an answer that has ended holds."""
-    result = job.output()
+    outputs = [processor.result() for processor in job.processors.values()]
 
-    def read() -> list[dict[str, Any]]:
-        return [_choice(model, body, output, form) for output in result.outputs]
+    def read() -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "choices": [_choice(model, body, output, form) for output in outputs],
+            "usage": usage([job]),
+        }
+        if body.return_token_ids:
+            told["prompt_token_ids"] = job.prompt_token_ids
+        if body.prompt_logprobs is not None:
+            entries = job.output().prompt_logprobs
+            told["prompt_logprobs"] = prompt_logprobs(entries, body.prompt_logprobs)
+        return told
 
-    to_read = 0 if form is None else sum(len(output.text) for output in result.outputs)
-    choices = await aside(to_read, read)
-    answer: dict[str, Any] = {"choices": choices, "usage": usage([job])}
-    if body.return_token_ids:
-        answer["prompt_token_ids"] = job.prompt_token_ids
-    if body.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs, body.prompt_logprobs)
-    return answer
+    to_read = most_logprobs(job, model.max_model_len)
+    if form is not None:
+        to_read += sum(len(output.text) for output in outputs)
+    return await aside(to_read, read)
 
 
 def _choice(

@@ -59,8 +59,9 @@ class Echo:
                 for piece in pieces:
                     job = piece.job
                     early.setdefault(job.request_id, []).append(piece)
-                    if len(_entries(job)) == len(job.prompt_token_ids):
-                        num_scores = len(_entries(job)) * (1 + (self._body.logprobs or 0))
+                    num_entries = next(iter(job.processors.values())).num_prompt_logprobs
+                    if num_entries == len(job.prompt_token_ids):
+                        num_scores = num_entries * (1 + (self._body.logprobs or 0))
                         await aside(num_scores, partial(self.logprobs, job))
                         due += early.pop(job.request_id)
                 yield due

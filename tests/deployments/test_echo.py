@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deployments.ingress import echo, served
+from engine import output_processor
 from engine.outputs import TokenDelta, TokenLogprobs
 from tests.deployments.fake_core import FakeCore
 from tests.deployments.plane import open_plane
@@ -143,6 +144,35 @@ async def test_prompts_of_chats_are_scored_alone(tiny_plane):
     assert [[*entry] for entry in rest] == [[str(i)] for i in answer["prompt_token_ids"][1:]]
     assert answer["choices"][0]["message"]["content"] == ""
     assert answer["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": TEXT, "prompt_logprobs": 0}),
+        ("/v1/completions", {"prompt": TEXT, "echo": True, "logprobs": 0, "stream": True}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": TEXT}], "prompt_logprobs": 0},
+        ),
+    ],
+)
+async def test_scores_are_put_in_their_form_where_no_stream_waits(
+    tiny_plane, monkeypatch, path, fields
+):
+    threads, convert = [], output_processor._to_dict
+
+    def noting(entry, tokenizer):
+        threads.append(threading.current_thread())
+        return convert(entry, tokenizer)
+
+    monkeypatch.setattr(output_processor, "_to_dict", noting)
+    monkeypatch.setattr(served, "LONG_TEXT", 10)
+    tiny_plane.model.tokenizer.chat_template = "{{ messages[0].content }}"
+    answer = await tiny_plane.http.post(path, json={"model": "m", "max_tokens": 1, **fields})
+    assert answer.status_code == 200, answer.text
+    aside = [thread for thread in threads if thread is not threading.current_thread()]
+    assert len(aside) == len(tiny_plane.model.tokenizer.encode(TEXT, False)) - 1
 
 
 async def test_each_kind_of_scores_has_as_many_alternatives_as_were_asked_for(tiny_plane):

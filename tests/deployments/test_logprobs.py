@@ -121,8 +121,11 @@ async def test_log_probabilities_under_way_are_bounded(stream):
 
 async def test_output_without_a_limit_counts_as_the_longest(monkeypatch):
     async with open_plane() as plane:
-        plane.model.logprobs.limit = (MAX_MODEL_LEN - 3) * 2 - 1
-        body = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 10**6, "logprobs": 1}
-        refused = await plane.http.post("/v1/completions", json=body)
+        plane.model.logprobs.limit = MAX_MODEL_LEN // 2
+        messages = [{"role": "user", "content": "hi"}]
+        body = {"model": "m", "messages": messages, "logprobs": True}
+        limited = await plane.http.post("/v1/chat/completions", json={**body, "max_tokens": 9})
+        assert limited.status_code == 200
+        refused = await plane.http.post("/v1/chat/completions", json=body)
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "logprobs"

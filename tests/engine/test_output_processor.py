@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import output_processor
 from engine.output_processor import OutputProcessor
 from engine.outputs import Logprob, TokenDelta, TokenLogprobs
 from engine.sampling_params import SamplingParams
@@ -178,6 +179,22 @@ def test_prompt_logprobs_come_in_pieces_and_begin_with_none():
     assert subject.prompt_logprobs[0] is None
     assert [list(entry) for entry in subject.prompt_logprobs[1:]] == [[100, 5], [101, 5]]
     assert subject.prompt_logprobs[1][100].rank == 3
+
+
+def test_prompt_logprobs_are_put_in_their_form_when_they_are_read(monkeypatch):
+    subject, converted = processor(prompt_logprobs=0), []
+    convert = output_processor._to_dict
+    monkeypatch.setattr(
+        output_processor, "_to_dict", lambda *args: converted.append(args[0]) or convert(*args)
+    )
+    entries = [TokenLogprobs([token], [-1.0], 1) for token in range(100, 104)]
+    subject.push(TokenDelta("r", [], prompt_logprobs=entries[:2]))
+    assert (converted, subject.num_prompt_logprobs) == ([], 3)
+    assert [*subject.prompt_logprobs[2]] == [101]
+    subject.push(TokenDelta("r", [], prompt_logprobs=entries[2:]))
+    assert (len(converted), subject.num_prompt_logprobs) == (2, 5)
+    assert [[*entry] for entry in subject.prompt_logprobs[1:]] == [[100], [101], [102], [103]]
+    assert (converted, subject.num_prompt_logprobs) == (entries, 5)
 
 
 def test_error_and_cached_tokens_are_passed_on():
