@@ -57,7 +57,6 @@ class RequestEnds:
         failed = notice.reason == "error" and not refused
         if not (failed or self._log_requests):
             return
-        decode_s = time.monotonic() - begun.first_at if begun.first_at else 0.0
         fields = {
             "request_id": begun.origin,
             "try_id": notice.request_id,
@@ -65,9 +64,9 @@ class RequestEnds:
             "prompt_tokens": begun.num_prompt_tokens,
             "cached_tokens": begun.num_cached_tokens,
             "output_tokens": notice.num_tokens,
-            "queued_s": round(begun.queued_s, 6),
-            "prefill_s": round(begun.prefill_s, 6),
-            "decode_s": round(decode_s, 6),
+            "queued_s": begun.queued_s,
+            "prefill_s": begun.prefill_s,
+            "decode_s": time.monotonic() - begun.first_at if begun.first_at else 0.0,
         }
         message = "request failed" if failed else "request ended"
         logger.log(logging.WARNING if failed else logging.INFO, message, extra=fields)

@@ -94,15 +94,11 @@ def _fields(record: RequestRecord, stages: list[Stage]) -> dict[str, Any]:
         "error_type": record.failure and (record.failure.code or record.failure.kind),
         "engines": journey and journey.engines,
         "failovers": journey and len(journey.moved_at),
-        "duration_s": _seconds(stages[-1].end - record.begun_at),
-        **{_TOLD[s.name]: _seconds(s.end - s.begin) for s in stages if s.name in _TOLD},
+        "duration_s": stages[-1].end - record.begun_at,
+        **{_TOLD[s.name]: s.end - s.begin for s in stages if s.name in _TOLD},
     }
     if record.jobs:
         first_at = min(job.metrics.first_token_time or 0.0 for job in record.jobs)
-        fields["ttft_s"] = _seconds(first_at - record.begun_at) if first_at else None
+        fields["ttft_s"] = first_at - record.begun_at if first_at else None
         fields |= record.counts()._asdict()
     return fields
-
-
-def _seconds(value: float) -> float:
-    return round(value, 6)

@@ -16,11 +16,11 @@ _FOREIGN = ("_ray_timestamp_ns", "serve_access_log", "log_to_stderr", "skip_cont
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     """What a record has beside what every record has, in this order: where it comes from, and what
-    its line is about."""
+    its line is about. Numbers are rounded, which those who log need not do."""
     values = {key: record.__dict__[key] for key in _PLACE if record.__dict__.get(key)}
     for key, value in record.__dict__.items():
         if key not in _STANDARD and key not in _FOREIGN and value is not None:
-            values[key] = value
+            values[key] = round(value, 6) if isinstance(value, float) else value
     return values
 
 

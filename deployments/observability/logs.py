@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import queue
 import re
 import sys
 from contextvars import ContextVar
 from dataclasses import dataclass
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 from deployments.observability.lines import JsonLines, TextLines
@@ -53,7 +53,7 @@ class LogQueue(QueueHandler):
     """
 
     def __init__(self, setting: ProcessLog, handlers: list[logging.Handler]) -> None:
-        super().__init__(queue.Queue(MAX_WAITING))
+        super().__init__(SimpleQueue())
         self.setting = setting
         self._num_lost = 0
         self._handlers = handlers
@@ -76,10 +76,10 @@ class LogQueue(QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Queue a record, or count it as lost."""
-        try:
-            self.queue.put_nowait(record)
+        if self.queue.qsize() < MAX_WAITING:
+            self.queue.put(record)
             self._num_lost = 0
-        except queue.Full:
+        else:
             self._num_lost += 1
 
     def close(self) -> None:

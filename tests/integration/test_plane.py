@@ -193,12 +193,13 @@ def told(logs: Path, request_id: str) -> dict[str, dict[str, Any]]:
 async def test_an_id_travels_to_the_engine_and_back(server, logs):
     async with connect(server) as client:
         answers = {}
-        for sent in ("mine-1", "m" * 129, None):
+        mine = f"mine-{server.port}"  # the logs are those of both servers
+        for sent in (mine, "m" * 129, None):
             headers = {} if sent is None else {"X-Request-ID": sent}
             body = completion("whose is this", 3)
             answers[sent] = await client.post("/v1/completions", json=body, headers=headers)
     taken = [answer.headers["x-request-id"] for answer in answers.values()]
-    assert taken[0] == "mine-1" and len({*taken}) == 3 and len(taken[1]) < 129
+    assert taken[0] == mine and len({*taken}) == 3 and len(taken[1]) < 129
     for request_id in (taken[0], taken[2]):
         while len(lines := told(logs, request_id)) < 2:
             await asyncio.sleep(0.02)

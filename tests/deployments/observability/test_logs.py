@@ -156,7 +156,7 @@ def test_a_slow_place_holds_up_nobody_and_what_is_lost_is_told():
     for _ in range(MAX_WAITING + 100):
         log.handle(record_of("many"))
     slow.may_write.set()
-    while log.queue.full():
+    while log.queue.qsize() >= MAX_WAITING:
         time.sleep(0.001)
     log.handle(record_of("last"))
     log.close()
