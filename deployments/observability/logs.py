@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deployments.observability.lines import JsonLines, TextLines
 from deployments.observability.options import LoggingOptions
@@ -53,12 +53,13 @@ class LogQueue(QueueHandler):
     """
 
     def __init__(self, setting: ProcessLog, handlers: list[logging.Handler]) -> None:
-        super().__init__(SimpleQueue())
+        self._waiting: SimpleQueue[Any] = SimpleQueue()
+        super().__init__(self._waiting)
         self.setting = setting
         self._num_lost = 0
         self._handlers = handlers
         self._is_closed = False
-        self._writer = QueueListener(self.queue, *handlers, respect_handler_level=True)
+        self._writer = QueueListener(self._waiting, *handlers, respect_handler_level=True)
         self._writer.start()
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
@@ -76,8 +77,8 @@ class LogQueue(QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Queue a record, or count it as lost."""
-        if self.queue.qsize() < MAX_WAITING:
-            self.queue.put(record)
+        if self._waiting.qsize() < MAX_WAITING:
+            self._waiting.put(record)
             self._num_lost = 0
         else:
             self._num_lost += 1
