@@ -119,9 +119,9 @@ def decide(goals: Goals, state: State, seen: Observation, now: float) -> tuple[D
     """Choose the number of engines. A pure function: equal arguments give an equal result.
 
     It rises to the least that was wanted throughout `upscale_delay_s`, and falls to the most that
-    was wanted within `downscale_delay_s`, as the stabilization windows of Kubernetes' horizontal
-    pod autoscaler do: a peak or a pause that is shorter changes nothing. It falls by half at most,
-    as what remains may turn out to be slower than it seemed.
+    was wanted within `downscale_delay_s` or a start-up, whichever is longer. So do the
+    stabilization windows of Kubernetes' horizontal pod autoscaler: a shorter peak or pause changes
+    nothing. It falls by half at most, as what remains may turn out slower than it seemed.
 
     Args:
         goals: of the model.
@@ -138,7 +138,8 @@ def decide(goals: Goals, state: State, seen: Observation, now: float) -> tuple[D
         wanted = max(seen.target, seen.held > 0)
     wanted = _within(wanted, seen)
     highs, lows = state.highs or ((now, seen.target),), state.lows or ((now, seen.target),)
-    highs = _add(highs, (now, wanted), now - goals.downscale_delay_s, falling=True)
+    patience_s = max(goals.downscale_delay_s, state.start_up_s)  # those that start are given time
+    highs = _add(highs, (now, wanted), now - patience_s, falling=True)
     lows = _add(lows, (now, wanted), now - goals.upscale_delay_s, falling=False)
     most_down = seen.target // 2
     target = _within(min(max(seen.target, lows[0][1]), max(highs[0][1], most_down)), seen)
@@ -200,7 +201,7 @@ def _needs(
         "rows": unknown * sum(engine.rows_used for engine in engines) / use,
         "KV cache": unknown * sum(engine.blocks_used for engine in engines) / use,
     }
-    speed = state.speed * 2 ** ((now - state.speed_at) / DOUBT_S)
+    speed = state.speed and state.speed * 2 ** ((now - state.speed_at) / DOUBT_S)
     if speed > 0:
         queue = waiting + _growth(state, seen, arriving, speed, now)
         catch_up = max(0.0, queue) / max(CATCH_UP_S, state.start_up_s)

@@ -185,6 +185,11 @@ def test_equal_arguments_give_an_equal_decision():
     assert len(fluid.state.highs) <= fluid.most and len(fluid.state.lows) <= fluid.most
 
 
+def test_first_requests_of_all_are_decided_on_by_the_wall_clock():
+    seen = Observation(1, 1, [EngineUse(running=1.0, arriving_tokens_s=9.0)])
+    assert decide(Goals(), State(), seen, 1.8e9)[0].target == 1
+
+
 def context(metrics, now: float = 100.0, **changes) -> AutoscalingContext:
     series = {
         name: {"r1": [SimpleNamespace(timestamp=when, value=value)]}
