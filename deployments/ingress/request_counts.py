@@ -63,17 +63,17 @@ class TokenGaps:
         histogram: where they are counted.
     """
 
-    __slots__ = ("_histogram", "_last")
+    __slots__ = ("_add", "_last")
 
     def __init__(self, histogram: Histogram) -> None:
-        self._histogram = histogram
+        self._add = histogram.add
         self._last = 0.0
 
     def note(self) -> None:
         """Tokens have come now."""
         now = time.monotonic()
         if self._last:
-            self._histogram.add(now - self._last)
+            self._add(now - self._last)
         self._last = now
 
 

@@ -232,4 +232,4 @@ def test_prometheus_finds_a_port_on_every_pod():
 def test_kustomize_takes_every_manifest():
     named = set(load(KUBERAY / "kustomization.yaml")["resources"])
     files = {path.name for path in KUBERAY.glob("*.yaml")}
-    assert named | {"kustomization.yaml", "pod-monitor.yaml"} == files
+    assert named | {"kustomization.yaml", "pod-monitor.yaml", "alerts.yaml"} == files

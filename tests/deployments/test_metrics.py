@@ -27,13 +27,13 @@ def told(monkeypatch):
     return calls
 
 
-def test_ray_is_told_what_has_changed(told):
+def test_ray_is_told_again_what_has_not_changed(told):
+    """It would drop it."""
     publisher = Publisher()
-    one = [Sample("num_engines", 1, {"model_name": name}) for name in "ab"]
-    publisher.publish(one)
-    publisher.publish([one[0], one[1]._replace(value=2)])
-    name = "trunkline_num_engines"
-    assert told == [(name, value, {"model_name": m}) for m, value in (("a", 1), ("b", 1), ("b", 2))]
+    samples = [Sample("num_engines", 1, {"model_name": name}) for name in "ab"]
+    for _ in range(2):
+        publisher.publish(samples)
+    assert told == 2 * [("trunkline_num_engines", 1, {"model_name": name}) for name in "ab"]
 
 
 def test_a_histogram_is_three_gauges(told):
@@ -61,5 +61,5 @@ def test_reports_are_told_now_and_then(told, monkeypatch):
     assert (values["generation_tokens_total"], values["device_idle_seconds_total"]) == (7, 2.5)
     told.clear()
     now += metrics.PUBLISH_INTERVAL_S
-    engine.record(EngineReport([], EngineLoad(num_running=4, generated_tokens=7, idle_s=2.5)))
-    assert told == [("trunkline_num_requests_running", 4, {"model_name": "m"})]
+    engine.record(EngineReport([], EngineLoad(num_running=4)))
+    assert ("trunkline_num_requests_running", 4, {"model_name": "m"}) in told

@@ -1,0 +1,5 @@
+"""What watches a server: the Grafana dashboard, and alerts for the Prometheus Operator.
+
+`python -m cluster.monitoring` writes both files anew, from `panels.py` and from
+`cluster/docker/alerts.yaml`.
+"""

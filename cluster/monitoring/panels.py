@@ -1,0 +1,304 @@
+"""The panels of the dashboard, row by row: what each asks Prometheus, and what it tells."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PREFIX = "ray_trunkline_"
+"""Of the names that Ray exports."""
+QUANTILES = (0.5, 0.95, 0.99)
+BROKEN = 'status=~"5.."'
+_MODEL = 'model_name=~"$model"'
+_ENGINE = _MODEL + ', deployment=~"$deployment"'
+
+
+class Panel(NamedTuple):
+    """A panel."""
+
+    title: str
+    says: str
+    """What it means, and what to do."""
+    unit: str
+    """Grafana's name of it."""
+    queries: dict[str, str]
+    """Legend → PromQL."""
+    limits: tuple[float, float] | None = None
+    """From where on it is orange and red; a panel that has them is one number."""
+    stacked: bool = False
+
+
+def counted(name: str, by: str = "", more: str = "") -> str:
+    """How much a counter of ingress replicas grows in a second, all together or by labels."""
+    return f"sum{_by(by)} (rate({PREFIX}{name}{{{more}}}[$__rate_interval]))"
+
+
+def by_model(name: str, by: str = "", more: str = "") -> str:
+    """The same of the models asked for."""
+    return counted(name, by, f"{_MODEL}, {more}" if more else _MODEL)
+
+
+def by_engine(name: str) -> str:
+    """How much a counter of each engine grows in a second."""
+    return f"sum by (replica) (rate({PREFIX}{name}{{{_ENGINE}}}[$__rate_interval]))"
+
+
+def engines(name: str, how: str = "sum by (replica)") -> str:
+    """A gauge of the engines."""
+    return f"{how} ({PREFIX}{name}{{{_ENGINE}}})"
+
+
+def quantile(share: float, name: str) -> str:
+    """A quantile of a histogram, over all models asked for."""
+    return f"histogram_quantile({share}, {by_model(f'{name}_bucket', 'le')})"
+
+
+def quantiles(name: str) -> dict[str, str]:
+    """The usual ones."""
+    return {f"p{share * 100:g}": quantile(share, name) for share in QUANTILES}
+
+
+def share(part: str, whole: str) -> str:
+    """One rate over another; nothing while the other is 0."""
+    return f"{part} / ({whole} > 0)"
+
+
+def _by(labels: str) -> str:
+    return f" by ({labels})" if labels else ""
+
+
+def _idle_share() -> str:
+    """Of each engine; the counter of one that has just come may not have two values yet."""
+    return f"clamp_max({by_engine('device_idle_seconds_total')}, 1)"
+
+
+NOW = (
+    Panel(
+        "Requests a second",
+        "Answered over HTTP, refused ones included, of all models.",
+        "reqps",
+        {"": counted("http_requests_total")},
+        (1e6, 1e7),
+    ),
+    Panel(
+        "Server errors",
+        "Share of answers with a status of 500 and above. Which: Refusals and errors, below.",
+        "percentunit",
+        {"": share(counted("http_requests_total", "", BROKEN), counted("http_requests_total"))},
+        (0.005, 0.02),
+    ),
+    Panel(
+        "Time to first token, p95",
+        "Of requests that have ended. Above target: see Where the time goes.",
+        "s",
+        {"": quantile(0.95, "time_to_first_token_seconds")},
+        (2, 5),
+    ),
+    Panel(
+        "Inter-token latency, p95",
+        "Between two messages of a stream.",
+        "s",
+        {"": quantile(0.95, "inter_token_latency_seconds")},
+        (0.1, 0.25),
+    ),
+    Panel(
+        "KV cache, fullest engine",
+        "Near 100 % new requests wait, and running ones may be pushed out.",
+        "percentunit",
+        {"": engines("kv_cache_usage_perc", "max")},
+        (0.85, 0.95),
+    ),
+    Panel(
+        "Event loop lag, worst",
+        "All streams of a process pause for as long.",
+        "s",
+        {"": f"max ({PREFIX}event_loop_lag_seconds)"},
+        (0.1, 0.5),
+    ),
+)
+TRAFFIC = (
+    Panel(
+        "Answers by status",
+        "Of all models. 499: the client left before the end.",
+        "reqps",
+        {"{{status}}": f"{counted('http_requests_total', 'status')} > 0"},
+        stacked=True,
+    ),
+    Panel(
+        "Refusals and errors by reason",
+        "What docs/operations.md says of each reason.",
+        "reqps",
+        {
+            "{{status}} {{reason}}": counted("http_requests_total", "status, reason", 'reason!=""')
+            + " > 0"
+        },
+        stacked=True,
+    ),
+    Panel(
+        "Completions by how they ended",
+        "abort: the client left. error: lost with an engine, or the server's fault.",
+        "reqps",
+        {"{{finished_reason}}": by_model("request_success_total", "finished_reason")},
+        stacked=True,
+    ),
+    Panel(
+        "Tokens a second",
+        "Prompt tokens computed or found in a cache, and tokens generated.",
+        "none",
+        {
+            "prompt": by_model("prompt_tokens_total"),
+            "generated": by_model("generation_tokens_total"),
+        },
+    ),
+)
+LATENCY = (
+    Panel(
+        "Time to first token",
+        "From the last byte of the request to its first token.",
+        "s",
+        quantiles("time_to_first_token_seconds"),
+    ),
+    Panel(
+        "Inter-token latency",
+        "Between two messages of a stream; its tail is what readers see as stutter.",
+        "s",
+        quantiles("inter_token_latency_seconds"),
+    ),
+    Panel(
+        "End to end",
+        "To the last token. Follows the length of answers.",
+        "s",
+        quantiles("e2e_request_latency_seconds"),
+    ),
+    Panel(
+        "Where the time goes, p95",
+        "queue: everything before its first token that is not its own prefill. Queue up: more "
+        "engines. Prefill up: longer prompts or fewer prefix hits. Decode up: longer answers or "
+        "slower steps.",
+        "s",
+        {
+            stage: quantile(0.95, f"request_{stage}_time_seconds")
+            for stage in ("queue", "prefill", "decode")
+        },
+    ),
+)
+LOAD = (
+    Panel("Running", "Requests in the batch, by engine.", "none",
+          {"{{replica}}": engines("num_requests_running")}, stacked=True),
+    Panel("Waiting", "Requests that wait for rows or blocks, by engine.", "none",
+          {"{{replica}}": engines("num_requests_waiting")}, stacked=True),
+    Panel(
+        "Tokens generated a second, by engine",
+        "Uneven for long: see the KV cache, and Routing in docs/serving.md.",
+        "none",
+        {"{{replica}}": by_engine("generation_tokens_total")},
+    ),
+    Panel(
+        "Time of a step",
+        "Of the time that the device had work. It grows with the batch and with prefill.",
+        "s",
+        {"{{replica}}": f"(1 - {_idle_share()}) / ({by_engine('num_steps_total')} > 0)"},
+    ),
+)  # fmt: skip
+CACHES = (
+    Panel("KV cache in use", "By engine; blocks that only a cache holds are free.", "percentunit",
+          {"{{replica}}": engines("kv_cache_usage_perc")}),
+    Panel(
+        "Prompt tokens found in the prefix cache",
+        "Share by engine. A drop costs prefill: chats that move, or caches that are too small.",
+        "percentunit",
+        {
+            "{{replica}}": share(
+                by_engine("prefix_cache_hits_total"), by_engine("prefix_cache_queries_total")
+            )
+        },
+    ),
+    Panel(
+        "Prompts answered from the response cache",
+        "Share; there is one only with ingress.response_cache_bytes.",
+        "percentunit",
+        {
+            "": share(
+                by_model("response_cache_hits_total"), by_model("response_cache_queries_total")
+            )
+        },
+    ),
+    Panel(
+        "Length of requests",
+        "Tokens; sizing follows from these.",
+        "none",
+        {
+            "prompt p50": quantile(0.5, "request_prompt_tokens"),
+            "prompt p95": quantile(0.95, "request_prompt_tokens"),
+            "generated p50": quantile(0.5, "request_generation_tokens"),
+            "generated p95": quantile(0.95, "request_generation_tokens"),
+        },
+    ),
+)  # fmt: skip
+FAILURES = (
+    Panel(
+        "Engines that serve",
+        "As each ingress sees it: its trunk is open and its steps go on.",
+        "none",
+        {"{{model_name}}": f"min by (model_name) ({PREFIX}num_engines{{{_MODEL}}})"},
+    ),
+    Panel(
+        "Failovers a second",
+        "Requests that went on elsewhere, as their engine was lost.",
+        "none",
+        {"{{model_name}}": by_model("num_failovers_total", "model_name")},
+    ),
+    Panel(
+        "Preemptions a second",
+        "Requests pushed out for want of blocks, and computed anew.",
+        "none",
+        {"{{replica}}": by_engine("num_preemptions_total")},
+    ),
+    Panel(
+        "Time since a step ended",
+        "A second at most while an engine lives; what grows hangs, and is ended.",
+        "s",
+        {"{{replica}}": engines("step_progress_age_seconds", "max by (replica)")},
+    ),
+)
+PLANE = (
+    Panel(
+        "Event loop lag",
+        "Longest of ten seconds, by kind of process. An ingress that lags: more ingress replicas.",
+        "s",
+        {"{{process}}": f"max by (process) ({PREFIX}event_loop_lag_seconds)"},
+    ),
+    Panel(
+        "GPU idle",
+        "Share of time in which no step was on the device: nothing to do, or between steps where "
+        "none is launched ahead.",
+        "percentunit",
+        {"{{replica}}": _idle_share()},
+    ),
+    Panel(
+        "Node CPU",
+        "In percent of a node's cores.",
+        "percent",
+        {"{{instance}}": "max by (instance) (ray_node_cpu_utilization)"},
+    ),
+    Panel(
+        "Node memory",
+        "In use, by node.",
+        "bytes",
+        {"{{instance}}": "max by (instance) (ray_node_mem_used)"},
+    ),
+)
+ROWS = {
+    "Now": NOW,
+    "Traffic and errors": TRAFFIC,
+    "Latency": LATENCY,
+    "Load of the engines": LOAD,
+    "KV cache and prefix cache": CACHES,
+    "Failures": FAILURES,
+    "Plane and GPU": PLANE,
+}
+"""Title → panels, from left to right."""
+VARIABLES = {
+    "model": f"label_values({PREFIX}num_engines, model_name)",
+    "deployment": f'label_values({PREFIX}num_requests_running{{model_name=~"$model"}}, deployment)',
+}
+"""What the dashboard can be narrowed down to: name → Grafana's query for its values."""
