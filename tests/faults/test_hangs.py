@@ -27,7 +27,7 @@ STALL_LIMIT_S = 3.0
 FAILED_OVER_S = 10.0
 """Longest pause of a stream whose engine hangs or has been stopped: the promise."""
 MACHINE_S = 4.0
-"""What this machine may add, which at the same time starts another engine on few cores."""
+"""What this machine may add to other times, as it starts another engine on few cores."""
 TOKENS = 800
 STREAMS = 16
 
@@ -141,7 +141,7 @@ async def test_an_engine_actor_that_is_stopped(server, dumps):
 
     pause = await disturb(server, stop)
     print(f"longest pause: {pause:.1f} s, both processes gone after {await ended[0]:.1f} s")
-    assert pause < FAILED_OVER_S + MACHINE_S
+    assert pause < FAILED_OVER_S
     assert await ended[0] < FAILED_OVER_S + MACHINE_S
     found = [json.loads(path.read_text()) for path in dumps.glob("trunkline-crash-*.json")]
     (dump,) = (dump for dump in found if dump["reason"] == "silence")
@@ -161,4 +161,4 @@ async def test_a_replica_that_is_stopped(server):
     pause = await disturb(server, stop)
     print(f"longest pause: {pause:.1f} s, both processes gone after {await ended[0]:.1f} s")
     assert await ended[0] < FAILED_OVER_S + MACHINE_S
-    assert pause < FAILED_OVER_S + MACHINE_S
+    assert pause < FAILED_OVER_S
