@@ -1,1 +1,1 @@
-"""What concerns more than one node. Deployment files, and a simulator of fleets."""
+"""More than one node: deployment files, the autoscaling policy, and a simulator of fleets."""
