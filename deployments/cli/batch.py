@@ -42,7 +42,7 @@ MAX_LOST = 6
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answer every request that has no answer yet; returns the exit status.
+    """Answer every request that has no answer yet; returns the exit status: 1 if any failed.
 
     Raises:
         CommandError: the server was lost; to run the command again goes on.
@@ -60,7 +60,6 @@ def run(options: argparse.Namespace) -> int:
 
 async def _run(options: argparse.Namespace, total: int, concurrency: int) -> int:
     file, done = open_output(options.output)
-    tally = Tally()
     with file:
         async with _open_post(options) as post:
             with tqdm(total=total, desc="Requests", unit="", dynamic_ncols=True) as bar:
@@ -68,33 +67,13 @@ async def _run(options: argparse.Namespace, total: int, concurrency: int) -> int
                 def write(record: dict[str, object]) -> None:
                     file.write(json.dumps(record).encode() + b"\n")
                     file.flush()
-                    tally.count(record)
+                    done.tally.count(record)
                     bar.update()
 
                 runner = BatchRunner(post, write, concurrency)
                 await runner.run(_left(options.input, done, write, bar.update))
-    print(f"{tally}; see {options.output}")
-    return 0
-
-
-class Tally:
-    """Counts what was written."""
-
-    def __init__(self) -> None:
-        self.answered = self.refused = self.bad = 0
-
-    def count(self, record: dict[str, object]) -> None:
-        """Take a record into account."""
-        response = record["response"]
-        if not isinstance(response, dict):
-            self.bad += 1
-        elif response["status_code"] == 200:
-            self.answered += 1
-        else:
-            self.refused += 1
-
-    def __str__(self) -> str:
-        return f"{self.answered} answered, {self.refused} refused, {self.bad} bad lines"
+    print(f"{done.tally}; see {options.output}")
+    return 1 if done.tally.num_failed else 0
 
 
 @asynccontextmanager

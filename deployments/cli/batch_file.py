@@ -40,12 +40,40 @@ class BatchRequest:
 
 
 @dataclass(slots=True)
+class Tally:
+    """Counts the lines of an output file."""
+
+    answered: int = 0
+    refused: int = 0
+    bad: int = 0
+
+    @property
+    def num_failed(self) -> int:
+        """Lines that are no answer."""
+        return self.refused + self.bad
+
+    def count(self, record: dict[str, Any]) -> None:
+        """Take a record into account."""
+        response = record["response"]
+        if response is None:
+            self.bad += 1
+        elif response["status_code"] == 200:
+            self.answered += 1
+        else:
+            self.refused += 1
+
+    def __str__(self) -> str:
+        return f"{self.answered} answered, {self.refused} refused, {self.bad} bad lines"
+
+
+@dataclass(slots=True)
 class Done:
     """What an output file holds already."""
 
     custom_ids: set[str] = field(default_factory=set)
     lines: set[int] = field(default_factory=set)
     """Numbers of input lines without a `custom_id`."""
+    tally: Tally = field(default_factory=Tally)
 
 
 def parse_line(line: bytes) -> BatchRequest:
@@ -137,6 +165,7 @@ def _note(line: bytes, done: Done, where: str) -> None:
             done.custom_ids.add(record["custom_id"])
         else:
             done.lines.add(record["error"]["line"])
+        done.tally.count(record)
     except (ValueError, LookupError, TypeError):
         raise CommandError(
             f"{where} is no answer of a batch; name another file for the answers."

@@ -38,7 +38,7 @@ def records(path) -> dict[str | None, dict[str, Any]]:
     return {record["custom_id"]: record for record in found}
 
 
-def test_answers_are_the_servers_own(url, tmp_path, write_lines):
+def test_answers_are_the_servers_own(url, tmp_path, write_lines, capsys):
     chat = {
         "model": "m",
         "messages": [{"role": "user", "content": "Grüße, 世界"}],
@@ -51,7 +51,8 @@ def test_answers_are_the_servers_own(url, tmp_path, write_lines):
         line("c", body=wrong),
     )
     out = tmp_path / "out.jsonl"
-    assert main(["batch", str(requests), str(out), "--url", url]) == 0
+    assert main(["batch", str(requests), str(out), "--url", url]) == 1
+    assert "2 answered, 1 refused, 0 bad lines" in capsys.readouterr().out
     found = records(out)
     for custom_id, path, body in (
         ("a", "/v1/completions", json.loads(line("a", "three four"))["body"]),
@@ -86,11 +87,13 @@ BAD = {
 }
 
 
-def test_bad_lines_are_told_and_end_nothing(url, tmp_path, write_lines):
+def test_bad_lines_are_told_and_end_nothing(url, tmp_path, write_lines, capsys):
     requests = write_lines(*BAD, b"", line("good"), line("good"))
     out = tmp_path / "out.jsonl"
     for _ in range(2):  # nothing is told twice
-        assert main(["batch", str(requests), str(out), "--url", url]) == 0
+        assert main(["batch", str(requests), str(out), "--url", url]) == 1
+        told = f"1 answered, 0 refused, {len(BAD) + 1} bad lines"
+        assert told in capsys.readouterr().out
         found = [json.loads(each) for each in out.read_text().splitlines()]
         errors = {r["error"]["line"]: r["error"]["code"] for r in found if r["error"]}
         assert errors == {
@@ -103,12 +106,13 @@ def test_bad_lines_are_told_and_end_nothing(url, tmp_path, write_lines):
         assert len(found) == len(BAD) + 2
 
 
-def test_what_is_answered_is_not_asked_again(url, tmp_path, write_lines):
+def test_what_is_answered_is_not_asked_again(url, tmp_path, write_lines, capsys):
     out = tmp_path / "out.jsonl"
     kept = b'{"id": "1", "custom_id": "a", "response": {"status_code": 200}, "error": null}\n'
     out.write_bytes(kept + b'{"id": "2", "custom_id": "b", "resp')  # cut off by a crash
     requests = write_lines(line("a"), line("b"), line("c"))
     assert main(["batch", str(requests), str(out), "--url", url]) == 0
+    assert "3 answered, 0 refused, 0 bad lines" in capsys.readouterr().out
     assert out.read_bytes().startswith(kept)
     found = records(out)
     assert set(found) == {"a", "b", "c"}
@@ -237,12 +241,14 @@ def test_pauses_are_bounded():
 
 def test_output_is_given_back_as_it_was(tmp_path):
     path = tmp_path / "out.jsonl"
-    text = b'{"custom_id": "a"}\n{"custom_id": null, "error": {"line": 3}}\n'
+    refused = b'{"custom_id": "a", "response": {"status_code": 400}}\n'
+    text = refused + b'{"custom_id": null, "response": null, "error": {"line": 3}}\n'
     path.write_bytes(text)
     file, done = open_output(path)
     file.close()
     assert path.read_bytes() == text
     assert (done.custom_ids, done.lines) == ({"a"}, {3})
+    assert str(done.tally) == "0 answered, 1 refused, 1 bad lines"
 
 
 def test_wrong_use_is_a_sentence(tmp_path, write_lines, capsys):
