@@ -5,7 +5,8 @@
 
 One engine serves the whole sweep. Its prefix cache is on and every batch takes the same prompts, so
 that a context costs its prefill once; no row shares keys with another. A step's time is the
-device's own (`device_s`), or the host's where the device tells none. `run` needs no matplotlib.
+device's own (`device_s`), or the host's where the device tells none. The ceilings are those of all
+GPUs that share the model. `run` needs no matplotlib.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
 from benchmarks.engines import EngineSpec
+from benchmarks.exchanges import exchange_share
 from benchmarks.machine import (
     describe_run,
     read_gpu_memory,
@@ -54,7 +57,8 @@ def run(options: argparse.Namespace) -> None:
     llm = _start(options, engine_options)
     info = llm.core.info
     shape = Shape.read(Path(find_model(options.model)), _ITEMSIZE[info.dtype])
-    ceilings = Ceilings(options.bandwidth * 1e12, options.flops * 1e12)
+    ranks = int(engine_options.get("tensor_parallel_size", 1))
+    ceilings = Ceilings(ranks * options.bandwidth * 1e12, ranks * options.flops * 1e12)
     records = sweep(llm, shape, ceilings, options)
     document = {
         **describe_run("benchmarks.sweep", options.words, started),
@@ -96,6 +100,9 @@ def sweep(
                 print(f"batch {batch} at {context}: no step held all rows", file=sys.stderr)
                 continue
             record = _record(steps, batch, context, shape, ceilings)
+            if options.exchanges:
+                again = partial(_generate, llm, short, count, options.temperature)
+                record["exchange_share"] = exchange_share(again, shape.layers, options.steps // 2)
             print(f"batch {batch} at {context}: {_tell(record)}", file=sys.stderr)
             records.append(record)
     return records
@@ -215,6 +222,9 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     running.add_argument("--temperature", type=float, default=0.0)
     running.add_argument("--bandwidth", type=float, default=4.30, help="ceiling in TB/s")
     running.add_argument("--flops", type=float, default=790.0, help="ceiling in TFLOP/s")
+    running.add_argument(
+        "--exchanges", action="store_true", help="profile what ranks spend in exchanges as well"
+    )
     running.add_argument("--engine", default="trunkline", help="trunkline[:OPTION=VALUE,…]")
     running.add_argument("--seed", type=int, default=0, help="of the prompts")
     running.add_argument("--out", type=Path, help="file to write, in benchmarks/results if unset")

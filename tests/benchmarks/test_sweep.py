@@ -88,6 +88,13 @@ def test_every_point_is_measured_beside_its_floor(swept):
     assert {"command", "machine", "versions", "ceilings", "seed"} <= swept.keys()
 
 
+def test_ranks_have_the_ceilings_of_all_their_gpus(model, tmp_path, monkeypatch, swept):
+    monkeypatch.setattr(sweep, "LLM", FakeLLM)
+    shared = run(model, tmp_path / "two.json", "--engine", "trunkline:tensor_parallel_size=2")
+    for one, two in zip(swept["records"], shared["records"], strict=True):
+        assert two["floor_s"] == pytest.approx(one["floor_s"] / 2, abs=1e-8)
+
+
 def test_what_the_cache_cannot_hold_is_left_out(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "LLM", lambda **options: FakeLLM(num_blocks=30, **options))
     document = run(model, tmp_path / "sweep.json")
