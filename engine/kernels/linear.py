@@ -77,6 +77,7 @@ def skinny_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x Wᵀ + b + residual, summed in float32.
 
@@ -87,13 +88,14 @@ def skinny_linear(
         weight: contiguous [out, in].
         bias: [out].
         residual: contiguous [rows, out].
+        out: takes the result, contiguous [rows, out] of x's type; the residual may lie there.
 
     Returns:
         [rows, out], of x's type.
     """
     (m, k), n = x.shape, len(weight)
     overlap = overlaps_launches(x.device)
-    out = x.new_empty(m, n)
+    out = x.new_empty(m, n) if out is None else out
     rows = max(16, triton.next_power_of_2(m))
     bands = triton.cdiv(n, _BAND)
     depth, stages, splits = _plan(bands, k, rows, x.device)

@@ -148,7 +148,21 @@ class SummedLinear(Linear):
 
     def forward_add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """As for `Linear`, summed over the ranks."""
+        if (out := self._group.summand(len(x))) is not None:
+            return self._group.sum(self._compute_into(out, x, residual if self._adds else None))
         return self._group.sum(super().forward_add(x, residual) if self._adds else self.forward(x))
+
+    def _compute_into(
+        self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`forward` or `forward_add` into `out`, where the residual may lie."""
+        if len(x) <= self._skinny_rows:
+            return self._skinny(x, self.weight, self.bias, residual, out)
+        if residual is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.addmm(residual, x, self.weight.t(), out=out)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor | None:

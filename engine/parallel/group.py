@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import distributed
 
+from engine.parallel.shared_memory import SharedMemory, can_share
+
 _gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 """torch 2.13 has renamed it."""
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TensorGroup:
     """This rank among those of its engine. All ranks make the same calls in the same order.
 
@@ -23,20 +28,55 @@ class TensorGroup:
     size: int = 1
     processes: distributed.ProcessGroup | None = None
     """Torch's, of the ranks' processes."""
+    _shared: SharedMemory | None = field(default=None, init=False)
 
-    def leave(self) -> None:
-        """Leave the group for good: exchanges that a lost rank will never finish fail.
+    def share_memory(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Let sums of few rows go through memory that all ranks reach, if all can.
+
+        Args:
+            width: of the rows.
+            dtype: of the rows.
+            device: of this rank.
+        """
+        if self.processes is None or device.type != "cuda":
+            return
+        shared = None
+        if self.least(can_share(dtype), device):
+            try:
+                shared = SharedMemory(self.processes, width, dtype)
+            except RuntimeError as error:
+                logger.warning("ranks share no memory: %s", str(error).splitlines()[0])
+        if self.least(shared is not None, device):
+            self._shared = shared
+
+    def leave(self, *, lost: bool = False) -> None:
+        """Leave the group for good.
 
         On GPUs it waits, as NCCL does, until there are no CUDA graphs any more with exchanges of
         the group in them.
+
+        Args:
+            lost: a rank is gone; exchanges that it will never finish end or fail.
         """
+        shared, self._shared = self._shared, None
+        if lost and shared is not None:
+            threading.Thread(target=shared.release, daemon=True).start()
         if self.processes is not None:
             with suppress(Exception):  # it may have failed already, or been left
                 distributed.distributed_c10d._abort_process_group(self.processes)
 
+    def summand(self, rows: int) -> torch.Tensor | None:
+        """Where this rank's part of a sum is best computed, [rows, width]; None if anywhere.
+
+        The sum before, of as many rows, lies there as well.
+        """
+        return None if self._shared is None else self._shared.rows(rows)
+
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' x, in place."""
-        if self.size > 1:
+        if self._shared is not None and self._shared.holds(x):
+            self._shared.sum(x)
+        elif self.size > 1:
             distributed.all_reduce(x, group=self.processes)
         return x
 

@@ -132,7 +132,7 @@ class Links:
             pass
         self._lose(told)
         self._ready.release(len(self._links))
-        self.group.leave()
+        self.group.leave(lost=True)
 
     def _lose(self, reason: str) -> None:
         self._lost = self._lost or reason

@@ -26,9 +26,12 @@ _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
     "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
 }
 """Ranks of one machine need no network, whatever its names resolve to. Multicast over NVLink takes
-memory and rights that containers often lack, and is of no use at these sizes."""
+memory and rights that containers often lack, and is of no use at these sizes. The GPUs of several
+ranks may have the same number, each in its own process."""
 
 
 @dataclass(frozen=True)

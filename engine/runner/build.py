@@ -79,6 +79,7 @@ def build_runner(
     dtype = choose_dtype(config, shape, device)
     max_model_len = config.resolve_max_model_len(shape.max_position_embeddings)
     step_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
+    group.share_memory(shape.hidden_size, dtype, device)
     with _memory_for(f"the weights of {config.model}", "take a smaller model or dtype"):
         model = load_model(config, source, shape, dtype, device, max_model_len, group)
     stopwatch.lap("weights")

@@ -1,8 +1,15 @@
-"""Ranks on GPUs, one engine after another in one process: each must leave its group as it goes."""
+"""Ranks on GPUs: each engine in a process of its own, and one after another in the same."""
 
+import itertools
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import psutil
 import pytest
 import torch
 
+from engine.errors import RankLost
 from tests.engine.conftest import request, run_core
 from tests.engine.test_core import prompts
 from tests.engine.test_gpu import cuda_core, tiny_checkpoint  # noqa: F401  # a fixture
@@ -14,16 +21,65 @@ pytestmark = [
 WAYS = {
     "graphs": {},
     "eager": {"enforce_eager": True},
-    "graphs again": {},
     "kernels for few rows": {"dtype": "bfloat16"},
+    "a type that NCCL alone sums": {"dtype": "float16"},
 }
+
+
+def in_a_process(work, *arguments):
+    """What `work` gives in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result(120)
+
+
+def two_ranks(checkpoint, **options):
+    return cuda_core(checkpoint, tensor_parallel_size=2, **options)
+
+
+def few(count: int, name: str = "r", **options):
+    return [request(f"{name}{i}", prompt, **options) for i, prompt in enumerate(prompts(count))]
+
+
+def shared(core) -> bool:
+    """Whether the ranks sum in memory that all reach."""
+    return core.runner._runner.model.group.summand(1) is not None
+
+
+def tokens_of_two(checkpoint, options):
+    core = two_ranks(checkpoint, **options)
+    return run_core(core, few(8, max_tokens=20)), shared(core)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_gpus_give_the_tokens_of_one(tiny_checkpoint, way):  # noqa: F811
-    wires = [request(f"r{i}", prompt, max_tokens=20) for i, prompt in enumerate(prompts(8))]
-    wanted = run_core(cuda_core(tiny_checkpoint), wires)
-    found = run_core(cuda_core(tiny_checkpoint, tensor_parallel_size=2, **WAYS[way]), wires)
+    wanted = run_core(cuda_core(tiny_checkpoint), few(8, max_tokens=20))
+    found, memory = in_a_process(tokens_of_two, tiny_checkpoint, WAYS[way])
+    assert memory == (WAYS[way].get("dtype") != "float16")
     assert found.keys() == wanted.keys()
     if "dtype" not in WAYS[way]:
         assert found == wanted
+
+
+def test_engines_come_one_after_another(tiny_checkpoint):  # noqa: F811
+    """Each must leave its group as it goes; all but the first sum through NCCL."""
+    wanted = run_core(cuda_core(tiny_checkpoint), few(8, max_tokens=20))
+    for options in ({}, {"enforce_eager": True}, {}):
+        assert tokens_of_two(tiny_checkpoint, options)[0] == wanted
+
+
+def lose_a_rank(checkpoint, options):
+    core = two_ranks(checkpoint, **options)
+    memory = shared(core)
+    (rank,) = (p for p in psutil.Process().children() if "following" in " ".join(p.cmdline()))
+    threading.Timer(0.5, rank.kill).start()
+    with pytest.raises(RankLost):
+        for turn in itertools.count():
+            run_core(core, few(8, name=f"turn {turn}, ", max_tokens=200))
+    del core
+    assert run_core(cuda_core(checkpoint), few(4, max_tokens=8))
+    return memory
+
+
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"dtype": "float16"}])
+def test_a_killed_rank_ends_the_engine_and_leaves_the_gpu_usable(tiny_checkpoint, options):  # noqa: F811
+    assert in_a_process(lose_a_rank, tiny_checkpoint, options) == ("dtype" not in options)

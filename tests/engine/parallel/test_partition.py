@@ -80,6 +80,18 @@ def test_ranks_compute_what_one_does(folder, size, load_format):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_sums_may_be_computed_where_all_ranks_reach_them(folder, monkeypatch):
+    monkeypatch.setattr("engine.layers.linear._pack", lambda weight: None)  # as on a GPU
+    wanted = logits(folder, ALONE)
+
+    def share(group: TensorGroup) -> torch.Tensor:
+        group.summands = torch.full((64, SIZES["hidden_size"]), torch.nan)
+        return logits(folder, group)
+
+    for found in run_ranks(2, share):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_rank_holds_its_part_only(folder):
     shape, meta = read_model_config(resolve_model(str(folder))), torch.device("meta")
 

@@ -30,12 +30,18 @@ class Table:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ThreadGroup(TensorGroup):
     table: Table = field(default_factory=lambda: Table(1))
 
+    summands: torch.Tensor | None = None
+    """Memory for those of few rows."""
+
+    def summand(self, rows: int) -> torch.Tensor | None:
+        return None if self.summands is None else self.summands[:rows]
+
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self.table.exchange(self.rank, x)).sum(0)
+        return x.copy_(torch.stack(self.table.exchange(self.rank, x)).sum(0))
 
     def concatenate(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.table.exchange(self.rank, x), dim=1)
