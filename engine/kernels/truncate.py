@@ -85,7 +85,7 @@ def _tile(line, start, lane, VOCAB: tl.constexpr):
 @triton.jit
 def _lane_maxima(line, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     maxima = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, VOCAB, BLOCK):
+    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=4):
         x = _tile(line, start, tl.arange(0, BLOCK), VOCAB)
         maxima = tl.where(x > maxima, x, maxima)  # never NaN
     return maxima
@@ -96,7 +96,7 @@ def _measure(line, low, high, largest, rate, VOCAB: tl.constexpr, BLOCK: tl.cons
     """Each lane's number of logits from `low` to below `high`, and what all of them weigh."""
     counts = tl.zeros((BLOCK,), tl.int32)
     weights = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, VOCAB, BLOCK):
+    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=4):
         x = _tile(line, start, tl.arange(0, BLOCK), VOCAB)
         inside = (x >= low) & ~(x >= high)  # `high` may be NaN, above all numbers
         counts += inside.to(tl.int32)
@@ -113,7 +113,7 @@ def _gather(
     place = (tl.cumsum(counts, 0) - counts)[None, :]
     # Loads of single tokens, as the stores are: else threads would first exchange what they read.
     lane = tl.max_contiguous(tl.arange(0, BLOCK)[None, :], [1, 1])
-    for start in range(0, VOCAB, BLOCK):
+    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=4):
         x = _tile(line, start, lane, VOCAB)
         inside = (x >= low) & ~(x >= high)
         tl.store(found + place, x, mask=inside)
