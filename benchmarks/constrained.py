@@ -4,17 +4,20 @@
 
 The same requests run in turns without a schema, and with as many different ones among them as
 `--grammars` says; `share` is how much longer the median decode step is than without a schema. A
-shape gets random weights and a tokenizer of its vocabulary's size.
+shape gets random weights and a tokenizer of its vocabulary's size. Texts of random tokens run into
+`--max-length` again and again, where a mask takes longest to compute.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from benchmarks.step_profile import host_seconds, period_seconds
 from benchmarks.workloads import Requests, Workload
 from engine import LLM, SamplingParams, StepRecord, StructuredOutputsParams
 
+Form = Callable[[int, int], StructuredOutputsParams]
+"""From a grammar's number and an output's tokens."""
 _TEMPERATURE = 0.7
 _SHORTEST_ITEM = 12
 """Tokens of an item of `schema`, at the least."""
@@ -51,10 +56,12 @@ def run(options: argparse.Namespace) -> None:
             enable_prefix_caching=False,
             max_num_seqs=options.rows,
         )
-        records = measure(llm, _workload(options), options.grammars, options.rounds)
+        form = partial(_form, options.max_length)
+        records = measure(llm, _workload(options), options.grammars, options.rounds, form)
     document = {
         **describe_run("benchmarks.constrained", options.words, started),
         "model": options.model,
+        "max_length": options.max_length,
         "records": records,
     }
     out = options.out or results.FOLDER / f"constrained-{started:%Y%m%d-%H%M%S}.json"
@@ -63,7 +70,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(
-    llm: LLM, workload: Workload, grammars: Sequence[int], rounds: int
+    llm: LLM,
+    workload: Workload,
+    grammars: Sequence[int],
+    rounds: int,
+    form: Form,
 ) -> list[dict[str, Any]]:
     """A record for the requests without a schema, and for each number of different ones.
 
@@ -73,19 +84,24 @@ def measure(
     cases = [0, *grammars]
     steps: dict[int, list[float]] = {number: [] for number in cases}
     for number in cases:  # kernels and grammars are compiled
-        _run(llm, workload.draw(llm.core.info.vocab_size, 0), number)
+        _run(llm, workload.draw(llm.core.info.vocab_size, 0), number, form)
     for seed in range(1, rounds + 1):
         for number in cases:
             llm.start_profile()
-            _run(llm, workload.draw(llm.core.info.vocab_size, seed), number)
+            _run(llm, workload.draw(llm.core.info.vocab_size, seed), number, form)
             steps[number] += _step_seconds(llm.stop_profile(), workload.requests)
     free = statistics.median(steps[0])
     return [{"rows": workload.requests, **_record(number, steps[number], free)} for number in cases]
 
 
-def schema(number: int, items: int) -> dict[str, Any]:
-    """A schema of a list of so many items at the least; another number makes another grammar."""
-    text = {"type": "string", "maxLength": 24}
+def schema(number: int, items: int, max_length: int | None = None) -> dict[str, Any]:
+    """A schema of a list of so many items at the least; another number makes another grammar.
+
+    `max_length` is that of texts.
+    """
+    text: dict[str, Any] = {"type": "string"}
+    if max_length is not None:
+        text["maxLength"] = max_length
     properties = {
         "name": text,
         "age": {"type": "integer"},
@@ -107,7 +123,7 @@ def table(records: Iterable[dict[str, Any]]) -> str:
     return "\n".join([head, "|---:|---:|---:|---:|---:|---:|---:|", *rows])
 
 
-def _run(llm: LLM, requests: Requests, grammars: int) -> None:
+def _run(llm: LLM, requests: Requests, grammars: int, form: Form) -> None:
     """Run requests to their full length under so many schemas."""
     params = [
         SamplingParams(
@@ -116,7 +132,7 @@ def _run(llm: LLM, requests: Requests, grammars: int) -> None:
             ignore_eos=True,
             detokenize=False,
             seed=index,
-            structured_outputs=_form(index % grammars, size) if grammars else None,
+            structured_outputs=form(index % grammars, size) if grammars else None,
         )
         for index, size in enumerate(requests.outputs)
     ]
@@ -127,8 +143,9 @@ def _run(llm: LLM, requests: Requests, grammars: int) -> None:
         raise RuntimeError(f"the engine made {lengths} tokens, not {requests.outputs}")
 
 
-def _form(number: int, tokens: int) -> StructuredOutputsParams:
-    return StructuredOutputsParams(json=schema(number, -(-tokens // _SHORTEST_ITEM)))
+def _form(max_length: int | None, number: int, tokens: int) -> StructuredOutputsParams:
+    items = math.ceil(tokens / _SHORTEST_ITEM)
+    return StructuredOutputsParams(json=schema(number, items, max_length))
 
 
 def _step_seconds(steps: Iterable[StepRecord], rows: int) -> list[float]:
@@ -165,6 +182,7 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="qwen2.5-7b", help="name, directory or GGUF file")
     parser.add_argument("--rows", type=int, default=32, help="requests at once")
     parser.add_argument("--grammars", type=int, nargs="+", default=[1, 32], metavar="SCHEMAS")
+    parser.add_argument("--max-length", type=int, metavar="CHARACTERS", help="of texts")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turns")

@@ -11,6 +11,7 @@ from tests.benchmarks.steps import Step
 from tests.engine.byte_model import write_byte_model
 
 SMALL = {"load_format": "dummy", "num_kvcache_blocks": 64, "max_model_len": 128, "cpu_threads": 1}
+FORM = partial(constrained._form, 24)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def llm(model):
 
 def test_a_record_for_each_number_of_schemas(llm):
     workload = Workload("4x8-24", 4, (8, 8), (24, 24), 0.7)
-    records = constrained.measure(llm, workload, [1, 4], rounds=2)
+    records = constrained.measure(llm, workload, [1, 4], 2, FORM)
     assert [(r["rows"], r["schemas"], r["steps"]) for r in records] == [
         (4, number, 2 * 23) for number in (0, 1, 4)
     ]
@@ -44,7 +45,7 @@ def test_outputs_follow_the_schema_to_their_full_length(llm, monkeypatch):
         return seen
 
     monkeypatch.setattr(llm, "generate", remember)
-    constrained._run(llm, Workload("", 2, (8, 8), (60, 60), 0.7).draw(300, 0), 2)
+    constrained._run(llm, Workload("", 2, (8, 8), (60, 60), 0.7).draw(300, 0), 2, FORM)
     assert len(seen) == 2
     for output in seen:
         assert len(output.outputs[0].token_ids) == 60
@@ -59,6 +60,8 @@ def test_a_schema_takes_lists_of_so_many_items_or_more():
     with pytest.raises(Exception, match="too short"):
         validate([item] * 2, constrained.schema(0, 3))
     assert constrained.schema(0, 3) != constrained.schema(1, 3)
+    with pytest.raises(Exception, match="too long"):
+        validate([item], constrained.schema(0, 1, max_length=2))
 
 
 def test_steps_are_timed_from_end_to_end_where_the_device_tells():
