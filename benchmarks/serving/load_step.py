@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -117,13 +118,14 @@ def measure(fake: dict[str, Any], options: argparse.Namespace) -> Record:
     sizes = [(round(when - begin, 1), size) for when, size in census.sizes]
     figures = judge(load.read().answers, begin, low, low + high, options.target_ttft_s)
     start_up_s = start_up(decisions, sizes, low)
-    late = figures["late_until_s"]
+    late, failed = figures["late_until_s"], figures["lost"] or figures["wrong"]
+    in_time = late is None or (start_up_s is not None and late <= start_up_s + ALLOWED_S)
     return {
         "load": f"1 to {options.times:g} times",
         "phases": phases,
         **figures,
         "start_up_s": start_up_s,
-        "holds": late is None or (start_up_s is not None and late <= start_up_s + ALLOWED_S),
+        "holds": in_time and not failed,
         "decisions": decisions,
         "sizes": sizes,
         **usage,
@@ -171,7 +173,7 @@ def judge(
 
     `late_until_s` is the end, in seconds after the step up, of the last bin before the step down
     whose 95th percentile is over the target; None if there is none. `lost` counts requests without
-    an answer, `wrong` those whose answer is not what an engine must say.
+    an answer by what went wrong, `wrong` those whose answer is not what an engine must say.
     """
     bins: dict[int, list[float]] = {}
     for answer in answers:
@@ -184,7 +186,7 @@ def judge(
     ]
     return {
         "requests": len(answers),
-        "lost": sum(answer.error is not None or not answer.events for answer in answers),
+        "lost": dict(Counter(a.error or "no text" for a in answers if a.error or not a.events)),
         "wrong": sum(
             answer.text != echo(answer.prompt, answer.asked_tokens)
             for answer in answers

@@ -83,7 +83,7 @@ class Cell:
         self._next_ingress = cycle(self.ingresses)
         self.sizes: list[tuple[float, int]] = []
         """When how many engines were in service."""
-        self._choose = settings.sizing and settings.sizing.make()
+        self._choose = None if settings.sizing is None else settings.sizing.make()
         self._in_service: list[Engine] = []
         self._num_starting = 0
         self._join([self._start() for _ in range(settings.num_engines)])

@@ -67,7 +67,7 @@ class ByRequests:
         )
         wanted = math.ceil(mean / self.target_ongoing_requests)
         size, self._state = _apply_delay_logic(wanted, seen.target, config, self._state, now)
-        return max(seen.least, min(size, seen.most))
+        return max(seen.least, min(int(size), seen.most))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +147,8 @@ def _run(
 def _first_size(options: argparse.Namespace, trace: Trace) -> int:
     """Engines for the rate with which the trace begins: nothing has been learnt before."""
     assert isinstance(trace.arrivals, Day | Steps)
-    return max(1, math.ceil(trace.arrivals.level(0.0) * options.most / 2))
+    level = trace.arrivals.level(0.0)
+    return max(1, math.ceil(level * int(options.most) / 2))
 
 
 def table(records: Iterable[Mapping[str, Any]]) -> str:

@@ -35,7 +35,7 @@ def test_judgement_counts_late_lost_and_wrong():
     answers = [answer(100 + n, 3.0 if 32 <= n < 41 else 0.1) for n in range(100)]
     answers += [answer(150, 0.1, "else"), Answer(" a b", 2, sent=151, error="cut")]
     found = load_step.judge(answers, 100.0, 30.0, 90.0, 1.0)
-    assert (found["requests"], found["lost"], found["wrong"]) == (102, 1, 1)
+    assert (found["requests"], found["lost"], found["wrong"]) == (102, {"cut": 1}, 1)
     assert found["late_until_s"] == 15.0
     calm = load_step.judge([answer(130.0, 0.1)], 100.0, 30.0, 90.0, 1.0)
     assert calm["late_until_s"] is None
