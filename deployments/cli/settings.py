@@ -106,8 +106,8 @@ def apply_settings(
     Args:
         values: of the whole file.
         entry: the application's part of it.
-        settings: `http_options.…`, `ingress.…`, `models.NAME.…`, and for the only model also
-            without the first two: `engine.…`, `deployment.…`; with their values.
+        settings: `http_options.…`, `ingress.…`, `logging.…`, `tracing.…`, `models.NAME.…`, and for
+            the only model also without its name: `engine.…`, `deployment.…`; with their values.
 
     Raises:
         ConfigError: a setting begins with none of these.
@@ -118,7 +118,7 @@ def apply_settings(
         first, _, rest = key.partition(".")
         if first == "http_options" and rest:
             _put(values, key, value)
-        elif first == "ingress" and rest:
+        elif first in ("ingress", "logging", "tracing") and rest:
             _put(arguments, key, value)
         elif first == "models":
             name = _served_name(rest, models)
@@ -127,7 +127,8 @@ def apply_settings(
             _put_in_model(_only_model(models, arguments, key), key, value)
         else:
             raise ConfigError(
-                f"--set {key}: begin with engine, deployment, ingress, http_options or models.NAME."
+                f"--set {key}: begin with engine, deployment, ingress, logging, tracing, "
+                "http_options or models.NAME."
             )
 
 

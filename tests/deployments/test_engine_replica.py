@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deployments import engine_replica, watchdog
+from deployments import engine_actor, engine_replica, watchdog
 from deployments.engine_actor import EngineActor
 from deployments.engine_replica import EngineReplica
 from deployments.placement import Booking
@@ -72,6 +72,8 @@ def local(monkeypatch, ended):
         engine_replica, "EngineMetrics", lambda _: SimpleNamespace(record=lambda _: None)
     )
     monkeypatch.setattr(watchdog, "EXIT_DELAY_S", 0.0)
+    for module in (engine_replica, engine_actor):  # this process is the test's
+        monkeypatch.setattr(module, "configure_logging", lambda _: None)
     return ended
 
 
