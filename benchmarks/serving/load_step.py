@@ -144,7 +144,9 @@ def read_decisions(folder: Path, began_at: float) -> list[Record]:
         began_at: seconds since the epoch from which their times count.
     """
     found = []
-    for file in folder.glob("session_*/logs/serve/controller_*.log"):
+    # `session_latest` is one of the others.
+    logs = {file.resolve() for file in folder.glob("session_*/logs/serve/controller_*.log")}
+    for file in logs:
         for line in file.read_text().splitlines():
             if match := _DECISION.match(line):
                 when = datetime.strptime(match["when"], "%Y-%m-%d %H:%M:%S,%f")
