@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from deployments import engine_actor, trunk, watchdog
+from deployments import engine_actor, failover, trunk, watchdog
 from deployments.failover import FailoverLimits, _is_loss
 from deployments.placement import Booking
 from deployments.wire import decode_submission, encode
@@ -178,7 +178,8 @@ async def test_an_ingress_that_stood_still_takes_no_engine_for_lost(monkeypatch)
         assert not lost
 
 
-async def test_what_breaks_every_engine_is_given_up():
+async def test_what_breaks_every_engine_is_given_up(monkeypatch):
+    monkeypatch.setattr(failover, "LATE_TOKENS_S", 0.1)
     async with open_plane(num_engines=4, step_s=0.001, die_at_token=5) as plane:
         with plane.client.start([request("r")]) as generation:
             deltas = [delta async for each in generation for delta in each]
