@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 
+from tests.cluster.test_monitoring import all_queries, names
 from tests.deployments.fake_core import expected_tokens
 from tests.deployments.plane import bundled_tokenizer
 from tests.integration.server import ROOT, Server
@@ -215,23 +216,29 @@ def test_deployments_and_actors_have_names_that_can_be_read(server):
     assert "(EngineActor(m) pid=" in server.log()
 
 
+def exported(page: str) -> set[str]:
+    """The names of the samples on a page in Prometheus' format."""
+    return {re.split("[{ ]", line)[0] for line in page.splitlines() if not line.startswith("#")}
+
+
+def answered(page: str) -> float:
+    """Requests that were answered well, as Ray tells it."""
+    counts = re.findall(r'http_requests_total{.*reason="",.*status="200".* ([\d.]+)$', page, re.M)
+    return sum(map(float, counts))
+
+
 async def test_metrics_are_exported(server):
+    """All that the dashboard and the alerts ask for, and all that `/metrics` has."""
     async with connect(server) as client:
         (await client.post("/v1/completions", json=completion("count me", 7))).raise_for_status()
+        page = (await client.get("/metrics")).text
+        wanted = {name for query in all_queries().values() for name in names(query)}
+        wanted |= {f"ray_{name}" for name in exported(page)}
         deadline = time.monotonic() + 30
-        wanted = [
-            "ray_trunkline_num_requests_running{",
-            "ray_trunkline_kv_cache_free_blocks{",
-            "ray_trunkline_generation_tokens_total{",
-            'finished_reason="length"',
-            "ray_trunkline_step_progress_age_seconds{",
-            'process="engine_actor"',
-            'process="ingress"',
-        ]
-        while missing := [name for name in wanted if name not in server.call("metrics")]:
+        while missing := wanted - exported(told := server.call("metrics")) or not answered(told):
             assert time.monotonic() < deadline, missing
             await asyncio.sleep(0.5)
-        page = (await client.get("/metrics")).text
+        assert {*re.findall('event_loop_lag.*process="(.*?)"', told)} == {"ingress", "engine_actor"}
         loads = [line for line in page.splitlines() if "num_requests_running{" in line]
         engines = {line.split('engine="')[1].split('"')[0] for line in loads}
         assert engines == {e["id"] for e in (await client.get("/health")).json()["engines"]}
