@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,31 @@ from deployments.ports import pick_port
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120
+HOST = "127.0.0.1"
+NODE_MEMORY = 100 * 2**20
+"""Bytes of a node's object store."""
 
 
 class Server:
-    """Starts `python -m tests.integration.server` and talks to it."""
+    """Starts `python -m tests.integration.server` and talks to it.
 
-    def __init__(self, *, fast_path: bool, args: dict[str, Any], fake: dict[str, Any] | None):
+    `nodes` are the resources of further nodes, as `Cluster.add_node` takes them; the proxy is then
+    on the head alone, as all share this host's ports.
+    """
+
+    def __init__(
+        self,
+        *,
+        fast_path: bool,
+        args: dict[str, Any],
+        fake: dict[str, Any] | None,
+        nodes: Sequence[dict[str, Any]] = (),
+    ):
         self._folder = Path(tempfile.mkdtemp(prefix="tl-"))
         self.port, *others = (pick_port() for _ in range(5))
         self.url = f"http://127.0.0.1:{self.port}"
         spec = {"port": self.port, "folder": str(self._folder), "args": args, "fake": fake}
+        spec["nodes"] = list(nodes)
         self._log = (self._folder / "server.log").open("w")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.server", json.dumps(spec)],
@@ -66,6 +82,7 @@ class Server:
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[3]),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "120",
             "OMP_NUM_THREADS": "1",
         }
         return kept
@@ -107,25 +124,57 @@ def main() -> None:
     from ray import serve
 
     spec = json.loads(sys.argv[1])
-    ray.init(
-        address="local",
-        num_cpus=8,
-        object_store_memory=100 * 2**20,
-        include_dashboard=False,
-        _temp_dir=spec["folder"],
-        namespace="serve",
+    cluster = _start_ray(spec)
+    serve.start(
+        proxy_location="HeadOnly" if cluster else None,
+        http_options={"host": HOST, "port": spec["port"]},
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": spec["port"]})
     _deploy(spec, spec["args"])
     _await_ready(spec["port"])
     print("ANSWER null", flush=True)
-    commands = {**COMMANDS, "deploy": partial(_deploy, spec)}
+    commands = {
+        **COMMANDS,
+        "deploy": partial(_deploy, spec),
+        "end_node": partial(_end_node, cluster),
+        "add_node": partial(_add_node, cluster),
+    }
     for line in sys.stdin:
         request = json.loads(line)
         answer = commands[request.pop("command")](**request)
         print("ANSWER", json.dumps(answer), flush=True)
     serve.shutdown()
     ray.shutdown()
+    if cluster is not None:
+        cluster.shutdown()
+
+
+def _start_ray(spec: dict[str, Any]) -> Any:
+    """Start Ray and connect to it; returns the `Cluster` if there is more than one node."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 8, "object_store_memory": NODE_MEMORY, "include_dashboard": False}
+    if not spec["nodes"]:
+        ray.init(address="local", _temp_dir=spec["folder"], namespace="serve", **head)
+        return None
+    head_args = {**head, "temp_dir": spec["folder"], "node_ip_address": HOST}
+    cluster = Cluster(initialize_head=True, head_node_args=head_args)
+    for node in spec["nodes"]:
+        _add_node(cluster, node)
+    ray.init(address=cluster.address, namespace="serve")
+    return cluster
+
+
+def _add_node(cluster: Any, node: dict[str, Any]) -> str:
+    """Returns the id of the new node."""
+    added = cluster.add_node(object_store_memory=NODE_MEMORY, node_ip_address=HOST, **node)
+    return str(added.node_id)
+
+
+def _end_node(cluster: Any, node_id: str) -> None:
+    """End a node as a machine ends that loses its power."""
+    (node,) = [node for node in cluster.worker_nodes if node.node_id == node_id]
+    cluster.remove_node(node, allow_graceful=False)
 
 
 def _deploy(spec: dict[str, Any], args: dict[str, Any]) -> None:
@@ -170,6 +219,18 @@ def _pids(class_name: str) -> dict[str, int]:
     }
 
 
+def _places(class_name: str) -> dict[str, str]:
+    """Actor name → node id, of the same."""
+    import ray
+
+    states = ray._private.state.actors().values()
+    return {
+        state["Name"]: state["Address"]["NodeID"]
+        for state in states
+        if class_name in state["ActorClassName"] and state["State"] == "ALIVE"
+    }
+
+
 def _address() -> str:
     """Where other processes reach the cluster."""
     import ray
@@ -200,6 +261,7 @@ COMMANDS = {
     "metrics": _metrics,
     "engine_pids": _engine_pids,
     "pids": _pids,
+    "places": _places,
 }
 
 if __name__ == "__main__":
