@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from typing import Protocol, cast
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, StepFailed
 from engine.failures import Failure, classify, drop_locals
-from engine.inputs import check_length
+from engine.inputs import check_request
+from engine.launched import BuildRunner, LaunchedStep, MaskedStep
 from engine.outputs import EngineLoad, TokenDelta, failed, refusal
 from engine.parallel.leading import build_ranks
 from engine.profile import IdleTime, StepRecord, add_device_times
 from engine.request import EngineRequest, Request
-from engine.runner.build import EngineInfo
-from engine.sampling.token_masks import TokenMasks
 from engine.scheduler.scheduler import Scheduler
 from engine.snapshot import EngineSnapshot
 from engine.startup import Stopwatch
-from engine.step import StepPlan, StepResult
+from engine.step import StepPlan
 from engine.structured_outputs.constraints import Constraints
 from engine.structured_outputs.grammar import GrammarHost
 from engine.structured_outputs.messages import Setup
@@ -35,53 +33,6 @@ OUT_OF_MEMORY = (
 )
 OUT_OF_MEMORY_TOLD = "The engine ran out of memory for the request; try again."
 FAILED_TOLD = "The engine failed in a step of the request; try again."
-
-
-class PendingStep(Protocol):
-    """A launched step, as a runner hands it out."""
-
-    @property
-    def prepare_s(self) -> float:
-        """Seconds that its inputs took."""
-
-    @property
-    def launch_s(self) -> float:
-        """Seconds that launching it took."""
-
-    @property
-    def timers(self) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
-        """Before its first and after its last kernel, when profiling."""
-
-    def result(self) -> StepResult:
-        """Wait for the step and bring its tokens to the host."""
-
-
-class MaskedStep(PendingStep, Protocol):
-    """A step whose plan names masked rows: it is sampled when they have their masks."""
-
-    def sample(self, masks: TokenMasks | None) -> None:
-        """Launch the sampling."""
-
-
-class Runner(Protocol):
-    """What computes steps, in the order in which they are launched."""
-
-    profiling: bool
-
-    def execute(self, plan: StepPlan) -> PendingStep:
-        """Launch a step."""
-
-
-BuildRunner = Callable[[EngineConfig, Stopwatch], tuple[Runner, EngineInfo]]
-
-
-@dataclass(slots=True)
-class LaunchedStep:
-    """A step that the device has, and the seconds that scheduling it took."""
-
-    plan: StepPlan
-    pending: PendingStep
-    schedule_s: float
 
 
 class EngineCore:
@@ -140,7 +91,7 @@ class EngineCore:
         Raises:
             InvalidRequest: it can never run here.
         """
-        self._check(wire)
+        check_request(wire, self.info)
         request = Request.from_wire(wire, self.info.max_model_len)
         if wire.params.structured_outputs is None:
             self.scheduler.add(request)
@@ -331,23 +282,3 @@ class EngineCore:
                 update_s=update_s,
             )
         )
-
-    def _check(self, wire: EngineRequest) -> None:
-        num_prompt = len(wire.prompt_token_ids)
-        if num_prompt == 0:
-            raise InvalidRequest("the prompt must hold at least one token.", "prompt")
-        check_length(num_prompt, self.info.max_model_len, wire.pooling is None)
-        if wire.params.structured_outputs is not None and not self.info.eos_token_ids:
-            raise InvalidRequest(
-                "the model has no end-of-sequence token, which structured outputs need.",
-                wire.params.structured_outputs.param,
-            )
-        self._check_vocabulary(wire.prompt_token_ids, "prompt")
-        self._check_vocabulary(wire.params.stop_token_ids, "stop_token_ids")
-        self._check_vocabulary(wire.params.logit_bias or (), "logit_bias")
-
-    def _check_vocabulary(self, token_ids: Collection[int], param: str) -> None:
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.info.vocab_size:
-            raise InvalidRequest(
-                f"{param} holds a token id outside 0 to {self.info.vocab_size - 1}.", param
-            )

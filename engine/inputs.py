@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import msgspec
 
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams, check_spelling
 from engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.request import EngineRequest
+    from engine.runner.build import EngineInfo
 
 
 class TextPrompt(TypedDict):
@@ -106,6 +110,30 @@ def check_token_options(params: SamplingParams, vocab_size: int) -> None:
         raise InvalidRequest(
             "bad_words rule out all of allowed_token_ids; allow another token.", "bad_words"
         )
+
+
+def check_request(wire: EngineRequest, info: EngineInfo) -> None:
+    """Check, in the engine itself, that it can run a request, whoever sent it.
+
+    Raises:
+        InvalidRequest: it cannot.
+    """
+    if not wire.prompt_token_ids:
+        raise _invalid("the prompt must hold at least one token.")
+    check_length(len(wire.prompt_token_ids), info.max_model_len, wire.pooling is None)
+    if wire.params.structured_outputs is not None and not info.eos_token_ids:
+        raise InvalidRequest(
+            "the model has no end-of-sequence token, which structured outputs need.",
+            wire.params.structured_outputs.param,
+        )
+    _check_vocabulary(wire.prompt_token_ids, info.vocab_size, "prompt")
+    _check_vocabulary(wire.params.stop_token_ids, info.vocab_size, "stop_token_ids")
+    _check_vocabulary(wire.params.logit_bias or (), info.vocab_size, "logit_bias")
+
+
+def _check_vocabulary(token_ids: Collection[int], vocab_size: int, param: str) -> None:
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        raise InvalidRequest(f"{param} holds a token id outside 0 to {vocab_size - 1}.", param)
 
 
 def spell_bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
