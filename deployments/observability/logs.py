@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
@@ -44,8 +45,28 @@ class ProcessLog(NamedTuple):
     place: Place
 
 
+class _Writer(QueueListener):
+    """Has records written by handlers; one that fails ends neither the thread nor other lines."""
+
+    ident: int | None = None
+    """Of the thread, once it has had a record."""
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Have a record written."""
+        self.ident = threading.get_ident()
+        for handler in self.handlers:
+            if record.levelno >= handler.level:
+                try:
+                    handler.handle(record)
+                except Exception:
+                    handler.handleError(record)
+
+
 class LogQueue(QueueHandler):
     """Takes records where they are made, which must not wait, to the thread that writes them.
+
+    What handlers log while they write goes to standard error alone: for each such line they would
+    log another.
 
     Args:
         setting: of the process.
@@ -59,8 +80,18 @@ class LogQueue(QueueHandler):
         self._num_lost = 0
         self._handlers = handlers
         self._is_closed = False
-        self._writer = QueueListener(self._waiting, *handlers, respect_handler_level=True)
+        self._aside = logging.StreamHandler(sys.__stderr__)
+        self._writer = _Writer(self._waiting, *handlers)
         self._writer.start()
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Queue a record, unless it comes from a handler, which would also wait at exit for the
+        lock that is held while the thread ends."""
+        if threading.get_ident() != self._writer.ident:
+            return bool(super().handle(record))
+        if record.levelno >= logging.WARNING:
+            self._aside.handle(record)
+        return False
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Note in a record what only this context knows."""
@@ -147,7 +178,9 @@ def _file_handler(options: LoggingOptions, place: Place, folder: Path) -> Rotati
     path = folder / (re.sub(r"[^\w.-]", "-", name) + ".log")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return RotatingFileHandler(path, "a", options.max_bytes, options.backups, "utf-8")
+        return RotatingFileHandler(
+            path, "a", options.max_bytes, options.backups, "utf-8", errors="backslashreplace"
+        )
     except OSError as error:
         raise ConfigError(
             f"logging.folder '{folder}' cannot be written to: {error.strerror}."

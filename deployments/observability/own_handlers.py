@@ -25,12 +25,19 @@ def read_handlers(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or "it is neither YAML nor JSON"
         raise ConfigError(f"logging.handlers_file '{path}' cannot be read: {reason}.") from None
-    if not isinstance(values, dict) or not values.get("handlers") or not values.keys() <= _SECTIONS:
+    if not _has_sections(values):
         raise ConfigError(
-            f"logging.handlers_file '{path}' must have `handlers`, and beside them only "
+            f"logging.handlers_file '{path}' must have `handlers` by name, and beside them only "
             "`formatters`; loggers and levels are the server's."
         )
     return values
+
+
+def _has_sections(values: Any) -> bool:
+    if not isinstance(values, dict) or not values.keys() <= _SECTIONS:
+        return False
+    named = all(isinstance(each or {}, dict) for each in values.values())
+    return named and bool(values.get("handlers"))
 
 
 def build_handlers(path: str, default: logging.Formatter) -> list[logging.Handler]:

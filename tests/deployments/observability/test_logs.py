@@ -164,6 +164,39 @@ def test_a_slow_place_holds_up_nobody_and_what_is_lost_is_told():
     assert lost > 0 and len(slow.written) + lost == MAX_WAITING + 101
 
 
+class Failing(logging.Handler):
+    """Fails, or logs for each line another one."""
+
+    def __init__(self, logs):
+        super().__init__()
+        self.logs = logs
+
+    def emit(self, record):
+        if not self.logs:
+            raise RuntimeError("no connection")
+        logging.getLogger("urllib3").warning("try again")
+
+
+@pytest.mark.parametrize("logs", [False, True])
+def test_a_handler_that_fails_spoils_only_its_own_lines(logs, monkeypatch):
+    good = Slow()
+    good.may_write.set()
+    log = LogQueue(ProcessLog(LoggingOptions(), PLACE), [Failing(logs), good])
+    monkeypatch.setattr(logging.getLogger("urllib3"), "handlers", [log])
+    for number in range(3):
+        log.handle(record_of(f"line {number}"))
+    log.close()
+    assert [record.getMessage() for record in good.written] == ["line 0", "line 1", "line 2"]
+
+
+def test_files_hold_whatever_comes(configure, tmp_path):
+    flush = configure(**quiet(tmp_path, format="text"))
+    logger.info("half of \ud800 a pair")
+    flush()
+    (file,) = (tmp_path / "logs").iterdir()
+    assert "half of \\ud800 a pair" in file.read_text()
+
+
 def test_further_places_come_from_a_file(configure, tmp_path):
     own = tmp_path / "own.log"
     file = tmp_path / "handlers.yaml"
@@ -188,6 +221,8 @@ def test_further_places_come_from_a_file(configure, tmp_path):
         ("{", "neither YAML nor JSON"),
         ("[]", "must have `handlers`"),
         ("handlers: {}", "must have `handlers`"),
+        ("handlers: [a]", "must have `handlers`"),
+        ("handlers: {a: {}}\nformatters: [b]", "must have `handlers`"),
         ("handlers: {a: {}}\nloggers: {}", "only `formatters`"),
     ],
 )
