@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from logging.config import DictConfigurator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -33,7 +33,7 @@ def read_handlers(path: str) -> dict[str, Any]:
     return values
 
 
-def _has_sections(values: Any) -> bool:
+def _has_sections(values: Any) -> TypeGuard[dict[str, Any]]:
     if not isinstance(values, dict) or not values.keys() <= _SECTIONS:
         return False
     named = all(isinstance(each or {}, dict) for each in values.values())
