@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from deployments.ingress.request_record import RequestRecord
 from deployments.samples import TOKEN_SECONDS, TOKENS, Histogram, Labels, Sample
+from engine.errors import InvalidRequest
 from engine.job import Job
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class RequestCounts:
         alone = len(jobs) == len(jobs[0].requests) == 1
         try:
             yield TokenGaps(self.gap_s) if alone else None
+        except InvalidRequest:
+            raise  # none is lost that the engine could not have computed
         except Exception:
             unfinished = "error"
             raise

@@ -221,6 +221,14 @@ async def test_metrics_tell_how_requests_end(monkeypatch):
         assert counts.num_failovers == 1  # its only engine has died; it waited for another
 
 
+async def test_what_an_engine_refuses_is_not_lost():
+    """An alert is about completions that are."""
+    async with open_plane(max_model_len=4) as plane:
+        body = {"model": "m", "prompt": PROMPT * 9, "max_tokens": 1}
+        assert (await plane.http.post("/v1/completions", json=body)).status_code == 400
+        assert plane.model.counts.ended == {"stop": 0, "length": 0, "abort": 1, "error": 0}
+
+
 async def test_answers_are_counted_by_status_and_reason():
     async with open_plane(options=IngressOptions(max_body_bytes=2000)) as plane:
         plane.model.max_concurrent_requests = 1
