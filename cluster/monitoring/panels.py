@@ -135,7 +135,7 @@ TRAFFIC = (
     ),
     Panel(
         "Completions by how they ended",
-        "abort: the client left, or was refused. error: lost with an engine, or the server's fault.",
+        "abort: the client left or was refused. error: lost with an engine, or the server's fault.",
         "reqps",
         {"{{finished_reason}}": by_model("request_success_total", "finished_reason")},
         stacked=True,
