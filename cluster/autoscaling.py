@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,8 @@ from deployments.load_meter import LATELY_S, EngineUse
 
 START_UP_S = 30.0
 """Start-up time of an engine before one has been seen to start."""
+LONGEST_START_UP_S = 1800.0
+"""What takes longer has waited for a node. To wait as long again helps nobody."""
 CATCH_UP_S = 10.0
 """A queue should be gone so long after new engines are there, or within another start-up time."""
 SETTLE_S = 10.0
@@ -30,12 +33,15 @@ STALE_S = 10.0
 DOUBT_S = 7200.0
 """Without a queue nobody knows how fast engines can be. They may do other work than when that was
 seen, so that the speed is taken to double in this time: in the end fewer are tried."""
+MOST_DOUBLINGS = 64.0
+"""By then the speed asks for nothing; later, after months, no float could hold it."""
 NO_TRAFFIC_TOKENS_S = 1.0
 """Fewer tokens a second are the rest of a rate that fades."""
 
 _ROUNDING = 1e-6
 _STATE = "trunkline"
-"""Key of our state in Serve's."""
+_FAILED = "trunkline_failed"
+"""Keys of ours in the state that Serve keeps."""
 
 Window = tuple[tuple[float, int], ...]
 """Times and sizes, the oldest first."""
@@ -135,7 +141,7 @@ def decide(goals: Goals, state: State, seen: Observation, now: float) -> tuple[D
         wanted = math.ceil(max(needs.values()) - _ROUNDING)
     else:  # what starts may be what somebody waits for
         needs, facts = {}, f"no engine tells its load, {seen.held:.0f} requests wait"
-        wanted = max(seen.target, seen.held > 0)
+        wanted = max(seen.target, int(seen.held > 0))
     wanted = _within(wanted, seen)
     highs, lows = state.highs or ((now, seen.target),), state.lows or ((now, seen.target),)
     patience_s = max(goals.downscale_delay_s, state.start_up_s)  # those that start are given time
@@ -154,7 +160,8 @@ def _follow_starts(state: State, seen: Observation, now: float) -> State:
     if state.rising is None and more_come and seen.ready < seen.target:
         state = replace(state, rising=(now, seen.target))
     elif state.rising is not None and seen.ready >= min(state.rising[1], seen.target):
-        state = replace(state, rising=None, start_up_s=max(1.0, now - state.rising[0]))
+        took = min(max(1.0, now - state.rising[0]), LONGEST_START_UP_S)
+        state = replace(state, rising=None, start_up_s=took)
     if seen.ready != state.ready:
         state = replace(state, ready=seen.ready, ready_since=now)
     return replace(state, target=seen.target)
@@ -201,7 +208,7 @@ def _needs(
         "rows": unknown * sum(engine.rows_used for engine in engines) / use,
         "KV cache": unknown * sum(engine.blocks_used for engine in engines) / use,
     }
-    speed = state.speed and state.speed * 2 ** ((now - state.speed_at) / DOUBT_S)
+    speed = state.speed * 2 ** min((now - state.speed_at) / DOUBT_S, MOST_DOUBLINGS)
     if speed > 0:
         queue = waiting + _growth(state, seen, arriving, speed, now)
         catch_up = max(0.0, queue) / max(CATCH_UP_S, state.start_up_s)
@@ -268,12 +275,22 @@ class ScaleByLoad:
         self._goals = Goals(**goals)
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Called by Serve's controller several times a second; logs each change."""
-        seen = observe(ctx)
-        state = ctx.policy_state.get(_STATE, State())
-        decision, state = decide(self._goals, state, seen, ctx.current_time)
+        """Called by Serve's controller several times a second; logs each change.
+
+        It never raises, as Serve would stop to look after all applications then: where nothing can
+        be decided, the number of engines stays, and what was learnt is forgotten.
+        """
+        logger = logging.getLogger("ray.serve")  # not a global, which would be copied
+        try:
+            seen = observe(ctx)
+            state = ctx.policy_state.get(_STATE, State())
+            # Not the time of Serve, which may go back. What we keep does not outlive this process.
+            decision, state = decide(self._goals, state, seen, time.monotonic())
+        except Exception:
+            if _FAILED not in ctx.policy_state:  # else it has been said
+                logger.exception("autoscaling %s: cannot decide", ctx.deployment_name)
+            return ctx.target_num_replicas, {_FAILED: True}
         if decision.target != seen.target:
-            logger = logging.getLogger("ray.serve")  # not a global, which would be copied
             logger.info("autoscaling %s: %s", ctx.deployment_name, decision.explain(seen))
         return decision.target, {_STATE: state}
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from ray import cloudpickle
-from ray.serve.config import AutoscalingContext
+from ray.serve.config import AutoscalingContext, AutoscalingPolicy
 
 from cluster import autoscaling
 from cluster.autoscaling import Goals, Observation, ScaleByLoad, State, decide
+from deployments.app import AUTOSCALING_POLICY
 from deployments.load_meter import EngineUse
 from tests.cluster.autoscaled import Fluid
 
@@ -190,6 +192,19 @@ def test_first_requests_of_all_are_decided_on_by_the_wall_clock():
     assert decide(Goals(), State(), seen, 1.8e9)[0].target == 1
 
 
+def test_months_without_a_queue_do_no_harm():
+    use = EngineUse(running=1.0, arriving_tokens_s=50.0)
+    seen, months = Observation(2, 2, [use] * 2, most=8), 200 * 86400.0
+    decision, _ = decide(Goals(), replace(SPEED_KNOWN, seen_at=months - 1), seen, months)
+    assert decision.target == 2
+
+
+def test_a_start_that_waited_for_a_node_does_not_keep_engines_as_long():
+    fluid = Fluid(step(4000.0, 500.0, 40_000), start_up_s=30_000.0).run(50_000)
+    assert fluid.state.start_up_s == autoscaling.LONGEST_START_UP_S
+    assert fluid.target < 4
+
+
 def context(metrics, now: float = 100.0, **changes) -> AutoscalingContext:
     series = {
         name: {"r1": [SimpleNamespace(timestamp=when, value=value)]}
@@ -207,7 +222,7 @@ def context(metrics, now: float = 100.0, **changes) -> AutoscalingContext:
 
 
 def test_policy_reads_what_replicas_told_and_says_why_it_changes_something(caplog):
-    policy = cloudpickle.loads(cloudpickle.dumps(ScaleByLoad(upscale_delay_s=0.0)))
+    policy = AutoscalingPolicy(policy_function=AUTOSCALING_POLICY).get_policy()(upscale_delay_s=0.0)
     told = {"rows_used": (99.0, 1.0), "running": (99.0, 64.0), "unheard_of": (99.0, 1.0)}
     with caplog.at_level("INFO", logger="ray.serve"):
         target, kept = policy(context(told))
@@ -222,3 +237,21 @@ def test_policy_heeds_nothing_that_is_stale():
     target, _ = ScaleByLoad(upscale_delay_s=0.0)(context({"rows_used": (80.0, 1.0)}))
     assert target == 1
     assert autoscaling.observe(context({"rows_used": (80.0, 1.0)})).engines == []
+
+
+def test_clock_of_serve_that_goes_back_does_not_hold_engines_back():
+    policy = ScaleByLoad(upscale_delay_s=0.0)
+    _, kept = policy(context({"rows_used": (9_999.0, 0.1)}, now=10_000.0))
+    target, _ = policy(context({"rows_used": (99.0, 1.0)}, now=100.0, policy_state=kept))
+    assert target == 2
+
+
+def test_where_nothing_can_be_decided_the_engines_stay_and_it_is_said_once(caplog):
+    policy = ScaleByLoad(upscale_delay_s=0.0)
+    kept: dict[str, Any] = {}
+    for _ in range(2):
+        broken = {"rows_used": (99.0, math.inf)}
+        target, kept = policy(context(broken, target_num_replicas=3, policy_state=kept))
+        assert target == 3
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert policy(context({"rows_used": (99.0, 1.0)}, policy_state=kept))[0] == 2
