@@ -98,7 +98,9 @@ def _fields(record: RequestRecord, stages: list[Stage]) -> dict[str, Any]:
         **{_TOLD[s.name]: s.end - s.begin for s in stages if s.name in _TOLD},
     }
     if record.jobs:
-        first_at = min(job.metrics.first_token_time or 0.0 for job in record.jobs)
-        fields["ttft_s"] = first_at - record.begun_at if first_at else None
+        first = min(
+            filter(None, (job.metrics.first_token_time for job in record.jobs)), default=None
+        )
+        fields["ttft_s"] = None if first is None else first - record.begun_at
         fields |= record.counts()._asdict()
     return fields

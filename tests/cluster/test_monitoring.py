@@ -58,15 +58,6 @@ def names(query: str) -> set[str]:
     return {selector.name for selector in selectors(query)}
 
 
-def labels(query: str) -> set[tuple[str, str]]:
-    """Name and label of what is selected by."""
-    return {
-        (selector.name, matcher.name)
-        for selector in selectors(query)
-        for matcher in selector.matchers.matchers
-    }
-
-
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.name)
 def test_files_are_as_they_are_written(path):
     assert path.read_text() == files()[path], "run `python -m cluster.monitoring`"
