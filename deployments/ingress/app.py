@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -110,9 +112,17 @@ def build_asgi_app(
         routes=routes,
         middleware=_middleware(options, draining or Draining(), host, models.answers),
         exception_handlers={HTTPException: handle_http_exception},
+        lifespan=partial(_closing, journal),
     )
     app.router.redirect_slashes = False  # or hosts that clients name would come back to them
     return app
+
+
+@asynccontextmanager
+async def _closing(journal: Journal, app: Starlette) -> AsyncIterator[None]:
+    """Serve ends this when the last request is answered, and then kills the process."""
+    yield
+    await asyncio.to_thread(journal.close)
 
 
 def check_plugin_paths(classes: Iterable[PluginClass]) -> None:

@@ -83,6 +83,11 @@ class Journal:
             message = "request failed" if record.failure else "request ended"
             logger.log(level, message, extra={**_fields(record, stages), "trace_id": trace_id})
 
+    def close(self) -> None:
+        """Send what is left of traces, which takes long if the collector is not there."""
+        if self._traces is not None:
+            self._traces.close()
+
 
 def _fields(record: RequestRecord, stages: list[Stage]) -> dict[str, Any]:
     journey = record.journey

@@ -32,6 +32,7 @@ async def traced(collector, sampling_ratio=1.0, **fake):
             ServedModels({"m": plane.model}), OPTIONS, journal=Journal(False, traces)
         )
         transport = httpx.ASGITransport(app)
+        plane.lifespan = app.router.lifespan_context(app)
 
         async def spans():
             await asyncio.to_thread(traces.close)
@@ -71,6 +72,13 @@ async def test_a_trace_tells_the_stages_of_a_request_in_order(collector):
     assert (values["gen_ai.usage.input_tokens"], values["gen_ai.usage.output_tokens"]) == (6, 5)
     assert values["http.response.status_code"] == 200
     assert "Pfirsich" not in str(collector.received)
+
+
+async def test_traces_are_sent_before_the_process_ends(collector):
+    async with traced(collector) as (plane, _):
+        async with plane.lifespan:
+            await ask(plane)
+        assert len(collector.received) == 1
 
 
 async def test_the_trace_of_the_client_goes_on(collector):
