@@ -32,7 +32,8 @@ class Autoscaling(Options):
     max_replicas: int = Field(default=2, ge=1)
     """Most engines."""
     initial_replicas: int | None = Field(default=None, ge=0)
-    """Engines at the start; None takes `min_replicas`."""
+    """Engines at the start, and again after each change of the model's configuration; None takes
+    `min_replicas`, and keeps the engines that there are."""
     target_ttft_s: float = Field(default=2.0, gt=0)
     """Time to the first token, in the engine, that 95 % of the requests should stay below; while it
     is exceeded there are more engines, up to twice as many as are needed for `target_use`."""
@@ -44,8 +45,9 @@ class Autoscaling(Options):
     downscale_delay_s: float = Field(default=300, ge=0)
     """How long fewer must have been wanted before some, or the last one, are given up, which means
     loading a model again. A start-up should not take longer."""
-    metrics_interval_s: float = Field(default=1, gt=0)
-    """How often engines report to Serve what this is decided from."""
+    metrics_interval_s: float = Field(default=1, gt=0, le=5)
+    """How often engines report to Serve what this is decided from; what they told over 10 s ago is
+    not heeded."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Autoscaling:

@@ -129,7 +129,9 @@ class EngineActor:
         events = asyncio.get_running_loop()
         self._loop = EngineLoop(
             core,
-            on_step=lambda deltas, load: post(events, self._publish, deltas, load),
+            on_step=lambda deltas, load: post(
+                events, self._publish, deltas, load, time.monotonic()
+            ),
             on_death=lambda error: post(events, self._guard.end, error),
         )
         self._guard = EngineGuard(self._config, self._options, info, self._loop, self._on_end)
@@ -262,10 +264,10 @@ class EngineActor:
         over = self._draining or self._report.dead is not None
         return over and not len(subscriber.mailbox)
 
-    def _publish(self, deltas: list[TokenDelta], load: EngineLoad) -> None:
-        """Sort a step's deltas into the mailboxes."""
+    def _publish(self, deltas: list[TokenDelta], load: EngineLoad, done_at: float) -> None:
+        """Sort the deltas of a step, which was done at `done_at`, into the mailboxes."""
         self._load, self._load_since = load, time.monotonic()
-        self._meter.follow(load, self._load_since)
+        self._meter.follow(load, done_at)  # this may run late, and for several steps at once
         for delta in deltas:
             owner = self._owners.get(delta.request_id)
             if owner is not None:  # else it was aborted while the step ran

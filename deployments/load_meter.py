@@ -15,7 +15,8 @@ FIRST_TOKENS_S = 10.0
 FIRST_TOKENS_KEPT = 256
 KNOWN_AFTER_S = 1.0
 """Queues that have lasted less say nothing yet of the speed."""
-_SHORTEST_S = 1e-3
+_SHORTEST_S = 0.05
+"""Steps that took less in all say little of the speed: two may have been seen at once."""
 PERCENTILE = 0.95
 """Of the times to the first token."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from ray.serve.config import AutoscalingContext, AutoscalingPolicy
 
 from cluster import autoscaling
 from cluster.autoscaling import Goals, Observation, ScaleByLoad, State, decide
 from deployments.app import AUTOSCALING_POLICY
+from deployments.config import Autoscaling
 from deployments.load_meter import EngineUse
 from tests.cluster.autoscaled import Fluid
 
@@ -203,6 +205,17 @@ def test_a_start_that_waited_for_a_node_does_not_keep_engines_as_long():
     fluid = Fluid(step(4000.0, 500.0, 40_000), start_up_s=30_000.0).run(50_000)
     assert fluid.state.start_up_s == autoscaling.LONGEST_START_UP_S
     assert fluid.target < 4
+
+
+def test_goals_are_options_and_have_their_defaults():
+    options = Autoscaling().model_dump()
+    assert {name: options[name] for name in asdict(Goals())} == asdict(Goals())
+
+
+def test_engines_may_not_report_so_rarely_that_they_are_not_heeded():
+    assert Autoscaling(metrics_interval_s=autoscaling.STALE_S / 2)
+    with pytest.raises(ValidationError, match="metrics_interval_s"):
+        Autoscaling(metrics_interval_s=autoscaling.STALE_S)
 
 
 def context(metrics, now: float = 100.0, **changes) -> AutoscalingContext:

@@ -55,3 +55,11 @@ def test_steps_that_computed_prompts_say_how_fast_it_is_at_least():
         meter.follow(load, tick * 0.1)
     assert meter.read(9.9).step_tokens_s == pytest.approx(400)
     assert meter.read(9.9).done_tokens_s == 0
+
+
+def test_a_step_that_was_seen_late_does_not_make_the_next_one_look_fast():
+    meter = LoadMeter(8)
+    meter.follow(EngineLoad(num_running=1), 0.0)
+    meter.follow(EngineLoad(num_running=1), 0.3)
+    meter.follow(EngineLoad(num_running=1, prefilled_tokens=1000), 0.30001)
+    assert meter.read(0.31).step_tokens_s <= 20_000
