@@ -127,8 +127,8 @@ async def test_an_input_may_fill_the_model(plane):
 async def test_counts(plane):
     await embed(plane, input=[[3, 4], [5]])
     counts = plane.model.counts
-    assert (counts.prompt_tokens, counts.generation_tokens) == (3, 0)
-    assert counts.ended == {"stop": 2}
+    assert (counts.prompt_tokens.total, counts.generated_tokens.total) == (3, 0)
+    assert +counts.ended == {"stop": 2}
     assert (sum(counts.latency_s.counts), sum(counts.first_token_s.counts)) == (2, 0)
 
 
