@@ -158,8 +158,7 @@ class Flight:
     def land(self) -> None:
         """Tidy up after the request's end."""
         self._cancel_expiry()
-        if self._late_tokens is not None:
-            self._late_tokens.cancel()
+        self._expect_no_tokens()
         self._client.hub.unregister(self._try_id)
         self._client.table.release(self._try_id, self._computed_blocks())
 
@@ -270,7 +269,12 @@ class Flight:
                 with contextlib.suppress(Exception):  # a call that has failed says so again
                     self._call.cancel()
             self._call = None
+        self._expect_no_tokens()
         client.table.release(self._try_id, blocks)
+
+    def _expect_no_tokens(self) -> None:
+        if self._late_tokens is not None:
+            self._late_tokens.cancel()
 
     def _cancel_expiry(self) -> None:
         if self._expiry is not None:
@@ -282,7 +286,8 @@ class Flight:
         error: Exception = EngineDead("the end of the output was lost; try again.")
         try:
             reason = await call
-            if not self._over and reason != "abort":  # nobody here has asked for that
+            still_mine = not self._over and call is self._call
+            if still_mine and reason != "abort":  # nobody here has asked for that
                 self._late_tokens = asyncio.get_running_loop().create_future()
                 await asyncio.wait((self._late_tokens,), timeout=LATE_TOKENS_S)
         except Exception as failure:

@@ -14,7 +14,8 @@ THREADS = 4
 TIME_LIMIT_S = 60.0
 """For one piece of work. Nothing can end a thread: one that takes longer is left behind."""
 MAX_LEFT_BEHIND = 16
-"""Threads. With so many no more work is begun until one comes back."""
+"""Threads. With so many no more work is begun until one comes back; what has begun before may stay
+behind as well."""
 
 
 class PluginThreads:
@@ -32,7 +33,7 @@ class PluginThreads:
             TimeoutError: it takes too long, or too much that was begun earlier has not ended.
         """
         async with self._turns:
-            if self._num_left_behind == MAX_LEFT_BEHIND:
+            if self._num_left_behind >= MAX_LEFT_BEHIND:
                 raise TimeoutError
             done = asyncio.get_running_loop().run_in_executor(self._threads, work)
             try:

@@ -21,6 +21,7 @@ from deployments.config import AppArgs
 from deployments.ingress import plugged, plugin_threads
 from deployments.ingress.app import build_asgi_app, check_plugin_paths
 from deployments.ingress.options import IngressOptions
+from deployments.ingress.plugin_threads import PluginThreads
 from deployments.ingress.served import ServedModels
 from deployments.plugins import Body, InvalidRequest, SamplingParams, ServingEngine
 from deployments.plugins.loading import load_classes
@@ -142,7 +143,7 @@ async def test_the_worked_example():
         wrong = await plane.http.post("/api/generate", json={**body, "options": {"top_p": 7}})
         assert wrong.status_code == 400 and list(wrong.json()) == ["error"]
         assert "top_p" in wrong.json()["error"]
-        assert plane.model.counts.ended == {"length": 3}
+        assert +plane.model.counts.ended == {"length": 3}
 
 
 @pytest.mark.parametrize("awaited", [False, True])
@@ -320,6 +321,22 @@ async def test_plugins_that_hang_keep_no_thread_from_the_others(monkeypatch, cap
             while (await ask()).status_code != 200:
                 await asyncio.sleep(0.01)
         assert plane.model.num_preparing == 0
+
+
+async def test_threads_that_begin_one_after_another_are_not_left_behind_without_end(monkeypatch):
+    monkeypatch.setattr(plugin_threads, "TIME_LIMIT_S", 0.05)
+    monkeypatch.setattr(plugin_threads, "MAX_LEFT_BEHIND", 1)
+    threads, go_on = PluginThreads(), threading.Event()
+    try:
+        begun = [
+            asyncio.create_task(threads.run(go_on.wait)) for _ in range(plugin_threads.THREADS)
+        ]
+        await asyncio.wait(begun)  # more than may be left behind, as they were under way together
+        with pytest.raises(TimeoutError):
+            await threads.run(lambda: pytest.fail("no thread should begin"))
+    finally:
+        go_on.set()
+    await asyncio.gather(*begun, return_exceptions=True)
 
 
 async def test_prompts_that_are_awaited_in_vain_end_too(monkeypatch):

@@ -10,7 +10,6 @@ import pytest
 import tokenizers
 from ray.serve.exceptions import BackPressureError
 
-from deployments import failover
 from engine.errors import EngineDead
 from engine.tokenizer import Tokenizer
 from tests.deployments.fake_core import expected_tokens
@@ -429,8 +428,7 @@ async def test_refusal_by_the_engine_is_a_400_with_its_reason(plane, stream):
     assert plane.client.num_running == 0
 
 
-async def test_engine_death_mid_stream_is_an_error_event(monkeypatch):
-    monkeypatch.setattr(failover, "LATE_TOKENS_S", 0.1)
+async def test_engine_death_mid_stream_is_an_error_event():
     async with open_plane(step_s=0.001, die_at_token=5) as plane:
         body = {**COMPLETION, "max_tokens": 50, "stream": True}
         parts = events((await plane.http.post("/v1/completions", json=body)).text)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments import failover
 from deployments.ingress.message_style import MessageStyle
 from deployments.ingress.options import IngressOptions
 from deployments.samples import Histogram
@@ -210,8 +209,7 @@ async def test_tokens_of_several_completions_are_no_gaps(plane):
     assert sum(plane.model.counts.token_s.counts) == 1
 
 
-async def test_metrics_tell_how_requests_end(monkeypatch):
-    monkeypatch.setattr(failover, "LATE_TOKENS_S", 0.1)
+async def test_metrics_tell_how_requests_end():
     async with open_plane(step_s=0.001, die_at_token=5) as plane:
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 50}
         assert (await plane.http.post("/v1/completions", json=body)).status_code == 503
