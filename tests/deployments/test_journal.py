@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from deployments.ingress.app import build_asgi_app
 from deployments.ingress.journal import Journal
 from deployments.ingress.plain_headers import PlainHeaders
 from deployments.ingress.request_ids import request_id
+from deployments.ingress.request_record import RequestRecord
 from deployments.ingress.served import ServedModels
 from tests.deployments.plane import OPTIONS, open_plane
 
@@ -96,6 +98,26 @@ async def test_a_client_that_leaves_is_told(caplog):
         await plane.idle()
         (line,) = lines()
     assert (line.levelname, line.status, line.finish_reason) == ("INFO", 499, "abort")
+
+
+def job(first_token_time):
+    metrics = {"first_token_time": first_token_time, "finished_time": None, "queued_s": 0.0}
+    metrics["prefill_s"] = 0.0 if first_token_time is None else 0.01
+    completion = SimpleNamespace(num_cached_tokens=0, token_ids=[], finish_reason=None)
+    processors = {"c": completion}
+    metrics = SimpleNamespace(**metrics)
+    return SimpleNamespace(metrics=metrics, processors=processors, prompt_token_ids=[1])
+
+
+def test_the_first_token_of_any_prompt_is_told(caplog):
+    """Others may not have begun when the client leaves."""
+    caplog.set_level(logging.INFO, LOGGER)
+    record = RequestRecord("r", "/v1/completions", begun_at=100.0)
+    record.admit("m")
+    record.send([job(101.5), job(None)])
+    Journal(log_requests=True).tell(record)
+    (line,) = caplog.records
+    assert line.ttft_s == 1.5
 
 
 async def test_a_failover_is_told(caplog):
