@@ -135,6 +135,7 @@ def decide(goals: Goals, state: State, seen: Observation, now: float) -> tuple[D
         seen: what there is.
         now: seconds of a clock that does not go back.
     """
+    highs = state.highs if state.ready else ()  # the first engine is given time for its first work
     state = _follow_held(_follow_speed(_follow_starts(state, seen, now), seen, now), seen, now)
     if seen.engines:
         needs, facts = _needs(goals, state, seen, now)
@@ -143,7 +144,7 @@ def decide(goals: Goals, state: State, seen: Observation, now: float) -> tuple[D
         needs, facts = {}, f"no engine tells its load, {seen.held:.0f} requests wait"
         wanted = max(seen.target, int(seen.held > 0))
     wanted = _within(wanted, seen)
-    highs, lows = state.highs or ((now, seen.target),), state.lows or ((now, seen.target),)
+    highs, lows = highs or ((now, seen.target),), state.lows or ((now, seen.target),)
     patience_s = max(goals.downscale_delay_s, state.start_up_s)  # those that start are given time
     highs = _add(highs, (now, wanted), now - patience_s, falling=True)
     lows = _add(lows, (now, wanted), now - goals.upscale_delay_s, falling=False)

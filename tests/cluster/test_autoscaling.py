@@ -105,6 +105,14 @@ def test_a_request_of_an_ended_model_brings_an_engine():
     assert fluid.queue == 0
 
 
+def test_first_engine_is_not_ended_before_it_has_told_of_work():
+    _, idle = decide(Goals(), State(), Observation(0, 0, [], least=0), 0.0)
+    seen = Observation(1, 1, [EngineUse()], least=0)  # Serve has started it without asking
+    decision, state = decide(Goals(), idle, seen, 1000.0)
+    assert decision.target == 1
+    assert decide(Goals(), state, seen, 1001.0)[0].target == 1
+
+
 def test_a_long_answer_keeps_the_last_engine():
     alone = EngineUse(running=1.0, rows_used=1e-9)
     seen, state = Observation(1, 1, [alone], least=0), State()
