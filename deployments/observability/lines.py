@@ -66,6 +66,8 @@ def _written(value: Any) -> str:
 
 
 def _exception(formatter: logging.Formatter, record: logging.LogRecord) -> str:
-    failure = formatter.formatException(record.exc_info) if record.exc_info else ""
+    failure = record.exc_text or ""
+    if record.exc_info and not failure:
+        failure = formatter.formatException(record.exc_info)
     stack = formatter.formatStack(record.stack_info) if record.stack_info else ""
     return "\n".join(part for part in (failure, stack) if part)

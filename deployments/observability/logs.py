@@ -24,6 +24,7 @@ MAX_WAITING = 8192
 """Lines that may wait for a slow disk or collector; more are dropped, and the next one that is not
 says how many."""
 _SERVE = "ray.serve"
+_PLAIN = logging.Formatter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,9 @@ class LogQueue(QueueHandler):
         values.setdefault("request_id", REQUEST_ID.get(None))
         if self._num_lost:
             values["num_lost"] = self._num_lost
+        if record.exc_info:  # would keep what its frames hold, such as bodies, while it waits
+            record.exc_text = record.exc_text or _PLAIN.formatException(record.exc_info)
+            record.exc_info = None
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:

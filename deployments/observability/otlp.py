@@ -43,8 +43,8 @@ class OtlpHandler(logging.Handler):
         if record.name.startswith("opentelemetry"):
             return
         fields = fields_of(record)
-        if record.exc_info:
-            fields["exception.stacktrace"] = logging.Formatter().formatException(record.exc_info)
+        if record.exc_text:
+            fields["exception.stacktrace"] = record.exc_text
         self._provider.get_logger(record.name).emit(
             LogRecord(
                 timestamp=int(record.created * 1e9),

@@ -197,6 +197,20 @@ def test_files_hold_whatever_comes(configure, tmp_path):
     assert "half of \\ud800 a pair" in file.read_text()
 
 
+def test_lines_that_wait_keep_nothing_of_what_failed():
+    slow = Slow()
+    log = LogQueue(ProcessLog(LoggingOptions(), PLACE), [slow])
+    try:
+        raise RuntimeError("broken")
+    except RuntimeError as error:
+        log.handle(record_of("failed", exc_info=(type(error), error, error.__traceback__)))
+    slow.may_write.set()
+    log.close()
+    (record,) = slow.written
+    assert record.exc_info is None
+    assert "RuntimeError: broken" in json.loads(JsonLines().format(record))["exception"]
+
+
 def test_further_places_come_from_a_file(configure, tmp_path):
     own = tmp_path / "own.log"
     file = tmp_path / "handlers.yaml"
