@@ -32,7 +32,10 @@ STALE_S = 10.0
 """What an engine told longer ago counts as not told."""
 DOUBT_S = 7200.0
 """Without a queue nobody knows how fast engines can be. They may do other work than when that was
-seen, so that the speed is taken to double in this time: in the end fewer are tried."""
+seen, so that the speed is taken to double in this time: in the end fewer are tried. Where those are
+too few, as the queue that they get shows, the next try takes twice as long."""
+SAME_SPEED = 1.5
+"""Speeds that differ by less are equal."""
 MOST_DOUBLINGS = 64.0
 """By then the speed asks for nothing; later, after months, no float could hold it."""
 NO_TRAFFIC_TOKENS_S = 1.0
@@ -87,6 +90,8 @@ class State:
     """Prompt tokens a second that an engine got done when there was a queue; 0 before the first."""
     speed_at: float = 0.0
     """When that was."""
+    doubt_s: float = DOUBT_S
+    """In which it is taken to double."""
     held: float = 0.0
     """Requests that waited before the engines."""
     held_growth: float = 0.0
@@ -173,11 +178,19 @@ def _follow_speed(state: State, seen: Observation, now: float) -> State:
     rows that were taken, may be over when steps without one are faster."""
     queued = [engine.done_tokens_s for engine in seen.engines if engine.done_tokens_s > 0]
     if queued:
-        return replace(state, speed=sum(queued) / len(queued), speed_at=now)
+        return _learn_speed(state, sum(queued) / len(queued), now)
     steps = [engine.step_tokens_s for engine in seen.engines if engine.step_tokens_s > 0]
     if state.speed > 0 and sum(steps) > state.speed * len(steps):
         return replace(state, speed=sum(steps) / len(steps), speed_at=now)
     return state
+
+
+def _learn_speed(state: State, speed: float, now: float) -> State:
+    """Take over the speed of a queue, and learn whether it was right to doubt the last one."""
+    doubt_s = state.doubt_s
+    if now - state.speed_at > doubt_s / 4:  # else the doubt has changed next to nothing
+        doubt_s = DOUBT_S if speed > SAME_SPEED * state.speed else 2 * doubt_s
+    return replace(state, speed=speed, speed_at=now, doubt_s=doubt_s)
 
 
 def _follow_held(state: State, seen: Observation, now: float) -> State:
@@ -209,7 +222,7 @@ def _needs(
         "rows": unknown * sum(engine.rows_used for engine in engines) / use,
         "KV cache": unknown * sum(engine.blocks_used for engine in engines) / use,
     }
-    speed = state.speed * 2 ** min((now - state.speed_at) / DOUBT_S, MOST_DOUBLINGS)
+    speed = state.speed * 2 ** min((now - state.speed_at) / state.doubt_s, MOST_DOUBLINGS)
     if speed > 0:
         queue = waiting + _growth(state, seen, arriving, speed, now)
         catch_up = max(0.0, queue) / max(CATCH_UP_S, state.start_up_s)

@@ -72,6 +72,15 @@ def test_load_that_flaps_faster_than_the_delay_keeps_the_engines():
     assert fluid.target >= 4
 
 
+@pytest.mark.parametrize(("speed", "doubled"), [(1100.0, 2), (2000.0, 1)])
+def test_speed_that_was_doubted_for_nothing_is_doubted_more_slowly(speed, doubled):
+    queued = EngineUse(running=1.0, done_tokens_s=speed)
+    state = SPEED_KNOWN
+    for now in (86_400.0, 86_401.0):
+        _, state = decide(Goals(), state, Observation(2, 2, [queued] * 2, most=4), now)
+        assert (state.speed, state.doubt_s) == (speed, doubled * autoscaling.DOUBT_S)
+
+
 def test_a_burst_shorter_than_the_delay_starts_nothing():
     fluid = Fluid(step(300.0, 2500.0, 30, 31)).run(100)
     assert fluid.changes == []
@@ -210,9 +219,9 @@ def test_months_without_a_queue_do_no_harm():
 
 
 def test_a_start_that_waited_for_a_node_does_not_keep_engines_as_long():
-    fluid = Fluid(step(4000.0, 500.0, 40_000), start_up_s=30_000.0).run(50_000)
-    assert fluid.state.start_up_s == autoscaling.LONGEST_START_UP_S
-    assert fluid.target < 4
+    came = Observation(2, 2, [EngineUse()] * 2, most=8)
+    _, state = decide(Goals(), State(rising=(0.0, 2), target=2, ready=1), came, 30_000.0)
+    assert state.start_up_s == autoscaling.LONGEST_START_UP_S
 
 
 def test_goals_are_options_and_have_their_defaults():
