@@ -312,7 +312,9 @@ async def test_plugins_that_hang_keep_no_thread_from_the_others(monkeypatch, cap
                 assert answer.status_code == 504
                 assert "takes too long" in answer.text
             assert "the plug-in Hanging has not ended" in caplog.text
-            assert (await ask()).json() == {"said": echo(PROMPT, 4)}
+            with monkeypatch.context() as patient:  # a busy machine may take long, too
+                patient.setattr(plugin_threads, "TIME_LIMIT_S", 60)
+                assert (await ask()).json() == {"said": echo(PROMPT, 4)}
             assert (await ask("hang")).status_code == 504
             assert (await ask()).status_code == 504  # as many are left behind as may be
         finally:
