@@ -100,7 +100,9 @@ class SamplingFields(FormFields):
 def check_room(
     prompt_lengths: Iterable[int], max_model_len: int, limit: tuple[str, int | None]
 ) -> None:
-    """Refuse a limit of the output for which a prompt leaves no room, as chats of OpenAI and vLLM do.
+    """Refuse a limit of the output for which a prompt leaves no room.
+
+    Chats of OpenAI and of vLLM do so too.
 
     Args:
         prompt_lengths: in tokens.
