@@ -113,6 +113,15 @@ class DeploymentOptions(Options):
     crash_dump_dir: str | None = None
     """Folder for what an engine leaves when it dies; None takes that of Ray's logs."""
 
+    @model_validator(mode="after")
+    def _one_size(self) -> DeploymentOptions:
+        if self.autoscaling is not None and self.num_replicas > 1:
+            raise ValueError(
+                f"num_replicas ({self.num_replicas}) has no effect beside autoscaling; set "
+                "autoscaling.initial_replicas, or leave it out."
+            )
+        return self
+
 
 class ModelOptions(Options):
     """One served model.

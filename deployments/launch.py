@@ -202,7 +202,7 @@ def _show(output: Iterable[bytes] | None, given_up: threading.Event) -> None:
     Sets `given_up` when Serve says that it will not try to start the application again.
     """
     for line in output or ():
-        if b" INFO " not in line:
+        if not (b" INFO " in line and b" -- " in line):
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
         if b"ServeController" in line and any(b" -- " + words in line for words in GIVEN_UP):

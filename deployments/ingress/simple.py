@@ -13,6 +13,7 @@ from deployments.ingress.errors import json_response
 from deployments.ingress.prompts import chat_tokens
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
 from deployments.protocols.body import read_body
+from deployments.protocols.sampling import check_room
 from deployments.protocols.simple import BatchGenerateBody, GenerateBody, SimpleFields
 from engine.job import Job
 
@@ -70,6 +71,8 @@ async def _jobs(
         jobs = await build_jobs(
             model, new_id("gen"), prompts, params, priority=body.priority, param=param
         )
+        lengths = (len(job.prompt_token_ids) for job in jobs)
+        check_room(lengths, model.max_model_len, ("max_tokens", body.max_tokens))
     return model, jobs
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from deployments.observability.own_handlers import read_handlers
+from deployments.observability.own_handlers import build_handlers
 from deployments.options import Options
 from engine.errors import ConfigError
 
@@ -63,10 +65,13 @@ class LoggingOptions(Options):
         """Find out now what would else fail in every process.
 
         Raises:
-            ConfigError: the file of handlers cannot be used, or a package is missing.
+            ConfigError: the folder or the file of handlers cannot be used, or a package is missing.
         """
+        if self.folder is not None:
+            _check_folder(Path(self.folder))
         if self.handlers_file is not None:
-            read_handlers(self.handlers_file)
+            for handler in build_handlers(self.handlers_file, logging.Formatter()):
+                handler.close()
         if self.otlp_endpoint is not None:
             _check_exporter("logging.otlp_endpoint")
 
@@ -88,6 +93,17 @@ class TracingOptions(Options):
         """
         if self.otlp_endpoint is not None:
             _check_exporter("tracing.otlp_endpoint")
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"logging.folder '{folder}' cannot be written to: {error.strerror}; name another, or "
+            "let the server's user write there."
+        ) from None
 
 
 def _check_exporter(option: str) -> None:

@@ -108,7 +108,7 @@ def test_prometheus_reads_the_alerts():
 def test_alerts_say_what_to_do(rule):
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert rule["annotations"]["summary"]
-    assert f"`{rule['alert'].removeprefix('Trunkline')}`" in OPERATIONS
+    assert f"`{rule['alert']}`" in OPERATIONS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

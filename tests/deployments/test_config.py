@@ -86,6 +86,7 @@ def test_path_is_served_under_its_last_part():
         ({"engine": 5}, ["engine"]),
         ({"models": {"a": {"response_role": ""}}}, ["response_role"]),
         ({"models": {"a": {"chat_template": ""}}}, ["chat_template"]),
+        ({"deployment": {"num_replicas": 3, "autoscaling": {}}}, ["initial_replicas"]),
     ],
 )
 def test_bad_options_are_named(values, words):

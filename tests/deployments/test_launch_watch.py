@@ -58,6 +58,13 @@ def test_launcher_hears_that_serve_has_given_up(line, given_up, capfdbinary):
     assert heard.is_set() == bool(given_up)
 
 
+def test_launcher_shows_the_servers_own_lines_and_not_serves_progress(capfdbinary):
+    own = b"(EngineActor pid=1) 2026-11-22T02:00:00.000Z INFO engine m: the engine is ready\n"
+    progress = b"(ServeController pid=1) INFO 2026-11-22 02:00:00,000 controller 1 -- Deploying\n"
+    _show([own, progress], threading.Event())
+    assert capfdbinary.readouterr().out == own
+
+
 PICK = """
 import sys
 from deployments.launch import SIDE_PORTS, Plan, environment

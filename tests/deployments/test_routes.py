@@ -152,6 +152,15 @@ async def test_simple_endpoints(plane):
     assert parts[-1]["finished"]
 
 
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/batch_generate"])
+async def test_simple_endpoints_refuse_outputs_without_room(plane, path):
+    body = {"prompts" if "batch" in path else "prompt": PROMPT, "max_tokens": MAX_MODEL_LEN}
+    body = {name: [value] if name == "prompts" else value for name, value in body.items()}
+    answer = await plane.http.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokens")
+    assert plane.client.num_running == 0
+
+
 async def test_models_and_health(plane):
     listed = (await plane.http.get("/v1/models")).json()
     assert [m["id"] for m in listed["data"]] == ["m"]
