@@ -133,6 +133,7 @@ FAILURES: tuple[Failure, ...] = (
         503, "service_unavailable", "engine_lost", "The engine was lost, and no other could go on."
     ),
     Failure(503, "service_unavailable", "server_stopping", "The server is about to stop."),
+    Failure(504, "server_error", None, "The code of a plug-in takes too long."),
 )
 
 _TEXT_OR_NULL = {"type": ["string", "null"]}
