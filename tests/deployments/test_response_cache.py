@@ -265,7 +265,7 @@ async def test_what_was_broken_off_is_not_kept(monkeypatch, stream):
     async with open_plane(step_s=0.005) as plane:
         plane.model.cache = ResponseCache(2**20)
         exchange = Exchange(plane.app, {"content-type": "application/json"})
-        body = BODY | {"max_tokens": MAX_MODEL_LEN - 16, "stream": stream}
+        body = BODY | {"max_tokens": MAX_MODEL_LEN - len(PROMPT), "stream": stream}
         exchange.feed(json.dumps(body).encode(), more=False)
         await plane.until(lambda: any(view.load.num_running for view in plane.view()))
         exchange.leave()
