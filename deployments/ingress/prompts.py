@@ -40,12 +40,10 @@ async def chat_prompt(
         remember: whether another prompt with the same messages may take less time.
 
     Raises:
-        InvalidRequest: the messages or the tools do not suit the template, or the prompt is too
-            long.
+        InvalidRequest: the messages do not suit the template, or the prompt is too long.
     """
     tokenizer = model.need_tokenizer("messages")
     template = fields.chat_template or tokenizer.chat_template
-    _check_tools(model, tool_use, template)
     options = fields.template_variables()
     if fields.add_generation_prompt is not None or fields.continue_final_message:
         options["add_generation_prompt"] = bool(fields.add_generation_prompt)
@@ -62,18 +60,6 @@ async def chat_prompt(
         return ChatPrompt(text, tokenizer.encode_rendered(text, remember))
 
     return await aside(body_length, write)
-
-
-def _check_tools(model: ServedModel, tool_use: ToolUse | None, template: str | None) -> None:
-    """Refuse tools of which the model would hear nothing, and whose calls nobody would find."""
-    if tool_use is None or tool_use.is_forced or model.style.calls is not None:
-        return
-    if "tools" not in (template or ""):
-        raise InvalidRequest(
-            f"the chat template of '{model.name}' knows no tools, so that the model would not call "
-            "any; leave tools out, or set tool_choice to required or to a function.",
-            "tools",
-        )
 
 
 async def chat_tokens(

@@ -89,8 +89,7 @@ CHAT_ROWS = (
         "tools",
         works(TOOLS, longer),
         refused([{"type": "custom", "custom": {"name": "f"}}]),
-        note="Functions. 400 for `custom` tools, and with `tool_choice` `auto` for a model whose"
-        " chat template knows no tools.",
+        note="Functions, for models whose chat template knows tools. 400 for `custom` tools.",
     ),
     row(
         "tool_choice",
