@@ -19,8 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.machine import describe_run
 from benchmarks.serving.answers import Answer
+from benchmarks.serving.background import in_background
 from benchmarks.serving.conversations import Mix, echo
 from benchmarks.serving.fake_server import add_fake_option, fake_settings, fake_target, serve_fake
 from benchmarks.serving.leaving import read_health, seconds_until_free
@@ -77,16 +77,9 @@ class Killer:
         self._hit: set[int] = set()
         self._end = threading.Event()
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def at_work(self) -> contextlib.AbstractContextManager[None]:
         """Kill until the end of the `with`."""
-        thread = threading.Thread(target=self._run)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._end.set()
-            thread.join()
+        return in_background(self._run, self._end)
 
     def _run(self) -> None:
         while not self._end.wait(self._every_s):

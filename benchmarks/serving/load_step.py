@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.machine import describe_run
 from benchmarks.serving.answers import Answer
+from benchmarks.serving.background import in_background
 from benchmarks.serving.conversations import Mix, echo
 from benchmarks.serving.fake_server import add_fake_option, fake_settings, fake_target, serve_fake
 from benchmarks.serving.leaving import read_health
@@ -65,16 +66,9 @@ class Census:
         self._target = target
         self._end = threading.Event()
 
-    @contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self) -> AbstractContextManager[None]:
         """Look until the end of the `with`."""
-        thread = threading.Thread(target=self._run)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._end.set()
-            thread.join()
+        return in_background(self._run, self._end)
 
     def _run(self) -> None:
         while not self._end.wait(_POLL_S):

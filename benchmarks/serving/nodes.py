@@ -6,8 +6,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+
+from benchmarks.serving.background import in_background
 
 CPUS = 1
 """Of a node. Whatever needs more runs on the head node."""
@@ -44,16 +45,9 @@ class NodePool:
         self._end = threading.Event()
         self._nodes = [self._start(index) for index in range(count)]
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> AbstractContextManager[None]:
         """Replace the dead until the end of the `with`."""
-        thread = threading.Thread(target=self._run)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._end.set()
-            thread.join()
+        return in_background(self._run, self._end)
 
     def end(self) -> None:
         """End all nodes."""

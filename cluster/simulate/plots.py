@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,7 @@ def plot_policies(document: dict[str, Any], folder: Path, stem: str) -> list[Pat
     Returns:
         The files.
     """
-    records = document["records"]
-    traces = list(dict.fromkeys(record["trace"] for record in records))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(15, 4 * len(traces)), layout="constrained")
-        rows = figure.subplots(len(traces), 3, squeeze=False)
-        for trace, row in zip(traces, rows, strict=True):
-            _draw_trace([record for record in records if record["trace"] == trace], row)
-        return save(figure, folder, stem)
+    return _plot(document, _draw_trace, [1, 1, 1], folder, stem)
 
 
 def plot_rules(document: dict[str, Any], folder: Path, stem: str) -> list[Path]:
@@ -46,18 +39,34 @@ def plot_rules(document: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     Returns:
         The files.
     """
+    return _plot(document, _draw_rules, [2, 1], folder, stem)
+
+
+def _plot(
+    document: dict[str, Any],
+    draw: Callable[[Sequence[dict[str, Any]], Sequence[Axes]], None],
+    widths: Sequence[float],
+    folder: Path,
+    stem: str,
+) -> list[Path]:
+    """A row of axes of these widths for each trace, drawn from the trace's records."""
     records = document["records"]
     traces = list(dict.fromkeys(record["trace"] for record in records))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(15, 4 * len(traces)), layout="constrained")
-        rows = figure.subplots(len(traces), 2, squeeze=False, width_ratios=[2, 1])
-        for trace, (sizes, costs) in zip(traces, rows, strict=True):
-            for index, record in enumerate(r for r in records if r["trace"] == trace):
-                _draw_rule(record, f"C{index}", sizes, costs)
-            sizes.set_title(trace, loc="left")
-            _label(sizes, "minutes", "engines in service")
-            _label(costs, "engine hours", "late requests (%)")
+        rows = figure.subplots(len(traces), len(widths), squeeze=False, width_ratios=widths)
+        for trace, row in zip(traces, rows, strict=True):
+            draw([record for record in records if record["trace"] == trace], row)
         return save(figure, folder, stem)
+
+
+def _draw_rules(records: Sequence[dict[str, Any]], row: Sequence[Axes]) -> None:
+    sizes, costs = row
+    for index, record in enumerate(records):
+        _draw_rule(record, f"C{index}", sizes, costs)
+    sizes.set_title(records[0]["trace"], loc="left")
+    _label(sizes, "minutes", "engines in service")
+    _label(costs, "engine hours", "late requests (%)")
 
 
 def _draw_rule(record: dict[str, Any], colour: str, sizes: Axes, costs: Axes) -> None:
