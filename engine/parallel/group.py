@@ -56,11 +56,12 @@ class TensorGroup:
         the group in them.
 
         Args:
-            lost: a rank is gone; exchanges that it will never finish end or fail.
+            lost: a rank is gone; exchanges that it will never finish end or fail, or else this
+                process ends.
         """
         shared, self._shared = self._shared, None
         if lost and shared is not None:
-            threading.Thread(target=shared.release, daemon=True).start()
+            threading.Thread(target=shared.end_process_if_stuck, daemon=True).start()
         if self.processes is not None:
             with suppress(Exception):  # it may have failed already, or been left
                 distributed.distributed_c10d._abort_process_group(self.processes)

@@ -6,18 +6,25 @@ symmetric memory does sooner than NCCL's: see "Tensor parallelism" in `docs/perf
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from typing import Any
 
 import torch
 from torch import distributed
 from torch.distributed import _symmetric_memory as symmetric
 
+logger = logging.getLogger(__name__)
+
 MAX_ROWS = 1024
 """Of the sums that the memory has room for."""
 _DTYPES = (torch.bfloat16, torch.float32)
 """Those that torch's kernel adds up."""
-_RELEASE_LIMIT_S = 10.0
+STUCK = 18
+"""Exit status of a process whose GPU waits for a lost rank."""
+_STUCK_LIMIT_S = 12.0
+"""By when the GPU has done all that it can, and who looks after the process has had time to end it
+in a better way."""
 _LAST_LAUNCH_S = 0.5
 """After a rank was lost, by when no step is launched any more."""
 _shared: list[str] = []
@@ -50,7 +57,8 @@ class SharedMemory:
         _shared.append(self._name)
         device = torch.device("cuda", torch.cuda.current_device())
         self._rows = symmetric.empty(MAX_ROWS, width, dtype=dtype, device=device)
-        self._handle: Any = symmetric.rendezvous(self._rows, self._name)
+        symmetric.rendezvous(self._rows, self._name)
+        self._steps = torch.cuda.default_stream(device)
 
     def rows(self, count: int) -> torch.Tensor | None:
         """Where so many summands go, [count, width]; None if they are too many."""
@@ -64,19 +72,17 @@ class SharedMemory:
         """Sum all ranks' x, which `rows` gave, in place."""
         torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self._name)
 
-    def release(self) -> None:
-        """Let kernels that wait for a lost rank end: what they compute means nothing.
+    def end_process_if_stuck(self) -> None:
+        """To be called when a rank is lost: if the device waits for it, end this process.
 
-        A kernel waits until each other rank has set this one's signal, and until that rank has
-        reset its own: both are done here, in that rank's place.
+        The kernel waits for signals in memory of the lost rank, where nothing can be set any more,
+        and no kernel can be ended from outside: whatever else this process wants of the device, its
+        own orderly end included, would wait with it.
         """
-        mine, count = self._handle.rank, self._handle.world_size
-        pads = [self._handle.get_signal_pad(rank) for rank in range(count)]
-        stream, began = torch.cuda.default_stream(), time.monotonic()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            while (elapsed := time.monotonic() - began) < _RELEASE_LIMIT_S:
-                if elapsed > _LAST_LAUNCH_S and stream.query():
-                    break
-                for rank, pad in enumerate(pads):
-                    pad.fill_(int(rank == mine))
-                torch.cuda.current_stream().synchronize()
+        deadline = time.monotonic() + _STUCK_LIMIT_S
+        time.sleep(_LAST_LAUNCH_S)
+        while not self._steps.query():
+            if time.monotonic() > deadline:
+                logger.critical("the GPU waits for ever for a rank that was lost: ending")
+                os._exit(STUCK)
+            time.sleep(_LAST_LAUNCH_S)

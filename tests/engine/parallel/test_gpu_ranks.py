@@ -1,5 +1,6 @@
 """Ranks on GPUs: each engine in a process of its own, and one after another in the same."""
 
+import faulthandler
 import itertools
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from engine.errors import RankLost
+from engine.parallel.shared_memory import STUCK
 from tests.engine.conftest import request, run_core
 from tests.engine.test_core import prompts
 from tests.engine.test_gpu import cuda_core, tiny_checkpoint  # noqa: F401  # a fixture
@@ -29,7 +31,7 @@ WAYS = {
 def in_a_process(work, *arguments):
     """What `work` gives in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result(120)
+        return pool.submit(work, *arguments).result()
 
 
 def two_ranks(checkpoint, **options):
@@ -69,7 +71,6 @@ def test_engines_come_one_after_another(tiny_checkpoint):  # noqa: F811
 
 def lose_a_rank(checkpoint, options):
     core = two_ranks(checkpoint, **options)
-    memory = shared(core)
     (rank,) = (p for p in psutil.Process().children() if "following" in " ".join(p.cmdline()))
     threading.Timer(0.5, rank.kill).start()
     with pytest.raises(RankLost):
@@ -77,9 +78,27 @@ def lose_a_rank(checkpoint, options):
             run_core(core, few(8, name=f"turn {turn}, ", max_tokens=200))
     del core
     assert run_core(cuda_core(checkpoint), few(4, max_tokens=8))
-    return memory
 
 
-@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"dtype": "float16"}])
-def test_a_killed_rank_ends_the_engine_and_leaves_the_gpu_usable(tiny_checkpoint, options):  # noqa: F811
-    assert in_a_process(lose_a_rank, tiny_checkpoint, options) == ("dtype" not in options)
+def status_after(work, *arguments):
+    """Exit status of a process that does `work`; one that hangs ends, and says where."""
+    process = get_context("spawn").Process(target=limited, args=(work, *arguments))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def limited(work, *arguments):
+    faulthandler.dump_traceback_later(100, exit=True)
+    work(*arguments)
+
+
+def test_a_killed_rank_ends_the_engine_and_leaves_the_gpu_usable(tiny_checkpoint):  # noqa: F811
+    assert status_after(lose_a_rank, tiny_checkpoint, {"dtype": "float16"}) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}])
+def test_a_process_that_waits_for_a_killed_rank_in_shared_memory_ends(tiny_checkpoint, options):  # noqa: F811
+    """Unless the rank was killed while the device had nothing to do."""
+    assert status_after(lose_a_rank, tiny_checkpoint, options) in (STUCK, 0)
+    assert run_core(cuda_core(tiny_checkpoint), few(4, max_tokens=8))
