@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from contextvars import Context
 from typing import Protocol
@@ -24,6 +24,9 @@ logger = logging.getLogger("ray.serve")
 ACKNOWLEDGED_MESSAGES = 8
 """So many messages are acknowledged at once; the engine sends `UNREAD_MESSAGES` ahead, then it
 merges steps."""
+DELIVERED_AT_ONCE = 16
+"""Deltas of a message that are delivered in one turn of the event loop. What streams write in a turn
+leaves at its end (uvloop collects it), so in one turn all would wait for the last."""
 ACKNOWLEDGED_S = 1.0
 """Fewer are after this long, so that the engine knows that this process lives."""
 SILENCE_LIMIT_S = watchdog.SILENCE_LIMIT_S
@@ -64,6 +67,9 @@ class Receiver(Protocol):
 
     def lose(self) -> None:
         """Learn that the request's engine is lost."""
+
+    def make_way(self) -> bool:
+        """Learn that the request's engine is to stop; True if it goes on elsewhere."""
 
     def strand(self) -> None:
         """Learn that no engine of the deployment can be reached."""
@@ -144,6 +150,11 @@ class TrunkHub:
     def unregister(self, request_id: str) -> None:
         """Drop later deltas of this request."""
         self._receivers.pop(request_id, None)
+
+    def make_way(self, request_ids: Iterable[str]) -> int:
+        """Let those of the requests go on elsewhere that can; returns how many do."""
+        waiting = [self._receivers[i] for i in request_ids if i in self._receivers]
+        return sum(receiver.make_way() for receiver in waiting)
 
     def abort(self, request_id: str) -> bool:
         """Tell the engine that runs a request to end it; returns at once.
@@ -239,19 +250,21 @@ class TrunkHub:
                 now = self._loop.time()
                 silence.end()
                 self._links[engine_id] = link
-                self._deliver(engine_id, decode_trunk_message(message))
+                await self._deliver(engine_id, decode_trunk_message(message))
                 unacknowledged += 1
                 if unacknowledged >= ACKNOWLEDGED_MESSAGES or now - since > ACKNOWLEDGED_S:
                     link.acknowledge(self.subscriber_id, unacknowledged)
                     unacknowledged, since = 0, now
 
-    def _deliver(self, engine_id: str, message: TrunkMessage) -> None:
+    async def _deliver(self, engine_id: str, message: TrunkMessage) -> None:
         self._table.report(engine_id, message.load, message.reflected, message.heard)
-        for delta in message.deltas:
+        for number, delta in enumerate(message.deltas, 1):
             receiver = self._receivers.get(delta.request_id)
             wanted = receiver is not None and receiver.add(delta, engine_id)
             if not wanted and delta.finish_reason is None:
                 self._abort_again(engine_id, delta.request_id)
+            if number % DELIVERED_AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     def _lose(self, engine_id: str, reason: str) -> None:
         """Let others go on with what the lost engine left unfinished."""
