@@ -209,7 +209,7 @@ def _token_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
 def _checked_ids(ids: object) -> list[int]:
     if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
         raise _invalid("prompt_token_ids must be a list of token ids.")
-    if not all(type(i) is int for i in ids):
+    if not {int}.issuperset(map(type, ids)):
         raise _invalid("prompt_token_ids must hold integers only.")
     return list(ids)
 

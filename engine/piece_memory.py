@@ -81,10 +81,9 @@ class PieceMemory:
         bounds = [*starts, len(ids)] if self._divider.match(pieces[0]) else [0, *starts, len(ids)]
         if len(bounds) != len(pieces) + 1:  # a divider's id came of something else, too
             return
-        entries = {
-            piece: array("I", ids[a:b])
-            for piece, (a, b) in zip(pieces, pairwise(bounds), strict=True)
-        }
+        packed = array("I", ids)
+        parts = (packed[a:b] for a, b in pairwise(bounds))
+        entries = dict(zip(pieces, parts, strict=True))
         with self._lock:
             for piece, part in entries.items():
                 if piece not in self._known:
