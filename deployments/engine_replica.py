@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import hashlib
 import logging
 import os
 from dataclasses import replace
@@ -16,6 +17,7 @@ from ray import serve
 from deployments import watchdog
 from deployments.crash_dump import describe_error, write_crash_dump
 from deployments.engine_actor import EngineActor, StartCore
+from deployments.engine_state import Traits
 from deployments.load_meter import EngineUse
 from deployments.metrics import EngineMetrics, harmless
 from deployments.names import engine_actor_name
@@ -152,6 +154,11 @@ class EngineReplica:
             raise EngineDead(self._dead)
         if self._silence.seconds > SILENCE_LIMIT_S:
             raise EngineDead(f"the engine has not reported for {self._silence.seconds:.0f} s")
+
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """Called by Serve at the start, for its routers: the fields of the engine's `Traits`."""
+        options = hashlib.sha256(self._config.model_dump_json().encode()).hexdigest()
+        return Traits(options, self._config.max_num_seqs)._asdict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, for its autoscaling policy: the fields of an `EngineUse`."""

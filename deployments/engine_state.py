@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import exp
+from typing import NamedTuple
 
 from deployments.backlog import QueueSpeed
 from deployments.prefix_index import PrefixIndex
@@ -25,6 +26,17 @@ not taken for lost yet: its load is due every second. Those of a lost engine wou
 that has stopped as well, and wait there for it to be missed."""
 CROWDED_SHARE = 0.05
 """Share of an engine's blocks that a request should leave to those that run."""
+LITTLE_AHEAD = 2048
+"""Tokens of prefill ahead of a request that has begun elsewhere for which its stream may pause."""
+
+
+class Traits(NamedTuple):
+    """What does not change about an engine."""
+
+    options: str = ""
+    """Engines of which this is equal continue each other's requests as if there were only one."""
+    max_num_seqs: int = 0
+    """Rows of its batch; 0 where nobody has told."""
 
 
 @dataclass(slots=True)
@@ -32,6 +44,7 @@ class EngineState:
     """Load, bookings on top of it, and cache of one engine. Times are seconds of one clock."""
 
     load: EngineLoad = field(default_factory=EngineLoad)
+    traits: Traits = field(default_factory=Traits)
     index: PrefixIndex = field(default_factory=PrefixIndex)
     bookings: dict[str, tuple[int, Sequence[bytes]]] = field(default_factory=dict)
     """Requests that were sent there and that `load` does not count yet: tokens to compute and
@@ -85,6 +98,22 @@ class EngineState:
     def has_room(self, max_requests: int, now: float) -> bool:
         """Whether it would take one more request, as far as this process knows."""
         return self.num_requests < max_requests and now >= self.closed_until
+
+    def has_row(self, num_before: int = 0) -> bool:
+        """Whether it would run one more request at once, after so many others."""
+        return self.num_requests + num_before < self.traits.max_num_seqs
+
+    def has_space(self, num_tokens: int, num_before: int, tokens_before: int) -> bool:
+        """Whether a request that runs elsewhere could go on here with next to no pause.
+
+        Args:
+            num_tokens: of it, to compute.
+            num_before: requests that may come before it.
+            tokens_before: to compute, of these.
+        """
+        ahead = self.pending_tokens + tokens_before
+        free = self.has_row(num_before) and not self.is_crowded(num_tokens + tokens_before)
+        return self.reported_at is not None and free and ahead <= LITTLE_AHEAD
 
     def is_crowded(self, num_tokens: int) -> bool:
         """Whether a request with so many tokens to compute might have to wait for blocks."""

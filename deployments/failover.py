@@ -112,7 +112,7 @@ class Flight:
         """Send the request, or what is left of it, to an engine."""
         client, request = self._client, self.request
         self._new_tokens, self._speaker = 0, None
-        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        num_tokens = self._num_tokens
         hits = () if request.computes_whole_prompt else self._blocks
         client.table.expect(self.deployment, self._try_id, num_tokens)
         # Tokens come in this event loop, so none can have come before it is known whose they are.
@@ -143,6 +143,16 @@ class Flight:
             lambda: self._fail(EngineDead("the engine that ran the request was lost; try again."))
         )
 
+    def make_way(self) -> bool:
+        """Go on elsewhere if another engine could do so at once, as this one is to stop."""
+        table = self._client.table
+        begun = not self._over and self._call is not None
+        if not begun or not table.has_space(self.deployment, self._try_id, self._num_tokens):
+            return False
+        self._prepare_try()
+        self._try_again()
+        return True
+
     def strand(self) -> None:
         """Wait for an engine no longer than the limit, as there is none at all."""
         if not self._over and self._expiry is None:
@@ -161,6 +171,11 @@ class Flight:
         self._expect_no_tokens()
         self._client.hub.unregister(self._try_id)
         self._client.table.release(self._try_id, self._computed_blocks())
+
+    @property
+    def _num_tokens(self) -> int:
+        """Those that must be in an engine's cache before the next one comes."""
+        return len(self.request.prompt_token_ids) + len(self.request.output_token_ids)
 
     def _computed_blocks(self) -> Sequence[bytes]:
         """Blocks that the engine has computed for the request beyond those that were booked."""
@@ -217,13 +232,17 @@ class Flight:
         self._plan_try(0.0 if self._barren_tries == 1 else _pause_s(self._barren_tries))
 
     def _plan_try(self, pause_s: float) -> None:
-        self._leave()
+        self._prepare_try()
         self.strand()
-        self._num_tries += 1
         self._journey.moved_at.append(time.monotonic())
+        self._next_try = asyncio.get_running_loop().call_later(pause_s, self._try_again)
+
+    def _prepare_try(self) -> None:
+        """Part from the engine, and get ready for another."""
+        self._leave()
+        self._num_tries += 1
         self._try_id = f"{self.request.request_id}~{self._num_tries}"
         self._submission = self._encode(self._rest())
-        self._next_try = asyncio.get_running_loop().call_later(pause_s, self._try_again)
 
     def _try_again(self) -> None:
         self._next_try = None

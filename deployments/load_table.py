@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.backlog import Backlog
-from deployments.engine_state import EngineState
+from deployments.engine_state import EngineState, Traits
 from deployments.placement import Booking, Policy, PrefixLoad
 from deployments.roll_call import RollCall
 from engine.errors import EngineDead
@@ -66,16 +66,23 @@ class LoadTable:
         self._full = False
         self._roll_call = RollCall()
 
-    def set_members(self, deployment: str, engine_ids: Iterable[str]) -> None:
-        """Take over from Serve which engines of a deployment are in service."""
+    def set_members(
+        self,
+        deployment: str,
+        engine_ids: Iterable[str],
+        traits: Mapping[str, Traits] | None = None,
+    ) -> None:
+        """Take over from Serve which engines of a deployment are in service, and what they are."""
         with self._lock:
             self._members[deployment] = tuple(engine_ids)
-            current = {i for ids in self._members.values() for i in ids}
+            current = self._in_service()
             for gone in self._engines.keys() - current:
                 if gone not in self._placed.values():
                     del self._engines[gone]
             for engine_id in current:
                 self._state(engine_id)
+            for engine_id, known in (traits or {}).items():
+                self._state(engine_id).traits = known
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
@@ -139,6 +146,7 @@ class LoadTable:
         self._full |= not roomy
         if booking.resumed:
             roomy = self._roll_call.present(roomy, request_id, now)
+            roomy = {i: state for i, state in roomy.items() if state.has_row()} or roomy
         if not roomy:
             return None
         chosen, num_tokens = policy.choose(reached, roomy, booking, now)
@@ -169,6 +177,31 @@ class LoadTable:
             waiting = [(state, state.pending_tokens + share) for state in alive]
             found = [Backlog(tokens, each.speed.seconds_for(tokens)) for each, tokens in waiting]
             return min(found, key=lambda backlog: (backlog.wait_s, backlog.tokens))
+
+    def left_behind(self) -> list[str]:
+        """Requests on engines that are out of service, and not known to be lost."""
+        with self._lock:
+            current = self._in_service()
+            leaving = {i for i, state in self._engines.items() if not state.down} - current
+            return [i for i, engine_id in self._placed.items() if engine_id in leaving]
+
+    def has_space(self, deployment: str, request_id: str, num_tokens: int) -> bool:
+        """Whether a request that runs could go on, with next to no pause, elsewhere.
+
+        All engines in service must be like the one that has it: any of them may get it.
+        """
+        with self._lock:
+            now = self._clock()
+            own = self._engines.get(self._placed.get(request_id, ""))
+            others = [self._state(i) for i in self._members.get(deployment, ())]
+            if own is None or any(state.traits.options != own.traits.options for state in others):
+                return False
+            before = [n for name, n in self._unplaced.values() if name == deployment]
+            return any(
+                state.in_reach(self._attention(now))
+                and state.has_space(num_tokens, len(before), sum(before))
+                for state in others
+            )
 
     def engine_of(self, request_id: str) -> str | None:
         """Where the request is booked."""
@@ -280,6 +313,9 @@ class LoadTable:
             self._full = False
         for listener in listeners:
             listener()
+
+    def _in_service(self) -> set[str]:
+        return {i for ids in self._members.values() for i in ids}
 
     def _state(self, engine_id: str) -> EngineState:
         if engine_id not in self._engines:

@@ -17,6 +17,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from deployments.engine_state import Traits
 from deployments.placement import AFFINITY_MARGIN, POLICIES, Booking
 
 RECHECK_S = 0.1
@@ -53,9 +54,8 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         from deployments.load_table import load_table
 
         super().update_replicas(replicas)
-        load_table().set_members(
-            self._deployment_id.name, [replica.replica_id.unique_id for replica in replicas]
-        )
+        traits = {r.replica_id.unique_id: Traits(**r.replica_metadata) for r in replicas}
+        load_table().set_members(self._deployment_id.name, traits, traits)
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False

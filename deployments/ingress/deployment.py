@@ -28,6 +28,7 @@ from deployments.ingress.response_cache import ResponseCache
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import load_table
 from deployments.metrics import keep_publishing, lag_gauge
+from deployments.moving import Mover
 from deployments.observability.logs import Place, ProcessLog, configure_logging
 from deployments.observability.options import TracingOptions
 from deployments.trunk import TrunkHub
@@ -65,6 +66,7 @@ class Ingress:
         self._draining = Draining()
         failover = FailoverLimits(args.ingress.failover_tries, args.ingress.failover_timeout_s)
         hub = TrunkHub(f"ingress-{uuid.uuid4().hex[:12]}", load_table())
+        self._mover = Mover(hub, load_table())
         lag = LoopLag("an ingress replica", lag_gauge("ingress"))
         self._lag_task = asyncio.create_task(lag.run())
         self._models = ServedModels(lag=lag)

@@ -1,0 +1,160 @@
+"""Requests of an engine that is to stop: they go on elsewhere at once, or end where they are."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from deployments.engine_state import LITTLE_AHEAD, EngineState, Traits
+from deployments.journey import Journey
+from deployments.load_table import LoadTable
+from deployments.moving import Mover
+from deployments.placement import Booking
+from engine.outputs import EngineLoad
+from engine.request import EngineRequest
+from engine.sampling_params import SamplingParams
+from tests.deployments.fake_core import expected_tokens
+from tests.deployments.plane import DEPLOYMENT, Plane, open_plane
+
+PROMPT = [5, 6, 7, 8, 9]
+SMALL, OTHER = Traits("these", 16), Traits("those", 16)
+IDLE = EngineLoad(free_blocks=90, total_blocks=100, block_size=16)
+
+
+def request(request_id: str, max_tokens: int = 200) -> EngineRequest:
+    return EngineRequest(request_id, PROMPT, SamplingParams(max_tokens=max_tokens, seed=1))
+
+
+def set_members(plane: Plane, **traits: Traits) -> None:
+    """Have these engines in service, as Serve tells a router."""
+    plane.handle._actors = {name: plane.actors[name] for name in traits}
+    plane.table.set_members(DEPLOYMENT, traits, traits)
+
+
+async def collect(generation) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    async for deltas in generation:
+        for delta in deltas:
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    return tokens
+
+
+async def running(plane: Plane, engine_id: str, count: int) -> None:
+    def are_there() -> bool:
+        loads = {view.engine_id: view.load.num_running for view in plane.view()}
+        return loads.get(engine_id) == count
+
+    await plane.until(are_there)
+
+
+async def test_streams_of_an_engine_that_stops_go_on_elsewhere_and_free_it():
+    async with open_plane(num_engines=2, step_s=0.01) as plane:
+        mover, journey = Mover(plane.hub, plane.table), Journey()
+        set_members(plane, e0=SMALL)
+        wires = [request(f"r{i}") for i in range(4)]
+        with plane.client.start(wires, journey) as generation:
+            answers = asyncio.ensure_future(collect(generation))
+            await plane.until(lambda: all(len(wire.output_token_ids) > 5 for wire in wires))
+            set_members(plane, e1=SMALL)
+            await plane.until(lambda: plane.actors["e0"]._load.num_running == 0)
+            assert all(len(wire.output_token_ids) < 200 for wire in wires)
+            assert await answers == {f"r{i}": expected_tokens(PROMPT, 200) for i in range(4)}
+        assert journey.engines == ["e0", "e1"] and not journey.moved_at  # nothing was lost
+        assert mover._task is not None
+        await mover._task
+        assert not plane.table.left_behind()
+
+
+@pytest.mark.parametrize(
+    "others", [{}, {"e1": OTHER}, {"e1": Traits("these", 0)}], ids=["none", "others", "full"]
+)
+async def test_they_end_where_they_are_if_nobody_can_go_on(others):
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        mover, journey = Mover(plane.hub, plane.table), Journey()
+        set_members(plane, e0=SMALL)
+        with plane.client.start([request("r", 60)], journey) as generation:
+            answers = asyncio.ensure_future(collect(generation))
+            await running(plane, "e0", 1)
+            set_members(plane, **others)
+            assert await answers == {"r": expected_tokens(PROMPT, 60)}
+        assert journey.engines == ["e0"]
+        assert mover._task is not None
+
+
+async def test_they_move_as_soon_as_there_is_space():
+    async with open_plane(num_engines=2, step_s=0.01) as plane:
+        mover, journey = Mover(plane.hub, plane.table), Journey()
+        set_members(plane, e0=Traits("these", 1), e1=Traits("these", 1))
+        first = plane.client.start([request("short", 60)])
+        wire = request("long", 250)
+        with first, plane.client.start([wire], journey) as generation:
+            answers = asyncio.ensure_future(collect(generation))
+            await running(plane, "e0", 1)
+            await running(plane, "e1", 1)
+            own = plane.table.engine_of("long")
+            other = "e1" if own == "e0" else "e0"
+            set_members(plane, **{other: Traits("these", 1)})
+            await collect(first)
+            assert journey.engines == [own]
+            assert await answers == {"long": expected_tokens(PROMPT, 250)}
+        assert journey.engines == [own, other]
+        assert mover._task is not None
+
+
+def make_table(**loads: EngineLoad) -> LoadTable:
+    """A request `r` runs on engine a, which is to stop; the others are in service."""
+    table = LoadTable()
+    traits = dict.fromkeys(["a", *loads], SMALL)
+    table.set_members("m", ["a"], traits)
+    table.book({"a": 100}, Booking("r", 100))
+    table.set_members("m", loads, traits)
+    for engine_id, load in loads.items():
+        table.report(engine_id, load)
+    return table
+
+
+def test_a_lost_engine_leaves_nobody_behind():
+    table = make_table(b=IDLE)
+    assert table.left_behind() == ["r"]
+    table.mark_down("a")
+    assert table.left_behind() == []
+
+
+def test_requests_that_move_are_counted_before_they_arrive():
+    table = make_table(b=EngineLoad(num_running=14, free_blocks=90, total_blocks=100))
+    assert table.has_space("m", "r", 100)
+    table.expect("m", "one", 100)
+    assert table.has_space("m", "r", 100)
+    table.expect("m", "two", 100)
+    assert not table.has_space("m", "r", 100)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        EngineLoad(num_running=16, free_blocks=90, total_blocks=100, block_size=16),
+        EngineLoad(num_running=1, free_blocks=6, total_blocks=100, block_size=16),
+        EngineLoad(waiting_tokens=LITTLE_AHEAD + 1, free_blocks=900, total_blocks=1000),
+        EngineLoad(overdue=True, free_blocks=90, total_blocks=100),
+    ],
+    ids=["rows", "blocks", "prefill", "overdue"],
+)
+def test_space_is_rows_blocks_and_a_short_queue(load):
+    assert not make_table(b=load).has_space("m", "r", 100)
+    assert make_table(b=load, c=IDLE).has_space("m", "r", 100)
+
+
+def test_an_engine_that_has_not_told_its_load_has_no_space():
+    assert not EngineState(traits=SMALL).has_space(10, 0, 0)
+
+
+def test_what_has_begun_goes_where_a_row_is_free():
+    table = LoadTable()
+    traits = {"a": Traits("these", 2), "b": Traits("these", 2)}
+    table.set_members("m", traits, traits)
+    table.report("a", EngineLoad(num_running=2))
+    table.report("b", EngineLoad(num_running=1, waiting_tokens=9000))
+    assert table.book({"a": 4, "b": 4}, Booking("new", 100)) == "a"
+    table.report("a", EngineLoad(num_running=2), ["new"])
+    assert table.book({"a": 4, "b": 4}, Booking("moved", 100, resumed=True)) == "b"
