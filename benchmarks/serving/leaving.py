@@ -25,6 +25,8 @@ _LINGER_NOT = struct.pack("ii", 1, 0)
 _HALF_CLOSED_S = 0.5
 """How long a client reads on that has closed its way out."""
 _POLL_S = 0.02
+_PROMPTS = 0
+"""Seed of the prompts."""
 
 
 class Cut(enum.StrEnum):
@@ -70,16 +72,19 @@ class Left:
 def draw_leavers(target: Target, latest_s: float, step_s: float, seed: int) -> Iterator[Leaver]:
     """Clients without end, of all kinds in turn, with about 100 tokens of prompt.
 
+    The prompts do not depend on the seed, so that what a server remembers of texts does not grow
+    from round to round, as a leak does.
+
     Args:
         target: the server.
         latest_s: seconds after its request within which each leaves; some do so right then.
         step_s: seconds of an engine's step. The answers would take two to four times `latest_s`,
             but for those whose end is waited for, which take at most half of it.
-        seed: of all that is random.
+        seed: of when they leave.
     """
     rng, steps = random.Random(seed), max(round(latest_s / step_s), 4)
-    long = Mix((80, 120), (2 * steps, 4 * steps)).draw(seed)
-    short = Mix((80, 120), (1, steps // 2)).draw(seed)
+    long = Mix((80, 120), (2 * steps, 4 * steps)).draw(_PROMPTS)
+    short = Mix((80, 120), (1, steps // 2)).draw(_PROMPTS)
     while True:
         for cut in Cut:
             turn = next(short if cut is Cut.AFTER_LAST else long).turns[0]

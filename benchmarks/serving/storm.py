@@ -72,8 +72,9 @@ def _storm(options: argparse.Namespace, flags: str) -> Iterator[Record]:
         serve_fake(settings, Path(folder) / "server.log") as fake,
     ):
         target = fake_target(fake)
-        leavers = draw_leavers(target, options.latest, options.step_ms / 1e3, options.seed)
         for number in range(1, options.rounds + 1):
+            seed = options.seed + number
+            leavers = draw_leavers(target, options.latest, options.step_ms / 1e3, seed)
             lefts = asyncio.run(run_leavers(target, list(islice(leavers, options.streams))))
             free_after_s = seconds_until_free(target, _FREE_LIMIT_S)
             time.sleep(_SETTLE_S)
