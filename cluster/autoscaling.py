@@ -129,10 +129,12 @@ class Decision:
 def decide(goals: Goals, state: State, seen: Observation, now: float) -> tuple[Decision, State]:
     """Choose the number of engines. A pure function: equal arguments give an equal result.
 
-    It rises to the least that was wanted throughout `upscale_delay_s`, and falls to the most that
-    was wanted within `downscale_delay_s` or a start-up, whichever is longer. So do the
-    stabilization windows of Kubernetes' horizontal pod autoscaler: a shorter peak or pause changes
-    nothing. It falls by half at most, as what remains may turn out slower than it seemed.
+    It rises to the least that was wanted throughout `upscale_delay_s`, or to what is wanted now
+    where a line of requests is longer than the engines that there are to be get through within
+    `target_ttft_s`: that peak is felt already. It falls to the most that was wanted within
+    `downscale_delay_s` or a start-up, whichever is longer. So do the stabilization windows of
+    Kubernetes' horizontal pod autoscaler: a shorter peak or pause changes nothing. It falls by half
+    at most, as what remains may turn out slower than it seemed.
 
     Args:
         goals: of the model.
@@ -152,7 +154,8 @@ def decide(goals: Goals, state: State, seen: Observation, now: float) -> tuple[D
     highs, lows = highs or ((now, seen.target),), state.lows or ((now, seen.target),)
     patience_s = max(goals.downscale_delay_s, state.start_up_s)  # those that start are given time
     highs = _add(highs, (now, wanted), now - patience_s, falling=True)
-    lows = _add(lows, (now, wanted), now - goals.upscale_delay_s, falling=False)
+    delay_s = 0.0 if _is_behind(goals, state, seen) else goals.upscale_delay_s
+    lows = _add(lows, (now, wanted), now - delay_s, falling=False)
     most_down = seen.target // 2
     target = _within(min(max(seen.target, lows[0][1]), max(highs[0][1], most_down)), seen)
     if target < seen.target:
@@ -236,6 +239,14 @@ def _needs(
         f"{arriving:.0f} tok/s come, {waiting:.0f} tokens wait, an engine does {speed:.0f} tok/s, "
         f"first tokens take {ttft:.2f} s, a start {state.start_up_s:.0f} s"
     )
+
+
+def _is_behind(goals: Goals, state: State, seen: Observation) -> bool:
+    """Whether requests stand in line for longer than first tokens may take. (One long prompt that
+    an engine computes is no line.)"""
+    in_line = seen.held + sum(engine.waiting for engine in seen.engines)
+    able = state.speed * max(seen.ready, seen.target) * goals.target_ttft_s
+    return 0 < able < in_line * _mean_prompt(seen)
 
 
 def _growth(state: State, seen: Observation, arriving: float, speed: float, now: float) -> float:

@@ -86,6 +86,15 @@ def test_a_burst_shorter_than_the_delay_starts_nothing():
     assert fluid.changes == []
 
 
+@pytest.mark.parametrize(("in_line", "target"), [(30.0, 3), (0.0, 1)], ids=["line", "long prompt"])
+def test_a_line_that_is_felt_is_no_peak_to_wait_out(in_line, target):
+    busy = EngineUse(1.0, in_line, 3000.0, arriving_tokens_s=1500.0, arriving_requests_s=15.0)
+    known = replace(SPEED_KNOWN, speed_at=100.0)
+    decision, _ = decide(Goals(), known, Observation(1, 1, [busy], most=8), 100.0)
+    assert decision.target == target
+    assert math.ceil(max(decision.needs.values())) == 3
+
+
 def test_bounds_hold():
     up = Fluid(constant(20_000.0), most=5).run(120)
     assert up.target == 5
