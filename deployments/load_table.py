@@ -164,6 +164,11 @@ class LoadTable:
             self._unplaced[request_id] = deployment, num_tokens
             self._roll_call.begin(request_id, self._clock())
 
+    def num_held(self, deployment: str) -> int:
+        """Requests for which no engine has been chosen yet."""
+        with self._lock:
+            return sum(name == deployment for name, _ in self._unplaced.values())
+
     def backlog(self, deployment: str) -> Backlog:
         """What stands before a new request, on the engine that would come to it first."""
         with self._lock:

@@ -184,8 +184,9 @@ LATENCY = (
 LOAD = (
     Panel("Running", "Requests in the batch, by engine.", "none",
           {"{{replica}}": engines("num_requests_running")}, stacked=True),
-    Panel("Waiting", "Requests that wait for rows or blocks, by engine.", "none",
-          {"{{replica}}": engines("num_requests_waiting")}, stacked=True),
+    Panel("Waiting", "Requests that wait for rows or blocks, by engine, or for one.", "none",
+          {"{{replica}}": engines("num_requests_waiting"),
+           "before the engines": f"sum({PREFIX}num_requests_held{{{_MODEL}}})"}, stacked=True),
     Panel(
         "Tokens generated a second, by engine",
         "Uneven for long: see the KV cache, and Routing in docs/serving.md.",
