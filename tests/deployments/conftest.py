@@ -37,6 +37,12 @@ async def actor():
     await started.drain()
 
 
+@pytest.fixture
+async def plane():
+    async with open_plane() as opened:
+        yield opened
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A folder with a tiny model that knows bytes, and the same model by transformers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from functools import cache, partial
@@ -25,16 +26,32 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
-from tests.deployments.fake_core import FakeCore, FakeInfo
+from tests.deployments.fake_core import FakeCore, FakeInfo, expected_tokens
 
 DEPLOYMENT = "Engine-m"
 MAX_MODEL_LEN = 256
+PROMPT = "one two three four"
+COMPLETION = {"model": "m", "prompt": "hi", "max_tokens": 2}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 OPTIONS = IngressOptions(max_body_bytes=100_000)
 
 
 @cache
 def bundled_tokenizer() -> Tokenizer:
     return Tokenizer.load(resolve_model("smollm2-135m-instruct"))
+
+
+def echo(prompt: str, count: int) -> str:
+    """The text of the first tokens that the fake core generates."""
+    tokenizer = bundled_tokenizer()
+    return tokenizer.decode(expected_tokens(tokenizer.encode(prompt), count))
+
+
+def events(text: str) -> list[Any]:
+    """What a stream of the server holds."""
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
 
 
 class LocalLink:
@@ -153,6 +170,13 @@ class Plane:
 
     def view(self) -> list[Any]:
         return self.table.view(DEPLOYMENT)
+
+    async def cut(self, engine_id: str, *, for_good: bool = False) -> None:
+        """Break the trunk to an engine."""
+        self.links[engine_id].broken.set()
+        await self.until(lambda: engine_id not in self.hub._links)
+        if not for_good:
+            self.links[engine_id].broken.clear()
 
     async def until(self, condition: Any) -> None:
         async with asyncio.timeout(10):

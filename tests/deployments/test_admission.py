@@ -19,12 +19,6 @@ COMPLETION = {"model": "m", "prompt": "hi there", "max_tokens": 2}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
 
-@pytest.fixture
-async def plane():
-    async with open_plane() as opened:
-        yield opened
-
-
 async def post(plane: Any, path: str, body: Any) -> tuple[int, str | None]:
     """Status, and the field that the error names."""
     response = await plane.http.post(path, content=json.dumps(body))

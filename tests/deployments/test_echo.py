@@ -13,8 +13,7 @@ from deployments.ingress import echo, served
 from engine import output_processor
 from engine.outputs import TokenDelta, TokenLogprobs
 from tests.deployments.fake_core import FakeCore
-from tests.deployments.plane import open_plane
-from tests.deployments.test_routes import events
+from tests.deployments.plane import events, open_plane
 
 torch.set_num_threads(1)
 TEXT = 'cab {"\U0001f600": "\xe9 12"}'

@@ -15,16 +15,9 @@ from engine.embedding import POOLED_PARAMS
 from engine.request import EngineRequest
 from tests.deployments.fake_core import FakeInfo, expected_states
 from tests.deployments.plane import MAX_MODEL_LEN, Plane, bundled_tokenizer, open_plane
-from tests.deployments.test_failover import cut
 
 TEXT = "one two three four"
 WIDTH = FakeInfo.hidden_size
-
-
-@pytest.fixture
-async def plane():
-    async with open_plane() as opened:
-        yield opened
 
 
 async def embed(plane: Plane, path: str = "/v1/embeddings", **body: Any) -> dict[str, Any]:
@@ -148,7 +141,7 @@ async def test_goes_on_elsewhere_when_its_engine_is_lost():
         asked = asyncio.create_task(embed(plane, input=TEXT))
         await plane.until(lambda: plane.view() and any(v.num_booked for v in plane.view()))
         (lost,) = [view.engine_id for view in plane.view() if view.num_booked]
-        await cut(plane, lost)
+        await plane.cut(lost)
         assert vectors(await asked) == [expected(TEXT)]
         await plane.idle()
 

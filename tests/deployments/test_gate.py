@@ -29,12 +29,6 @@ def clean_environment(monkeypatch):
 
 
 @pytest.fixture
-async def plane():
-    async with open_plane() as opened:
-        yield opened
-
-
-@pytest.fixture
 async def closed(monkeypatch):
     monkeypatch.setenv("TRUNKLINE_API_KEYS", SECRET)
     async with open_plane() as opened:

@@ -13,16 +13,16 @@ from deployments.ingress.options import IngressOptions
 from deployments.samples import Histogram
 from engine.tokenizer import Tokenizer
 from tests.deployments.fake_core import expected_tokens
-from tests.deployments.plane import MAX_MODEL_LEN, bundled_tokenizer, open_plane
-from tests.deployments.test_routes import PROMPT, echo, events
+from tests.deployments.plane import (
+    MAX_MODEL_LEN,
+    PROMPT,
+    bundled_tokenizer,
+    echo,
+    events,
+    open_plane,
+)
 
 CHAT = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture
-async def plane():
-    async with open_plane() as opened:
-        yield opened
 
 
 async def post(plane: Any, path: str, **body: Any) -> dict[str, Any]:

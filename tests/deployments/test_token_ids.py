@@ -8,18 +8,17 @@ import pytest
 
 from deployments.ingress.message_style import MessageStyle
 from tests.deployments.fake_core import expected_tokens
-from tests.deployments.plane import MAX_MODEL_LEN, bundled_tokenizer, open_plane
-from tests.deployments.test_routes import PROMPT, echo, events
+from tests.deployments.plane import (
+    MAX_MODEL_LEN,
+    PROMPT,
+    bundled_tokenizer,
+    echo,
+    events,
+)
 
 IDS = bundled_tokenizer().encode(PROMPT)
 CHAT = [{"role": "user", "content": "hi"}]
 CHAT_IDS = bundled_tokenizer().encode_chat(CHAT)
-
-
-@pytest.fixture
-async def plane():
-    async with open_plane() as opened:
-        yield opened
 
 
 async def post(plane: Any, path: str, **body: Any) -> Any:
