@@ -37,8 +37,10 @@ class PluginThreads:
                 raise TimeoutError
             done = asyncio.get_running_loop().run_in_executor(self._threads, work)
             try:
-                # Were it cancelled, nobody would be told when the thread comes back.
-                return await asyncio.wait_for(asyncio.shield(done), TIME_LIMIT_S)
+                # Python 3.11's `wait_for` may lose the cancellation by a client that leaves.
+                async with asyncio.timeout(TIME_LIMIT_S):
+                    # Were it cancelled, nobody would be told when the thread comes back.
+                    return await asyncio.shield(done)
             finally:
                 if not done.done():
                     self._num_left_behind += 1
