@@ -48,14 +48,15 @@ def into_engine(
         ValueError: an option is given twice.
     """
     engine = model.get("engine") or {}
-    if names.keys().isdisjoint(model) or not isinstance(engine, dict):
-        return dict(model)
+    others = {key: value for key, value in model.items() if key not in names}
+    if len(others) == len(model) or not isinstance(engine, dict):
+        return others  # of which what is no table is found to be wrong
     engine = dict(engine)
     for name in names.keys() & model.keys():
         if names[name] in engine:
             raise ValueError(f"{name} and engine.{names[name]} mean the same; give one of them.")
         engine[names[name]] = model[name]
-    return {key: value for key, value in model.items() if key not in names} | {"engine": engine}
+    return {**others, "engine": engine}
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:

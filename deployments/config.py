@@ -10,7 +10,6 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from deployments.arguments import into_engine, with_models
 from deployments.ingress.options import IngressOptions
 from deployments.observability.options import LoggingOptions, TracingOptions
-from deployments.options import Options
 from deployments.placement import AFFINITY_MARGIN
 from deployments.plugins.loading import PluginClass, load_classes
 from deployments.protocols.reasoning import REASONING_PARSERS
@@ -21,6 +20,7 @@ from engine.embedding import Pooling
 from engine.errors import ConfigError, InvalidRequest
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model, weight_files
+from engine.options import Options
 from engine.parallel.share import share_of
 
 
@@ -255,8 +255,11 @@ class AppArgs(Options):
         Raises:
             ConfigError: an option does not fit, a model is not there, or a plug-in cannot be used.
         """
-        for options in self.models.values():
-            options.check()
+        for name, options in self.models.items():
+            try:
+                options.check()
+            except ConfigError as error:
+                raise ConfigError(f"models.{name}: {error}") from None
         self.plugin_classes()
         self.logging.check()
         self.tracing.check()

@@ -108,7 +108,7 @@ def read_plan(config: Path) -> Plan:
     """
     checked = parse_values(read_values(config), config)
     _check_keys_arrive()
-    args = checked.args.check()
+    args = checked.check()
     limit_s = args.ingress.graceful_shutdown_timeout_s
     model = next(iter(args.models))
     return Plan(config, checked.host, checked.port, model, args.ingress.has_keys, limit_s)

@@ -23,13 +23,30 @@ PORT_VARIABLE, NAME_VARIABLE = "SERVICE_PORT", "MODEL_NAME"
 """Of the environment: the port, and the name of the only model, in place of the file's."""
 
 
+_PREFIX = "Value error, "
+"""What pydantic puts before the sentences of this project."""
+
+
 @dataclass(slots=True, frozen=True)
 class ServeConfig:
     """What a file says, checked but for whether models fit."""
 
+    path: Path
+    """Of the file, for errors."""
     host: str
     port: int
     args: AppArgs
+
+    def check(self) -> AppArgs:
+        """Find out now what would else fail in every replica, see `AppArgs.check`.
+
+        Raises:
+            ConfigError: something would; the sentence names the file.
+        """
+        try:
+            return self.args.check()
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -152,7 +169,7 @@ def parse_values(values: dict[str, Any], path: Path) -> ServeConfig:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise _incomplete(path) from None
     port = checked_port(port, f"{path}: http_options.port")
-    return ServeConfig(host, port, parse_args(arguments, str(path)))
+    return ServeConfig(path, host, port, parse_args(arguments, str(path)))
 
 
 def parse_args(arguments: dict[str, Any], where: str) -> AppArgs:
@@ -183,6 +200,6 @@ def _incomplete(path: Path) -> ConfigError:
 
 def _explain(error: ValidationError) -> str:
     return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
+        ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"].removeprefix(_PREFIX))))
         for e in error.errors()
     )

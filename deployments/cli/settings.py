@@ -23,6 +23,7 @@ from deployments.serve_config import (
 )
 from engine.config import BUNDLED_MODEL
 from engine.errors import ConfigError
+from engine.model_source import resolve_model
 
 DEFAULT_FILE = Path("serve_config.yaml")
 FLAGS = {
@@ -178,9 +179,16 @@ def _group(place: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _absolute(model: str) -> str:
-    """A path that holds in whatever folder Ray's processes run."""
-    path = Path(model).expanduser()
-    return str(path.absolute()) if path.exists() and model != BUNDLED_MODEL else model
+    """A path that holds in whatever folder Ray's processes run.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    try:
+        path = resolve_model(model).path
+    except ConfigError as error:
+        raise ConfigError(f"--model: {error}") from None
+    return model if model == BUNDLED_MODEL else str(path.absolute())
 
 
 def _default_values() -> dict[str, Any]:

@@ -7,9 +7,9 @@ import re
 from pydantic import Field, field_validator, model_validator
 
 from deployments.api_keys import KEY_VARIABLES, KeySource, keys_in_environment
-from deployments.options import Options
 from deployments.plugins.loading import by_class_name
 from engine.errors import ConfigError
+from engine.options import Options
 
 
 class IngressOptions(Options):

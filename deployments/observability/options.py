@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from deployments.observability.own_handlers import build_handlers
-from deployments.options import Options
 from engine.errors import ConfigError
+from engine.options import Options
 
 
 def _is_endpoint(url: str) -> str:

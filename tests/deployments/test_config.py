@@ -70,7 +70,7 @@ def test_path_is_served_under_its_last_part():
         ({"engine.max_num_seqs": "many"}, ["engine.max_num_seqs", "integer"]),
         ({"engine.max_num_seqs": 0}, ["engine.max_num_seqs", "greater"]),
         ({"modle": "x"}, ["modle"]),
-        ({"ingress.port": 1}, ["ingress.port"]),
+        ({"ingress.port": 1}, ["ingress", "unknown option 'port'"]),
         ({"deployment.num_replicas": 0}, ["deployment.num_replicas"]),
         ({"models": {}}, ["models"]),
         ({"models": {"a/b": {}, "a-b": {}}}, ["Engine-a-b"]),

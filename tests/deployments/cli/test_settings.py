@@ -239,9 +239,19 @@ def test_check_tells_of_autoscaling(capsys, two):
         ("[]", "must have applications"),
         ("applications: []", "must have applications"),
         ("applications: [{import_path: 'deployments.app:build'}]", "http_options with a host"),
-        (yaml.safe_dump(TWO).replace("max_num_seqs", "max_num_sequences"), "did you mean"),
+        (
+            yaml.safe_dump(TWO).replace("max_num_seqs", "max_num_sequences"),
+            "models.a.engine: unknown option 'max_num_sequences'; did you mean 'max_num_seqs'?",
+        ),
+        (
+            yaml.safe_dump(TWO).replace("max_replicas", "maximum"),
+            "broken.yaml: models.a.5.deployment.autoscaling: unknown option 'maximum'",
+        ),
         (yaml.safe_dump(TWO).replace("max_num_seqs: 4", "max_model_len: 9000"), "was made for"),
-        (yaml.safe_dump(TWO).replace("max_num_seqs: 4", "model: /none"), "was not found"),
+        (
+            yaml.safe_dump(TWO).replace("max_num_seqs: 4", "model: /none"),
+            "broken.yaml: models.a: model '/none' was not found",
+        ),
         (yaml.safe_dump(TWO).replace("max_num_seqs: 4", "num_kvcache_blocks: 9"), "has room for"),
         (yaml.safe_dump(TWO).replace("num_replicas: 2", "api_keys_file: /none"), "/none"),
     ],
@@ -252,6 +262,34 @@ def test_check_of_broken_files(tmp_path, capsys, text, words):
     assert main(["check", str(path)]) == 1
     said = capsys.readouterr()
     assert said.err.startswith("trunkline: ") and words in said.err and said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("logging.levl=INFO", "yaml: logging: unknown option 'levl'; did you mean 'level'?"),
+        ("tracing.sample_ratio=1", "tracing: unknown option 'sample_ratio'; did you mean 'sampl"),
+        ("ingress.x=1", "ingress: unknown option 'x'; take one of "),
+        ("logging.folder=/dev/null/x", "yaml: logging.folder '/dev/null/x' cannot be written"),
+    ],
+)
+def test_check_names_file_option_and_near_match(capsys, setting, words):
+    assert main(["check", CONFIG, "--set", setting]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_check_names_the_flag_of_a_model_that_is_not_there(capsys):
+    assert main(["check", CONFIG, "--model", "/none"]) == 1
+    assert "trunkline: --model: model '/none' was not found" in capsys.readouterr().err
+
+
+def test_check_tells_of_logs_and_traces(capsys):
+    said = check(capsys, CONFIG)
+    assert "  logging     all defaults\n  tracing     none\n" in said
+    words = ["logging.format=json", "tracing.otlp_endpoint=http://c:4318", "logging.requests=true"]
+    said = check(capsys, CONFIG, *(w for s in words for w in ("--set", s)))
+    assert "  logging     format=json, requests=True\n" in said
+    assert "  tracing     otlp_endpoint=http://c:4318\n" in said
 
 
 def test_items_are_placed_where_there_is_room():
