@@ -45,6 +45,8 @@ ARGS: dict[str, Any] = {
     "ingress": {"num_cpus": 2},
 }
 LIMIT_S = 90.0
+LONG = 3000
+"""Tokens of a stream that takes a minute."""
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,14 @@ async def until(server: Server, model: str, size: int) -> None:
     await asyncio.to_thread(wait_for, server, lambda state: count(state, model) == size, LIMIT_S)
 
 
+async def check_stream(client: httpx.AsyncClient, model: str, prompt: str, tokens: int) -> None:
+    """Read a stream, which must say what it should."""
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        assert await read_chunks(response) == (echo(prompt, tokens), [])
+
+
 @contextlib.asynccontextmanager
 async def streams(server: Server, model: str, number: int) -> AsyncIterator[None]:
     """Keep so many streams going, one after another, each of which must say what it should."""
@@ -76,11 +86,7 @@ async def streams(server: Server, model: str, number: int) -> AsyncIterator[None
         for turn in itertools.count():
             if stop.is_set():
                 return
-            prompt, tokens = f"stream {name}, turn {turn}", 60 + 7 * name
-            body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": True}
-            async with client.stream("POST", "/v1/completions", json=body) as response:
-                assert response.status_code == 200, await response.aread()
-                assert await read_chunks(response) == (echo(prompt, tokens), [])
+            await check_stream(client, model, f"stream {name}, turn {turn}", 60 + 7 * name)
 
     async with connect(server) as client:
         client.timeout = LIMIT_S
@@ -105,6 +111,22 @@ async def test_engines_follow_the_load_up_and_down_and_have_a_gpu_each(server):
             nodes = await places(server)
             assert len(nodes) == len(set(nodes)) == NODES
         await until(server, GPU_MODEL, 1)
+
+
+async def test_long_streams_move_and_hold_no_engine(server):
+    async with connect(server) as client:
+        client.timeout = LIMIT_S
+        async with streams(server, GPU_MODEL, NODES * ROWS - 6):
+            await until(server, GPU_MODEL, NODES)
+            long = asyncio.gather(
+                *(check_stream(client, GPU_MODEL, f"long {n}", LONG) for n in range(NODES))
+            )
+            await asyncio.sleep(2)  # in which all have begun, on all engines
+        async with asyncio.timeout(LIMIT_S):
+            while len(await places(server)) > 1:
+                await asyncio.sleep(0.5)
+        assert not long.done()
+        await long
 
 
 async def test_a_request_brings_the_first_engine_of_an_idle_model(server):
