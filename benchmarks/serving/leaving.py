@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import http.client
 import json
 import random
 import socket
@@ -153,13 +154,16 @@ def read_health(target: Target) -> dict[str, Any]:
     """The answer of `/health`.
 
     Raises:
-        OSError: there is none.
+        OSError: there is none, or only a part of one.
     """
     # No proxy: the environment's `http_proxy` would be asked even for this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://{target.host}:{target.port}/health", timeout=10) as response:
-        answer: dict[str, Any] = json.load(response)
-        return answer
+    try:
+        with opener.open(f"http://{target.host}:{target.port}/health", timeout=10) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"no whole answer of /health: {error!r}") from error
 
 
 def is_free(health: dict[str, Any]) -> bool:

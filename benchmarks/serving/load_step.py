@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import re
 import sys
@@ -38,14 +39,15 @@ from benchmarks.serving.summary import Record, spread
 
 SETTINGS = {
     "engines": "1",
-    "max-engines": "8",
+    "max-engines": "4",
     "step-ms": "50",
-    "max-num-seqs": "16",
+    "max-num-seqs": "12",
     "target-ttft-s": "1",
     "downscale-delay-s": "20",
     "drain-s": "60",
 }
-"""An engine serves about eleven requests a second of the mix below."""
+"""An engine serves about eight requests a second of the mix below. Few engines, as on two cores
+those that start take the time of those that run: at eight times the load three are busy."""
 ALLOWED_S = 15.0
 """Beyond the start-up time of an engine, first tokens may be late for so long."""
 BIN_S = 5.0
@@ -242,10 +244,10 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     running = commands.add_parser("run", help="measure and write a result file")
     running.set_defaults(action=run, words=sys.argv[1:] if words is None else words)
     add_fake_option(running, SETTINGS)
-    running.add_argument("--rate", type=float, default=4.0, help="requests a second before")
-    running.add_argument("--times", type=float, default=8.0, help="the rate, in between")
+    running.add_argument("--rate", type=_positive, default=1.5, help="requests a second before")
+    running.add_argument("--times", type=_positive, default=8.0, help="the rate, in between")
     running.add_argument(
-        "--seconds", type=float, nargs=3, default=[30, 90, 90], help="before, in between, after"
+        "--seconds", type=_positive, nargs=3, default=[30, 90, 90], help="before, in between, after"
     )
     running.add_argument("--input", type=int, nargs=2, default=[16, 64], help="tokens of a prompt")
     running.add_argument("--output", type=int, nargs=2, default=[20, 40], help="of an answer")
@@ -256,6 +258,14 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     plotting.add_argument("file", type=Path)
     plotting.add_argument("--images", type=Path, default=_IMAGES, help="folder to draw into")
     return parser.parse_args(words)
+
+
+def _positive(text: str) -> float:
+    """A number above 0, or ValueError, of which argparse makes a sentence."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from datetime import datetime
 from itertools import pairwise
@@ -11,6 +12,8 @@ import pytest
 from benchmarks.serving import load_step
 from benchmarks.serving.answers import Answer
 from benchmarks.serving.conversations import echo
+from benchmarks.serving.leaving import read_health
+from benchmarks.serving.load import Target
 
 PHASES = [(30, 4.0), (60, 32.0), (30, 4.0)]
 
@@ -39,6 +42,26 @@ def test_judgement_counts_late_lost_and_wrong():
     assert found["late_until_s"] == 15.0
     calm = load_step.judge([answer(130.0, 0.1)], 100.0, 30.0, 90.0, 1.0)
     assert calm["late_until_s"] is None
+
+
+@pytest.mark.parametrize("option", ["--rate 0", "--times -1", "--seconds 30 nan 30"])
+def test_a_load_that_is_none_is_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        load_step.parse(["run", *option.split()])
+    assert "is not a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n{"])
+async def test_the_census_outlives_answers_that_are_none(answer):
+    async def speak(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(speak, "127.0.0.1", 0) as server:
+        target = Target(*server.sockets[0].getsockname(), "m")
+        with pytest.raises(OSError):
+            await asyncio.to_thread(read_health, target)
 
 
 def test_decisions_are_read_from_the_log_of_the_controller(tmp_path):
