@@ -6,23 +6,18 @@ import argparse
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
-
-from ray.serve.autoscaling_policy import _apply_delay_logic
-from ray.serve.config import AutoscalingConfig
 
 from cluster.autoscaling import Decision, Goals, Observation, State, decide
 from cluster.simulate.cell import Cell, CellSettings, ChooseSize, Sizing
 from cluster.simulate.engine import EngineShape
 from cluster.simulate.ingress import Wires
+from cluster.simulate.serve_rule import ByRequests
 from cluster.simulate.traces import TRACES, Day, Steps, Trace
 
-LOOK_BACK_S = 10.0
-"""Over which Serve's rule averages requests."""
 _USUAL = Goals()
 PERIODS = 2
 """Days, or steps up and down, of a run."""
@@ -43,31 +38,6 @@ class ByLoad:
         if decision.target != seen.target:
             self.decisions.append((now, decision))
         return decision.target
-
-
-@dataclass
-class ByRequests:
-    """Serve's own rule: so many requests under way an engine, and Serve's code for delays."""
-
-    target_ongoing_requests: float
-    upscale_delay_s: float
-    downscale_delay_s: float
-    _counts: deque[tuple[float, float]] = field(default_factory=deque)
-    _state: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(self, seen: Observation, now: float) -> int:
-        """See `ChooseSize`."""
-        running = sum(engine.running + engine.waiting for engine in seen.engines)
-        self._counts.append((now, running + seen.held))
-        while self._counts[0][0] <= now - LOOK_BACK_S:
-            self._counts.popleft()
-        mean = sum(count for _, count in self._counts) / len(self._counts)
-        config = AutoscalingConfig(
-            upscale_delay_s=self.upscale_delay_s, downscale_delay_s=self.downscale_delay_s
-        )
-        wanted = math.ceil(mean / self.target_ongoing_requests)
-        size, self._state = _apply_delay_logic(wanted, seen.target, config, self._state, now)
-        return max(seen.least, min(int(size), seen.most))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

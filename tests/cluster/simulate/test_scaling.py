@@ -12,6 +12,7 @@ from cluster.simulate import __main__ as command
 from cluster.simulate import scaling
 from cluster.simulate.cell import Cell, CellSettings, Sizing
 from cluster.simulate.engine import EngineShape
+from cluster.simulate.serve_rule import ByRequests
 from cluster.simulate.step_time import StepTime
 from cluster.simulate.traces import TRACES, Steps
 from deployments.load_meter import EngineUse
@@ -42,9 +43,12 @@ def test_policy_that_serves_follows_a_step_and_loses_nothing():
 
 
 def test_serves_rule_waits_for_its_delays():
-    rule = scaling.ByRequests(10.0, upscale_delay_s=5.0, downscale_delay_s=20.0)
+    rule = ByRequests(10.0, upscale_delay_s=5.0, downscale_delay_s=20.0)
     busy = Observation(1, 1, [EngineUse(running=35.0)], most=3)
     assert [rule(busy, float(second)) for second in range(7)] == [1] * 5 + [3, 1]
+    idle = Observation(3, 3, [EngineUse()] * 3, most=3)
+    sizes = [rule(idle, float(second)) for second in range(100, 122)]
+    assert sizes == [3] * 20 + [1, 3]
 
 
 def test_command_writes_a_file_and_draws_it(tmp_path):
