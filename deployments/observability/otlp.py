@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deployments.observability.lines import fields_of
+from deployments.observability.outages import TellingExporter
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
@@ -34,7 +35,8 @@ class OtlpHandler(logging.Handler):
         super().__init__()
         self._provider = LoggerProvider(resource_of(place))
         exporter = OTLPLogExporter(endpoint=f"{endpoint}/v1/logs")
-        self._provider.add_log_record_processor(BatchLogRecordProcessor(exporter))
+        telling: Any = TellingExporter(exporter, "Log lines", endpoint)
+        self._provider.add_log_record_processor(BatchLogRecordProcessor(telling))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hand over a record, unless it tells that records could not be sent."""
@@ -80,7 +82,8 @@ def make_tracer_provider(endpoint: str, sampling_ratio: float, place: Place) -> 
     sampler = ParentBased(root=ratio, remote_parent_sampled=ratio)
     provider = TracerProvider(sampler=sampler, resource=resource_of(place))
     exporter = OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces")
-    provider.add_span_processor(BatchSpanProcessor(exporter))
+    telling: Any = TellingExporter(exporter, "Traces", endpoint)
+    provider.add_span_processor(BatchSpanProcessor(telling))
     return provider
 
 

@@ -42,7 +42,7 @@ class Collector(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
         self.server.received.append((self.path, dict(self.headers), body))
-        self.send_response(200)
+        self.send_response(self.server.status)
         self.end_headers()
 
     def log_message(self, *_):
@@ -51,9 +51,9 @@ class Collector(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def collector():
-    """An HTTP server that remembers what it received: path, headers, body."""
+    """An HTTP server that remembers what it received: path, headers, body; and answers `status`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
-    server.received = []
+    server.received, server.status = [], 200
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
