@@ -25,8 +25,8 @@ ACKNOWLEDGED_MESSAGES = 8
 """So many messages are acknowledged at once; the engine sends `UNREAD_MESSAGES` ahead, then it
 merges steps."""
 DELIVERED_AT_ONCE = 16
-"""Deltas of a message that are delivered in one turn of the event loop. What streams write in a turn
-leaves at its end (uvloop collects it), so in one turn all would wait for the last."""
+"""Deltas of a message that are delivered in one turn of the event loop. What streams write in a
+turn leaves at its end (uvloop collects it), so in one turn all would wait for the last."""
 ACKNOWLEDGED_S = 1.0
 """Fewer are after this long, so that the engine knows that this process lives."""
 SILENCE_LIMIT_S = watchdog.SILENCE_LIMIT_S
