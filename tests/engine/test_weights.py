@@ -209,6 +209,7 @@ def test_gguf_cut_short(llama, tmp_path):
         load(path)
 
 
+@pytest.mark.slow  # of all tokens of the golden prompts, each depends on them
 def test_bundled_weights_equal_transformers():
     source = resolve_model("smollm2-135m-instruct")
     reference = AutoModelForCausalLM.from_pretrained(
