@@ -15,6 +15,8 @@ SCHEMA_VERSION = 41
 WIDTH = 24
 """Columns of Grafana's grid."""
 NUMBER_HEIGHT, GRAPH_HEIGHT = 4, 8
+WHOLE = {"percentunit": 1, "percent": 100}
+"""Units in which there is a most."""
 
 Json = dict[str, Any]
 
@@ -46,7 +48,7 @@ def _panels() -> list[Json]:
         place = {"x": 0, "y": top, "w": WIDTH, "h": 1}
         head = {"id": next(ids), "type": "row", "title": title, "gridPos": place, "panels": []}
         made.append({**head, "collapsed": False})
-        width, height = WIDTH // len(row), GRAPH_HEIGHT if row[0].limits is None else NUMBER_HEIGHT
+        width, height = WIDTH // len(row), NUMBER_HEIGHT if row[0].number else GRAPH_HEIGHT
         for column, panel in enumerate(row):
             place = {"x": column * width, "y": top + 1, "w": width, "h": height}
             made.append({"id": next(ids), "gridPos": place, **_panel(panel)})
@@ -55,12 +57,12 @@ def _panels() -> list[Json]:
 
 
 def _panel(panel: Panel) -> Json:
-    made = _graph(panel) if panel.limits is None else _number(panel, *panel.limits)
     targets = [
         {"refId": letter, "datasource": SOURCE, "expr": expr, "legendFormat": legend or "all"}
         for letter, (legend, expr) in zip(ascii_uppercase, panel.queries.items(), strict=False)
     ]
     head = {"title": panel.title, "description": panel.says, "datasource": SOURCE}
+    made = _number(panel) if panel.number else _graph(panel)
     return {**head, **made, "targets": targets}
 
 
@@ -71,33 +73,52 @@ def _graph(panel: Panel) -> Json:
         "fillOpacity": 30 if panel.stacked else 5,
         "showPoints": "never",
         "stacking": {"group": "A", "mode": "normal" if panel.stacked else "none"},
+        "thresholdsStyle": {"mode": "dashed" if panel.limits else "off"},
     }
     defaults = {"unit": panel.unit, "min": 0, "custom": custom}
-    legend = {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []}
+    defaults |= {"color": {"mode": "palette-classic"}, "thresholds": _thresholds(panel, "red")}
+    if panel.unit in WHOLE:
+        defaults["max"] = WHOLE[panel.unit]
+    overrides = [_colored(*pair) for pair in panel.colors]
+    named = list(panel.queries) != [""]
+    legend = {"displayMode": "list", "placement": "bottom", "showLegend": named, "calcs": []}
     return {
         "type": "timeseries",
-        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "fieldConfig": {"defaults": defaults, "overrides": overrides},
         "options": {"legend": legend, "tooltip": {"mode": "multi", "sort": "desc"}},
     }
 
 
-def _number(panel: Panel, orange: float, red: float) -> Json:
-    steps: list[Json] = [{"color": "green", "value": None}]
-    steps += [{"color": "orange", "value": orange}, {"color": "red", "value": red}]
-    thresholds = {"mode": "absolute", "steps": steps}
+def _colored(legends: str, color: str) -> Json:
+    """A color for some of the lines, whatever else there is."""
+    value = {"mode": "shades" if legends.startswith("/") else "fixed", "fixedColor": color}
+    matcher = {"id": "byRegexp", "options": legends}
+    return {"matcher": matcher, "properties": [{"id": "color", "value": value}]}
+
+
+def _number(panel: Panel) -> Json:
+    thresholds = _thresholds(panel, "orange", "red")
+    defaults = {"unit": panel.unit, "min": 0, "decimals": 2, "thresholds": thresholds}
+    defaults["color"] = {"mode": "thresholds"}
     return {
         "type": "stat",
-        "fieldConfig": {
-            "defaults": {"unit": panel.unit, "min": 0, "decimals": 2, "thresholds": thresholds},
-            "overrides": [],
-        },
+        "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": {
             "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
-            "colorMode": "value",
+            "colorMode": "value" if panel.limits else "none",
             "graphMode": "area",
             "textMode": "value",
         },
     }
+
+
+def _thresholds(panel: Panel, *colors: str) -> Json:
+    steps: list[Json] = [{"color": "green", "value": None}]
+    steps += [
+        {"color": color, "value": limit}
+        for color, limit in zip(colors, panel.limits, strict=bool(panel.limits))
+    ]
+    return {"mode": "absolute", "steps": steps}
 
 
 def _variable(name: str, query: str) -> Json:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-PREFIX = "ray_trunkline_"
-"""Of the names that Ray exports."""
-QUANTILES = (0.5, 0.95, 0.99)
+from cluster.monitoring.queries import (
+    MODEL,
+    PREFIX,
+    by_engine,
+    by_model,
+    counted,
+    engines,
+    idle_share,
+    quantile,
+    quantiles,
+    share,
+)
+
 BROKEN = 'status=~"5.."'
-_MODEL = 'model_name=~"$model"'
-_ENGINE = _MODEL + ', deployment=~"$deployment"'
+EACH = "{{replica}}"
+"""Legend of what is shown of each engine; with the models' names it would take half a panel."""
+BY_STATUS = (
+    ("/^2/", "green"),
+    ("/^4/", "yellow"),
+    ("/^429/", "orange"),
+    ("/^499/", "purple"),
+    ("/^5/", "red"),
+)
 
 
 class Panel(NamedTuple):
@@ -22,53 +39,13 @@ class Panel(NamedTuple):
     """Grafana's name of it."""
     queries: dict[str, str]
     """Legend → PromQL."""
-    limits: tuple[float, float] | None = None
-    """From where on it is orange and red; a panel that has them is one number."""
+    number: bool = False
+    """Whether it is one number, with a small graph behind it, and no graph."""
+    limits: tuple[float, ...] = ()
+    """From where on a number is orange and red, or where a graph has a red line."""
     stacked: bool = False
-
-
-def counted(name: str, by: str = "", more: str = "") -> str:
-    """How much a counter of ingress replicas grows in a second, all together or by labels."""
-    return f"sum{_by(by)} (rate({PREFIX}{name}{{{more}}}[$__rate_interval]))"
-
-
-def by_model(name: str, by: str = "", more: str = "") -> str:
-    """The same of the models asked for."""
-    return counted(name, by, f"{_MODEL}, {more}" if more else _MODEL)
-
-
-def by_engine(name: str) -> str:
-    """How much a counter of each engine grows in a second."""
-    return f"sum by (replica) (rate({PREFIX}{name}{{{_ENGINE}}}[$__rate_interval]))"
-
-
-def engines(name: str, how: str = "sum by (replica)") -> str:
-    """A gauge of the engines."""
-    return f"{how} ({PREFIX}{name}{{{_ENGINE}}})"
-
-
-def quantile(share: float, name: str) -> str:
-    """A quantile of a histogram, over all models asked for."""
-    return f"histogram_quantile({share}, {by_model(f'{name}_bucket', 'le')})"
-
-
-def quantiles(name: str) -> dict[str, str]:
-    """The usual ones."""
-    return {f"p{share * 100:g}": quantile(share, name) for share in QUANTILES}
-
-
-def share(part: str, whole: str) -> str:
-    """One rate over another; nothing while the other is 0."""
-    return f"{part} / ({whole} > 0)"
-
-
-def _by(labels: str) -> str:
-    return f" by ({labels})" if labels else ""
-
-
-def _idle_share() -> str:
-    """Of each engine; the counter of one that has just come may not have two values yet."""
-    return f"clamp_max({by_engine('device_idle_seconds_total')}, 1)"
+    colors: tuple[tuple[str, str], ...] = ()
+    """Regular expression of legends → color, in shades if there are several of them."""
 
 
 NOW = (
@@ -77,42 +54,47 @@ NOW = (
         "Answered over HTTP, refused ones included, of all models.",
         "reqps",
         {"": counted("http_requests_total")},
-        (1e6, 1e7),
+        number=True,
     ),
     Panel(
         "Server errors",
         "Share of answers with a status of 500 and above. Which: Refusals and errors, below.",
         "percentunit",
         {"": share(counted("http_requests_total", "", BROKEN), counted("http_requests_total"))},
-        (0.005, 0.02),
+        number=True,
+        limits=(0.005, 0.02),
     ),
     Panel(
         "Time to first token, p95",
         "Of requests that have ended. Above target: see Where the time goes.",
         "s",
         {"": quantile(0.95, "time_to_first_token_seconds")},
-        (2, 5),
+        number=True,
+        limits=(2, 5),
     ),
     Panel(
         "Inter-token latency, p95",
         "Between two messages of a stream.",
         "s",
         {"": quantile(0.95, "inter_token_latency_seconds")},
-        (0.1, 0.25),
+        number=True,
+        limits=(0.1, 0.25),
     ),
     Panel(
         "KV cache, fullest engine",
         "Near 100 % new requests wait, and running ones may be pushed out.",
         "percentunit",
         {"": engines("kv_cache_usage_perc", "max")},
-        (0.85, 0.95),
+        number=True,
+        limits=(0.85, 0.95),
     ),
     Panel(
         "Event loop lag, worst",
         "All streams of a process pause for as long.",
         "s",
         {"": f"max ({PREFIX}event_loop_lag_seconds)"},
-        (0.1, 0.5),
+        number=True,
+        limits=(0.1, 0.5),
     ),
 )
 TRAFFIC = (
@@ -122,6 +104,7 @@ TRAFFIC = (
         "reqps",
         {"{{status}}": f"{counted('http_requests_total', 'status')} > 0"},
         stacked=True,
+        colors=BY_STATUS,
     ),
     Panel(
         "Refusals and errors by reason",
@@ -132,18 +115,20 @@ TRAFFIC = (
             + " > 0"
         },
         stacked=True,
+        colors=BY_STATUS,
     ),
     Panel(
         "Completions by how they ended",
         "abort: the client left or was refused. error: lost with an engine, or the server's fault.",
         "reqps",
-        {"{{finished_reason}}": by_model("request_success_total", "finished_reason")},
+        {"{{finished_reason}}": by_model("request_success_total", "finished_reason") + " > 0"},
         stacked=True,
+        colors=(("error", "red"), ("abort", "orange"), ("stop", "green"), ("length", "blue")),
     ),
     Panel(
         "Tokens a second",
         "Prompt tokens computed or found in a cache, and tokens generated.",
-        "none",
+        "short",
         {
             "prompt": by_model("prompt_tokens_total"),
             "generated": by_model("generation_tokens_total"),
@@ -156,12 +141,14 @@ LATENCY = (
         "From the last byte of the request to its first token.",
         "s",
         quantiles("time_to_first_token_seconds"),
+        limits=(5,),
     ),
     Panel(
         "Inter-token latency",
         "Between two messages of a stream; its tail is what readers see as stutter.",
         "s",
         quantiles("inter_token_latency_seconds"),
+        limits=(0.25,),
     ),
     Panel(
         "End to end",
@@ -182,33 +169,33 @@ LATENCY = (
     ),
 )
 LOAD = (
-    Panel("Running", "Requests in the batch, by engine.", "none",
-          {"{{replica}}": engines("num_requests_running")}, stacked=True),
-    Panel("Waiting", "Requests that wait for rows or blocks, by engine, or for one.", "none",
-          {"{{replica}}": engines("num_requests_waiting"),
-           "before the engines": f"sum({PREFIX}num_requests_held{{{_MODEL}}})"}, stacked=True),
+    Panel("Running", "Requests in the batch, by engine; other panels name engines alone.", "short",
+          {"{{model_name}} {{replica}}": engines("num_requests_running")}, stacked=True),
+    Panel("Waiting", "Requests that wait for rows or blocks, by engine, or for one.", "short",
+          {EACH: engines("num_requests_waiting"),
+           "before the engines": f"sum({PREFIX}num_requests_held{{{MODEL}}})"}, stacked=True),
     Panel(
         "Tokens generated a second, by engine",
         "Uneven for long: see the KV cache, and Routing in docs/serving.md.",
-        "none",
-        {"{{replica}}": by_engine("generation_tokens_total")},
+        "short",
+        {EACH: by_engine("generation_tokens_total")},
     ),
     Panel(
         "Time of a step",
         "Of the time that the device had work. It grows with the batch and with prefill.",
         "s",
-        {"{{replica}}": f"(1 - {_idle_share()}) / ({by_engine('num_steps_total')} > 0)"},
+        {EACH: f"(1 - {idle_share()}) / ({by_engine('num_steps_total')} > 0)"},
     ),
 )  # fmt: skip
 CACHES = (
     Panel("KV cache in use", "By engine; blocks that only a cache holds are free.", "percentunit",
-          {"{{replica}}": engines("kv_cache_usage_perc")}),
+          {EACH: engines("kv_cache_usage_perc")}),
     Panel(
         "Prompt tokens found in the prefix cache",
         "Share by engine. A drop costs prefill: chats that move, or caches that are too small.",
         "percentunit",
         {
-            "{{replica}}": share(
+            EACH: share(
                 by_engine("prefix_cache_hits_total"), by_engine("prefix_cache_queries_total")
             )
         },
@@ -226,7 +213,7 @@ CACHES = (
     Panel(
         "Length of requests",
         "Tokens; sizing follows from these.",
-        "none",
+        "short",
         {
             "prompt p50": quantile(0.5, "request_prompt_tokens"),
             "prompt p95": quantile(0.95, "request_prompt_tokens"),
@@ -239,26 +226,27 @@ FAILURES = (
     Panel(
         "Engines that serve",
         "As each ingress sees it: its trunk is open and its steps go on.",
-        "none",
-        {"{{model_name}}": f"min by (model_name) ({PREFIX}num_engines{{{_MODEL}}})"},
+        "short",
+        {"{{model_name}}": f"min by (model_name) ({PREFIX}num_engines{{{MODEL}}})"},
     ),
     Panel(
-        "Failovers a second",
+        "Failovers a minute",
         "Requests that went on elsewhere, as their engine was lost.",
-        "none",
-        {"{{model_name}}": by_model("num_failovers_total", "model_name")},
+        "short",
+        {"{{model_name}}": "60 * " + by_model("num_failovers_total", "model_name")},
     ),
     Panel(
-        "Preemptions a second",
+        "Preemptions a minute",
         "Requests pushed out for want of blocks, and computed anew.",
-        "none",
-        {"{{replica}}": by_engine("num_preemptions_total")},
+        "short",
+        {EACH: "60 * " + by_engine("num_preemptions_total")},
     ),
     Panel(
         "Time since a step ended",
         "A second at most while an engine lives; what grows hangs, and is ended.",
         "s",
-        {"{{replica}}": engines("step_progress_age_seconds", "max by (replica)")},
+        {EACH: engines("step_progress_age_seconds", "max by (model_name, replica)")},
+        limits=(10,),
     ),
 )
 PLANE = (
@@ -267,13 +255,14 @@ PLANE = (
         "Longest of ten seconds, by kind of process. An ingress that lags: more ingress replicas.",
         "s",
         {"{{process}}": f"max by (process) ({PREFIX}event_loop_lag_seconds)"},
+        limits=(0.5,),
     ),
     Panel(
         "GPU idle",
         "Share of time in which no step was on the device: nothing to do, or between steps where "
         "none is launched ahead.",
         "percentunit",
-        {"{{replica}}": _idle_share()},
+        {EACH: idle_share()},
     ),
     Panel(
         "Node CPU",

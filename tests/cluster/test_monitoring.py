@@ -15,7 +15,7 @@ import promql_parser
 import pytest
 
 from cluster.monitoring.__main__ import DASHBOARD, files
-from cluster.monitoring.panels import PREFIX
+from cluster.monitoring.queries import PREFIX
 from deployments.samples import FAMILIES
 from tests.cluster.documents import CLUSTER, ROOT, load
 
@@ -109,6 +109,26 @@ def test_alerts_say_what_to_do(rule):
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert rule["annotations"]["summary"]
     assert f"`{rule['alert']}`" in OPERATIONS
+
+
+@pytest.mark.parametrize(
+    ("alert", "title"),
+    [
+        ("TrunklineServerErrors", "Server errors"),
+        ("TrunklineSlowFirstToken", "Time to first token"),
+        ("TrunklineSlowFirstToken", "Time to first token, p95"),
+        ("TrunklineSlowTokens", "Inter-token latency"),
+        ("TrunklineSlowTokens", "Inter-token latency, p95"),
+        ("TrunklineStalledStep", "Time since a step ended"),
+        ("TrunklineEventLoopLag", "Event loop lag"),
+        ("TrunklineEventLoopLag", "Event loop lag, worst"),
+    ],
+)
+def test_panels_are_red_where_alerts_go_off(alert, title):
+    (rule,) = [rule for rule in RULES if rule["alert"] == alert]
+    (panel,) = [panel for panel in PANELS if panel["title"] == title]
+    last = panel["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]
+    assert last == {"color": "red", "value": float(rule["expr"].split(" > ")[-1])}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
