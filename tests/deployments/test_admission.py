@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from deployments.ingress.served import LONG_TEXT
 from engine.request import EngineRequest
 from engine.sampling_params import SamplingParams
 from tests.deployments.plane import open_plane
@@ -88,7 +89,8 @@ async def test_requests_are_encoded_before_any_starts(plane):
 
 
 WORDS = "one two three four five six "
-LONG = WORDS * 200  # long enough to be tokenized in a thread, and then too long for the model
+LONG = WORDS * (LONG_TEXT // len(WORDS) + 1)
+"""Long enough to be tokenized in a thread, and then too long for the model."""
 
 
 def chat_of(text: str) -> dict[str, Any]:
