@@ -78,9 +78,10 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 def invalid(error: InvalidRequest) -> ApiError:
     """The answer to a request that cannot be served as it is."""
-    message = error.message[:1].upper() + error.message[1:]
-    if error.param and message.lower().startswith(error.param):
-        message = error.message  # begins with the name of a field
+    message = error.message
+    is_word = message.partition(" ")[0].isalpha()  # and not a field such as `tool_calls`
+    if is_word and not (error.param and message.lower().startswith(error.param)):
+        message = message[:1].upper() + message[1:]
     return ApiError(400, message, "invalid_request_error", param=error.param)
 
 

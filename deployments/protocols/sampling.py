@@ -32,6 +32,8 @@ _COPIED = (
     "prompt_logprobs",
 )
 
+_MAX_DIGITS = 20
+"""Of a token id; `int` refuses thousands of them."""
 NOTHING: tuple[Any, ...] = (False, [], {}, "")
 """Values by which clients ask for nothing."""
 
@@ -123,9 +125,11 @@ def check_room(
 
 
 def _by_token(bias: dict[str, Any]) -> dict[int, Any]:
-    try:
-        return {int(token): value for token, value in bias.items()}
-    except ValueError:
-        raise InvalidRequest(
-            "logit_bias must map token ids, written as strings, to numbers.", "logit_bias"
-        ) from None
+    for token in bias:
+        if not (token.isascii() and token.isdecimal() and len(token) <= _MAX_DIGITS):
+            raise InvalidRequest(
+                "logit_bias must map token ids, written as strings, to numbers, and "
+                f"{token[:50]!r} is no token id.",
+                "logit_bias",
+            )
+    return {int(token): value for token, value in bias.items()}

@@ -47,6 +47,10 @@ async def test_simple_endpoints_refuse_outputs_without_room(plane, path):
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1_0": 1}}, "logit_bias"),
+        ({"logit_bias": {" 1": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"logit_bias": {"99999999": 1}}, "logit_bias"),
         ({"logprobs": 999}, "logprobs"),
         ({"stop": 5}, "stop"),
@@ -143,6 +147,17 @@ async def test_bad_field_is_named(plane, change, param):
 async def test_bad_chat_field_is_named(plane, change, param):
     response = await plane.http.post("/v1/chat/completions", json={**CHAT, **change})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def test_names_of_fields_are_spelled_as_they_are(plane):
+    for change, begin in (
+        ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "tool_calls in messages"),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_json and guided_regex"),
+        ({"messages": [5]}, "messages: "),
+        ({"messages": [{"role": "user", "content": 5}]}, "Content must be text"),
+    ):
+        answer = await plane.http.post("/v1/chat/completions", json={**CHAT, **change})
+        assert answer.json()["error"]["message"].startswith(begin)
 
 
 @pytest.mark.parametrize(
