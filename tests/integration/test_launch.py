@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,54 +12,18 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
-import yaml
 from pydantic import BaseModel, Field
 
-from deployments.ports import pick_port
+from tests.integration.launched import MODEL, Launched, descendants, is_alive
 from tests.integration.server import ROOT
 
 pytestmark = pytest.mark.integration
-
-MODEL = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-class Launched:
-    def __init__(self, folder: Path) -> None:
-        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-        config["http_options"]["port"] = port = pick_port()
-        engine = config["applications"][0]["args"]["models"][MODEL]["engine"]
-        engine |= {"kv_cache_memory_bytes": 512 * 2**20}
-        self.config = folder / "serve_config.yaml"
-        self.config.write_text(yaml.safe_dump(config))
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = folder / "launch.log"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "deployments.launch", str(self.config)],
-            cwd=ROOT,
-            env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-
-    def wait_until_ready(self) -> None:
-        for _ in range(600):
-            if "trunkline: ready in" in self.log.read_text():
-                return
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.2)
-        pytest.fail(f"not ready; the launcher said:\n{self.log.read_text()[-6000:]}")
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +348,7 @@ def test_port_taken_is_said_clearly(launched):
 
 def test_lets_streams_end_and_leaves_nothing(launched, client):
     """The last test of this module: it ends the server."""
-    mine = _descendants(launched.process.pid)
+    mine = descendants(launched.process.pid)
     assert mine
     stream = client.completions.create(
         model=MODEL,
@@ -402,7 +365,7 @@ def test_lets_streams_end_and_leaves_nothing(launched, client):
     assert status == 503
     assert last.usage.completion_tokens == 300
     assert launched.process.wait(120) == 0
-    assert not [pid for pid in mine if _alive(pid)]
+    assert not [pid for pid in mine if is_alive(pid)]
 
 
 def _first_refusal(launched: Launched) -> int:
@@ -413,24 +376,3 @@ def _first_refusal(launched: Launched) -> int:
             return status
         time.sleep(0.05)
     return 200
-
-
-def _descendants(root: int) -> list[int]:
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(entry.name)] = int(stat[1])
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found[1:]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
