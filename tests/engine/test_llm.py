@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import LLM, ConfigError, InferenceEngine, InvalidRequest, SamplingParams
+from engine.model_config import read_model_config
 from engine.model_source import resolve_model
+from engine.weights.gguf import read_gguf
 
 GREEDY = {"temperature": 0.0}
 PARIS = "The capital of France is"
@@ -105,10 +107,15 @@ def test_n_gives_distinct_reproducible_completions(llm):
 
 @pytest.fixture(scope="module")
 def reference():
+    """Transformers' model; its own reader of weights, which test_weights.py tries, is slow."""
     source = resolve_model("smollm2-135m-instruct")
-    return AutoModelForCausalLM.from_pretrained(
-        source.path.parent, gguf_file=source.path.name, dtype=torch.float32
+    config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    missing = model.load_state_dict(
+        dict(read_gguf(source.path, read_model_config(source))), strict=False
     )
+    assert missing == (["lm_head.weight"], [])  # it is that of the embedding
+    return model
 
 
 @torch.inference_mode()
