@@ -18,8 +18,8 @@ import openai
 import pytest
 
 from tests.cluster.test_monitoring import all_queries, names
-from tests.deployments.fake_core import expected_tokens
-from tests.deployments.plane import bundled_tokenizer
+from tests.deployments.plane import echo
+from tests.integration.flags import FLAGS
 from tests.integration.server import ROOT, Server
 
 pytestmark = pytest.mark.integration
@@ -94,11 +94,6 @@ def idle(state: dict[str, Any], num_engines: int = 2) -> bool:
         e["running"] == e["waiting"] == e["booked"] == 0 and e["free_blocks"] == e["total_blocks"]
         for e in state["engines"]
     )
-
-
-def echo(prompt: str, count: int) -> str:
-    tokenizer = bundled_tokenizer()
-    return tokenizer.decode(expected_tokens(tokenizer.encode(prompt), count))
 
 
 def completion(prompt: str, max_tokens: int, **more: Any) -> dict[str, Any]:
@@ -231,6 +226,7 @@ def not_told(names: set[str], page: str) -> set[str]:
     return (names - exported(page)) | processes | answers
 
 
+@pytest.mark.parametrize("server", FLAGS, indirect=True)  # Ray takes its ten seconds
 async def test_metrics_are_exported(server):
     """All that the dashboard and the alerts ask for, and all that `/metrics` has."""
     async with connect(server) as client:

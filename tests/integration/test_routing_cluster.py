@@ -23,7 +23,13 @@ CHATS = Mix(input_tokens=(400, 600), output_tokens=(10, 20), turns=4, think_s=0.
 """A history is dear enough to return to it even if the engine has some requests more."""
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one-ingress", "two-ingresses"])
+INGRESSES = [
+    pytest.param(1, id="one-ingress"),
+    pytest.param(2, id="two-ingresses", marks=pytest.mark.slow),  # a start, and looser bounds
+]
+
+
+@pytest.fixture(scope="module", params=INGRESSES)
 def fake(request, tmp_path_factory):
     log = tmp_path_factory.mktemp("fake") / "server.log"
     settings = ["engines=4", "step-ms=10", "max-num-seqs=64", f"ingresses={request.param}"]
