@@ -34,7 +34,8 @@ from engine.tokenizer import Tokenizer
 LONG_TEXT = 6144
 """Texts of more characters are tokenized in a thread, so that other streams do not wait.
 
-About 1,500 tokens, for which others wait 2 ms; the way to a thread and back costs half of that."""
+About 1,500 tokens, for which others wait some 2 ms. The way to a thread and back costs tenths of
+that, and the tokenizer remembers words in each thread by itself."""
 
 MAX_CHARACTERS_PER_TOKEN = 40
 """A text with more than this for each token of `max_model_len` is refused without tokenizing it.
