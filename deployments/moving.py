@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+from collections.abc import Sequence
 
 from deployments.load_table import LoadTable
 from deployments.trunk import TrunkHub
@@ -11,8 +13,12 @@ from deployments.trunk import TrunkHub
 logger = logging.getLogger("ray.serve")
 
 LOOK_S = 0.1
-"""While an engine that is to stop has requests, there is a look this often whether others have
-space for some; in between, these report what has come to them."""
+"""While an engine that is to stop has requests, there is a look about this often whether others have
+space for some. In between, these report what has come to them, from other ingress replicas as well:
+intervals vary, so that those do not all look at the same moment."""
+REFUSALS = 16
+"""A look ends when so many requests found no space. Others would hardly find any, and to ask for
+each of a thousand would hold up all streams."""
 
 
 class Mover:
@@ -42,8 +48,20 @@ class Mover:
     async def _clear(self) -> None:
         """Move requests until none is left on an engine that is to stop."""
         num_moved = 0
-        while left := self._table.left_behind():
-            num_moved += self._hub.make_way(left)
-            await asyncio.sleep(LOOK_S)
+        while self._table.left_behind():
+            await asyncio.sleep(LOOK_S * random.uniform(0.5, 1.5))
+            num_moved += self._move(self._table.left_behind())
         if num_moved:
             logger.info("%d requests of engines that stop have moved", num_moved)
+
+    def _move(self, left: Sequence[str]) -> int:
+        """Move those that find space; returns how many did."""
+        num_moved = num_refused = 0
+        for request_id in random.sample(left, len(left)):  # each gets its turn, in some look
+            if self._hub.make_way(request_id):
+                num_moved += 1
+            else:
+                num_refused += 1
+            if num_refused == REFUSALS:
+                break
+        return num_moved

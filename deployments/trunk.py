@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import Context
 from typing import Protocol
@@ -151,10 +151,10 @@ class TrunkHub:
         """Drop later deltas of this request."""
         self._receivers.pop(request_id, None)
 
-    def make_way(self, request_ids: Iterable[str]) -> int:
-        """Let those of the requests go on elsewhere that can; returns how many do."""
-        waiting = [self._receivers[i] for i in request_ids if i in self._receivers]
-        return sum(receiver.make_way() for receiver in waiting)
+    def make_way(self, request_id: str) -> bool:
+        """Let a request go on elsewhere; False if it cannot."""
+        receiver = self._receivers.get(request_id)
+        return receiver is not None and receiver.make_way()
 
     def abort(self, request_id: str) -> bool:
         """Tell the engine that runs a request to end it; returns at once.
@@ -250,13 +250,15 @@ class TrunkHub:
                 now = self._loop.time()
                 silence.end()
                 self._links[engine_id] = link
-                await self._deliver(engine_id, decode_trunk_message(message))
+                await self._deliver(engine_id, decode_trunk_message(message), silence)
                 unacknowledged += 1
                 if unacknowledged >= ACKNOWLEDGED_MESSAGES or now - since > ACKNOWLEDGED_S:
                     link.acknowledge(self.subscriber_id, unacknowledged)
                     unacknowledged, since = 0, now
 
-    async def _deliver(self, engine_id: str, message: TrunkMessage) -> None:
+    async def _deliver(
+        self, engine_id: str, message: TrunkMessage, silence: watchdog.Silence
+    ) -> None:
         self._table.report(engine_id, message.load, message.reflected, message.heard)
         for number, delta in enumerate(message.deltas, 1):
             receiver = self._receivers.get(delta.request_id)
@@ -265,6 +267,7 @@ class TrunkHub:
                 self._abort_again(engine_id, delta.request_id)
             if number % DELIVERED_AT_ONCE == 0:
                 await asyncio.sleep(0)
+                silence.end()  # of this process, if it takes long
 
     def _lose(self, engine_id: str, reason: str) -> None:
         """Let others go on with what the lost engine left unfinished."""

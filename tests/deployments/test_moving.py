@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
+from deployments import moving
 from deployments.engine_state import LITTLE_AHEAD, EngineState, Traits
 from deployments.journey import Journey
 from deployments.load_table import LoadTable
-from deployments.moving import Mover
+from deployments.moving import REFUSALS, Mover
 from deployments.placement import Booking
 from engine.outputs import EngineLoad
 from engine.request import EngineRequest
@@ -100,6 +102,32 @@ async def test_they_move_as_soon_as_there_is_space():
             assert await answers == {"long": expected_tokens(PROMPT, 250)}
         assert journey.engines == [own, other]
         assert mover._task is not None
+
+
+async def test_a_look_asks_for_a_few_and_in_time_for_all(monkeypatch):
+    monkeypatch.setattr(moving, "LOOK_S", 0.0)
+    table, looks = LoadTable(), []
+    table.set_members("m", ["a"])
+    for number in range(50):
+        table.book({"a": 100}, Booking(f"r{number}", 100))
+
+    def make_way(request_id: str) -> bool:
+        looks[-1] += 1
+        if request_id == "r49":
+            for number in range(50):
+                table.release(f"r{number}")
+        return request_id == "r49"
+
+    left_behind = table.left_behind
+    monkeypatch.setattr(table, "left_behind", lambda: (looks.append(0), left_behind())[1])
+    mover = Mover(SimpleNamespace(make_way=make_way), table)
+    table.set_members("m", [])
+    async with asyncio.timeout(10):
+        while table.left_behind():
+            await asyncio.sleep(0)
+    assert 1 <= max(looks) <= REFUSALS + 1
+    assert mover._task is not None
+    await mover._task
 
 
 def make_table(**loads: EngineLoad) -> LoadTable:
