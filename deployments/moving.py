@@ -13,9 +13,9 @@ from deployments.trunk import TrunkHub
 logger = logging.getLogger("ray.serve")
 
 LOOK_S = 0.1
-"""While an engine that is to stop has requests, there is a look about this often whether others have
-space for some. In between, these report what has come to them, from other ingress replicas as well:
-intervals vary, so that those do not all look at the same moment."""
+"""While an engine that is to stop has requests, there is a look whether others have space for some
+about this often. In between, these report what has come to them, from other ingress replicas as
+well: intervals vary, so that those do not all look at the same moment."""
 REFUSALS = 16
 """A look ends when so many requests found no space. Others would hardly find any, and to ask for
 each of a thousand would hold up all streams."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +64,8 @@ async def test_streams_of_an_engine_that_stops_go_on_elsewhere_and_free_it():
             assert all(len(wire.output_token_ids) < 200 for wire in wires)
             assert await answers == {f"r{i}": expected_tokens(PROMPT, 200) for i in range(4)}
         assert journey.engines == ["e0", "e1"] and not journey.moved_at  # nothing was lost
+        use = plane.actors["e1"]._meter.read(time.monotonic())
+        assert use.arriving_requests_s == use.arriving_tokens_s == 0  # nor is any of it new
         assert mover._task is not None
         await mover._task
         assert not plane.table.left_behind()
