@@ -104,7 +104,7 @@ class EngineState:
         return self.num_requests + num_before < self.traits.max_num_seqs
 
     def has_space(self, num_tokens: int, num_before: int, tokens_before: int) -> bool:
-        """Whether a request that runs elsewhere could go on here with next to no pause.
+        """Whether a request that runs elsewhere would have next to no wait here for its turn.
 
         Args:
             num_tokens: of it, to compute.

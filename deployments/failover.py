@@ -93,6 +93,8 @@ class Flight:
         self._barren_tries = 0
         self._new_tokens = 0
         """Those that this try has brought."""
+        self._options = ""
+        """`Traits.options` of the last engine."""
         self._speaker: str | None = None
         """The engine that tells of this try. Serve may send a call twice, should it not learn
         whether the first engine took it."""
@@ -116,7 +118,8 @@ class Flight:
         hits = () if request.computes_whole_prompt else self._blocks
         client.table.expect(self.deployment, self._try_id, num_tokens)
         # Tokens come in this event loop, so none can have come before it is known whose they are.
-        booking = Booking(self._try_id, num_tokens, hits, resumed=self._num_tries > 1)
+        resumed = self._num_tries > 1
+        booking = Booking(self._try_id, num_tokens, hits, resumed, self._options)
         # In a context of its own: Serve would cancel the call with the request that it is part of.
         self._call = Context().run(client.handle.generate.remote, self._submission, booking)
         self._watcher = client.watch(self._watch(self._call))
@@ -239,6 +242,7 @@ class Flight:
 
     def _prepare_try(self) -> None:
         """Part from the engine, and get ready for another."""
+        self._options = self._client.table.options_of(self._try_id) or self._options
         self._leave()
         self._num_tries += 1
         self._try_id = f"{self.request.request_id}~{self._num_tries}"

@@ -113,7 +113,8 @@ class LoadTable:
     ) -> str | None:
         """Choose an engine with room and book the request there, in one step.
 
-        What a lost engine left goes only to one that has reported since, see `RollCall`.
+        What has begun elsewhere goes only to an engine that has reported since, see `RollCall`, and
+        to one with the same options while there are any.
 
         Args:
             limits: engine id → most requests that it holds, running and waiting.
@@ -142,6 +143,9 @@ class LoadTable:
         states = {i: self._state(i) for i in limits}
         attended = self._attention(now)
         reached = {i: state for i, state in states.items() if state.in_reach(attended)}
+        if booking.resumed:
+            alike = {i: s for i, s in reached.items() if s.traits.options == booking.options}
+            reached = alike or reached
         roomy = {i: state for i, state in reached.items() if state.has_room(limits[i], now)}
         self._full |= not roomy
         if booking.resumed:
@@ -191,9 +195,10 @@ class LoadTable:
             return [i for i, engine_id in self._placed.items() if engine_id in leaving]
 
     def has_space(self, deployment: str, request_id: str, num_tokens: int) -> bool:
-        """Whether a request that runs could go on, with next to no pause, elsewhere.
+        """Whether a request that runs could go on elsewhere, with next to no wait for its turn.
 
-        All engines in service must be like the one that has it: any of them may get it.
+        All engines in service must be like the one that has it. Else there is an update under way,
+        which stops those that are before long.
         """
         with self._lock:
             now = self._clock()
@@ -212,6 +217,12 @@ class LoadTable:
         """Where the request is booked."""
         with self._lock:
             return self._placed.get(request_id)
+
+    def options_of(self, request_id: str) -> str:
+        """`Traits.options` of the engine where the request is booked; empty if it is nowhere."""
+        with self._lock:
+            engine = self._engines.get(self._placed.get(request_id, ""))
+            return "" if engine is None else engine.traits.options
 
     def refuse(self, request_id: str) -> None:
         """Undo a booking that the engine turned away, and leave the engine alone for a moment.

@@ -34,7 +34,9 @@ class Booking(NamedTuple):
     blocks: Sequence[bytes] = ()
     """See `request_blocks`; empty if the request cannot start from cached blocks."""
     resumed: bool = False
-    """Whether it has run before, on an engine that was lost: it waits in no line."""
+    """Whether it has run before, on an engine that was lost or is to stop: it waits in no line."""
+    options: str = ""
+    """`Traits.options` of that engine: with others it would go on as another model."""
 
     def __reduce__(self) -> tuple[type[Booking], tuple[str, int]]:
         """Leave the blocks behind when the call crosses to the engine's replica."""

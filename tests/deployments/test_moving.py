@@ -180,6 +180,34 @@ def test_an_engine_that_has_not_told_its_load_has_no_space():
     assert not EngineState(traits=SMALL).has_space(10, 0, 0)
 
 
+def test_what_has_begun_goes_on_with_the_same_options_while_there_are_any():
+    traits = {"same": SMALL, "other": OTHER}
+    table, booking = LoadTable(), Booking("r", 100, resumed=True, options=SMALL.options)
+    table.set_members("m", traits, traits)
+    table.report("same", EngineLoad(num_running=2))
+    table.report("other", EngineLoad())
+    assert table.book({"same": 2, "other": 9}, booking) is None
+    assert table.book({"same": 9, "other": 9}, booking) == "same"
+    table.mark_down("same")
+    assert table.book({"same": 9, "other": 9}, booking) == "other"
+
+
+async def test_after_a_loss_it_goes_on_with_the_same_options():
+    async with open_plane(num_engines=3, step_s=0.01) as plane:
+        set_members(plane, e0=SMALL)
+        journey = Journey()
+        with plane.client.start([request("r", 100)], journey) as generation:
+            answers = asyncio.ensure_future(collect(generation))
+            await running(plane, "e0", 1)
+            set_members(plane, e0=SMALL, e1=OTHER, e2=SMALL)
+            for number in range(4):  # e1 is the idlest
+                plane.table.expect(DEPLOYMENT, f"new{number}", 100)
+                plane.table.book({"e2": 9}, Booking(f"new{number}", 100))
+            await plane.cut("e0")
+            assert await answers == {"r": expected_tokens(PROMPT, 100)}
+        assert journey.engines == ["e0", "e2"]
+
+
 def test_what_has_begun_goes_where_a_row_is_free():
     table = LoadTable()
     traits = {"a": Traits("these", 2), "b": Traits("these", 2)}
