@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -261,11 +261,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> float:
-    """A number above 0, or ValueError, of which argparse makes a sentence."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
+    """A number above 0, or an error that says so."""
+    with suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
 
 
 if __name__ == "__main__":

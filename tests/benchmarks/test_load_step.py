@@ -44,7 +44,7 @@ def test_judgement_counts_late_lost_and_wrong():
     assert calm["late_until_s"] is None
 
 
-@pytest.mark.parametrize("option", ["--rate 0", "--times -1", "--seconds 30 nan 30"])
+@pytest.mark.parametrize("option", ["--rate 0", "--rate x", "--times -1", "--seconds 30 nan 30"])
 def test_a_load_that_is_none_is_refused(option, capsys):
     with pytest.raises(SystemExit):
         load_step.parse(["run", *option.split()])
