@@ -24,9 +24,6 @@ logger = logging.getLogger("ray.serve")
 ACKNOWLEDGED_MESSAGES = 8
 """So many messages are acknowledged at once; the engine sends `UNREAD_MESSAGES` ahead, then it
 merges steps."""
-DELIVERED_AT_ONCE = 16
-"""Deltas of a message that are delivered in one turn of the event loop. What streams write in a
-turn leaves at its end (uvloop collects it), so in one turn all would wait for the last."""
 ACKNOWLEDGED_S = 1.0
 """Fewer are after this long, so that the engine knows that this process lives."""
 SILENCE_LIMIT_S = watchdog.SILENCE_LIMIT_S
@@ -250,24 +247,19 @@ class TrunkHub:
                 now = self._loop.time()
                 silence.end()
                 self._links[engine_id] = link
-                await self._deliver(engine_id, decode_trunk_message(message), silence)
+                self._deliver(engine_id, decode_trunk_message(message))
                 unacknowledged += 1
                 if unacknowledged >= ACKNOWLEDGED_MESSAGES or now - since > ACKNOWLEDGED_S:
                     link.acknowledge(self.subscriber_id, unacknowledged)
                     unacknowledged, since = 0, now
 
-    async def _deliver(
-        self, engine_id: str, message: TrunkMessage, silence: watchdog.Silence
-    ) -> None:
+    def _deliver(self, engine_id: str, message: TrunkMessage) -> None:
         self._table.report(engine_id, message.load, message.reflected, message.heard)
-        for number, delta in enumerate(message.deltas, 1):
+        for delta in message.deltas:
             receiver = self._receivers.get(delta.request_id)
             wanted = receiver is not None and receiver.add(delta, engine_id)
             if not wanted and delta.finish_reason is None:
                 self._abort_again(engine_id, delta.request_id)
-            if number % DELIVERED_AT_ONCE == 0:
-                await asyncio.sleep(0)
-                silence.end()  # of this process, if it takes long
 
     def _lose(self, engine_id: str, reason: str) -> None:
         """Let others go on with what the lost engine left unfinished."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from functools import partial
 
 import pytest
 
-from deployments import engine_actor, trunk, watchdog
+from deployments import engine_actor
 from deployments.engine_actor import EngineActor
-from deployments.load_table import LoadTable
 from deployments.mailbox import Mailbox
 from deployments.subscriber import UNREAD_MESSAGES
 from deployments.wire import (
@@ -252,55 +250,3 @@ async def test_tokens_so_far_are_kept_for_a_resubmission():
             async for _ in generation:
                 pass
         assert wire.output_token_ids == expected_tokens([1, 2, 3], 20)
-
-
-class OneMessage:
-    """A link that brings a message with a token for each of many requests, and nothing more."""
-
-    def __init__(self, count: int) -> None:
-        self._deltas = [TokenDelta(f"r{number}", [number]) for number in range(count)]
-
-    async def subscribe(self, subscriber_id):
-        yield encode(TrunkMessage(self._deltas, EngineLoad()))
-        await asyncio.Event().wait()
-
-    def acknowledge(self, subscriber_id, count): ...
-
-
-class SlowReceiver:
-    """Takes its time for each delta."""
-
-    deployment = "m"
-
-    def __init__(self, told: list[tuple[int, int]], turns: list[None]) -> None:
-        self._told, self._turns = told, turns
-
-    def add(self, delta, engine_id):
-        time.sleep(0.002)
-        self._told.append((delta.token_ids[0], len(self._turns)))
-        return True
-
-    def lose(self): ...
-
-    def strand(self): ...
-
-
-async def test_a_long_message_lets_others_take_turns_and_is_no_silence(monkeypatch):
-    monkeypatch.setattr(watchdog, "LOOK_S", 0.01)
-    monkeypatch.setattr(trunk, "SILENCE_LIMIT_S", 0.1)
-    table, told, turns = LoadTable(), [], []
-    count = 15 * trunk.DELIVERED_AT_ONCE
-    hub = trunk.TrunkHub("x", table, connect=lambda _: OneMessage(count))
-    for number in range(count):
-        hub.register(f"r{number}", SlowReceiver(told, turns))
-    table.set_members("m", ["e"])
-    hub.follow("m")
-    async with asyncio.timeout(10):
-        while len(told) < count:
-            turns.append(None)
-            await asyncio.sleep(0)
-    assert [number for number, _ in told] == list(range(count))
-    assert len({turn for _, turn in told}) == 15
-    table.set_members("m", [])
-    hub._readers["e"].cancel()
-    await asyncio.gather(*hub._readers.values(), return_exceptions=True)
