@@ -74,9 +74,10 @@ class EngineGuard:
     @property
     def overdue(self) -> bool:
         """Whether new requests had better go elsewhere: a step takes long, see `StepWatch.overdue`,
-        or the replica, through which they would come, has been silent."""
+        the replica, through which they would come, has been silent, or the engine has ended, which
+        in its last messages would seem to be the idlest of all."""
         deaf = self._replica.seconds > SILENT_S
-        return deaf or self._steps.overdue(self._loop.last_progress)
+        return self._over or deaf or self._steps.overdue(self._loop.last_progress)
 
     def end(self, error: BaseException) -> None:
         """End the engine, as its loop has died of an exception."""

@@ -243,6 +243,16 @@ async def test_death_is_told_on_trunk_and_watch():
         await submit(actor, "x", request("s"))
 
 
+async def test_an_engine_that_has_ended_asks_for_no_requests(actor):
+    """It would get those that it has just lost."""
+    trunk = actor.subscribe("x")
+    assert not decode_trunk_message(await anext(trunk)).load.overdue
+    last = asyncio.ensure_future(anext(trunk))
+    await asyncio.sleep(0)  # it waits for news
+    actor._guard.end(RuntimeError("told to die"))
+    assert decode_trunk_message(await last).load.overdue
+
+
 async def test_tokens_so_far_are_kept_for_a_resubmission():
     async with open_plane(step_s=0.005) as plane:
         wire = request("r", 20)
