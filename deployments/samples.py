@@ -57,7 +57,7 @@ ENGINE_FAMILIES = {
 INGRESS_FAMILIES = {
     "num_engines": Family("gauge", "Engines of the model that would be given a request now."),
     "num_requests_held": Family("gauge", "Requests that wait for an engine with room."),
-    "num_unserved_total": Family("counter", "Requests refused as there was no engine."),
+    "scales_to_zero": Family("gauge", "1 if the model rests without an engine, else 0."),
     "num_failovers_total": Family("counter", "Requests sent on, as their engine was lost."),
     "request_success_total": Family("counter", "Completions that have ended."),
     "request_prompt_tokens": Family("histogram", "Prompt tokens, by prompt."),

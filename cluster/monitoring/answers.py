@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--until", type=float, default=time.time(), help="seconds since the epoch")
     options = parser.parse_args()
     end = float(int(options.until))
-    begin = end - 60 * options.minutes
+    begin = end - round(60 * options.minutes)
     prometheus = Prometheus(options.url, begin, end)
     dashboard = json.loads(DASHBOARD.read_text())
     series = {

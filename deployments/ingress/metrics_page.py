@@ -57,6 +57,7 @@ def _model_samples(model: ServedModel, labels: Labels) -> Iterator[Sample]:
     yield Sample("num_engines", sum(map(model.is_served_by, views)), labels)
     held = model.client.table.num_held(model.client.deployment)
     yield Sample("num_requests_held", held, labels)
+    yield Sample("scales_to_zero", int(model.may_scale_to_zero), labels)
     yield Sample("response_cache_queries_total", model.cache.num_queries, labels)
     yield Sample("response_cache_hits_total", model.cache.num_hits, labels)
     yield Sample("response_cache_bytes", model.cache.num_bytes, labels)

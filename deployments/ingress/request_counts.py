@@ -82,8 +82,6 @@ class RequestCounts:
     """Of one model."""
 
     def __init__(self) -> None:
-        self.num_unserved = 0
-        """Requests that were refused as there was no engine."""
         self.num_failovers = 0
         """Times that a completion had to go on elsewhere."""
         self.ended = Counter(dict.fromkeys(FINISH_REASONS, 0))
@@ -151,7 +149,6 @@ class RequestCounts:
 
     def samples(self, labels: Labels) -> Iterator[Sample]:
         """All of it."""
-        yield Sample("num_unserved_total", self.num_unserved, labels)
         yield Sample("num_failovers_total", self.num_failovers, labels)
         for reason, count in self.ended.items():
             ended = {**labels, "finished_reason": reason}

@@ -109,7 +109,6 @@ class ServedModel:
         if busy + num_requests > self.max_concurrent_requests:
             raise overloaded(self.retry_after_s)
         if not self.ready and not self.may_scale_to_zero:
-            self.counts.num_unserved += 1
             raise unavailable(
                 f"No engine of '{self.name}' is ready; it may still be loading.",
                 self.retry_after_s,

@@ -50,6 +50,16 @@ async def test_ready_is_what_can_be_served_now(plane, monkeypatch):
     assert (await plane.http.get("/ready")).status_code == 200
 
 
+@pytest.mark.parametrize("rests", [False, True])
+async def test_metrics_tell_what_the_alert_of_no_engine_asks_for(plane, rests):
+    plane.table.set_members("Engine-m", [])
+    plane.model.may_scale_to_zero = rests
+    page = (await plane.http.get("/metrics")).text
+    told = {line.partition("{")[0]: line.split()[-1] for line in page.splitlines()}
+    names = ("num_engines", "num_requests_held", "scales_to_zero")
+    assert [float(told[f"trunkline_{name}"]) for name in names] == [0, 0, rests]
+
+
 async def test_errors_of_the_serve_call(plane):
     plane.handle.failure = BackPressureError(num_queued_requests=1, max_queued_requests=1)
     response = await plane.http.post("/v1/completions", json=COMPLETION)
