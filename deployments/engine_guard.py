@@ -77,7 +77,8 @@ class EngineGuard:
         the replica, through which they would come, has been silent, or the engine has ended, which
         in its last messages would seem to be the idlest of all."""
         deaf = self._replica.seconds > SILENT_S
-        return self._over or deaf or self._steps.overdue(self._loop.last_progress)
+        over = self._over or not self._loop.alive
+        return over or deaf or self._steps.overdue(self._loop.last_progress)
 
     def end(self, error: BaseException) -> None:
         """End the engine, as its loop has died of an exception."""

@@ -84,7 +84,7 @@ class EngineLoop:
     @property
     def alive(self) -> bool:
         """Whether the loop still runs."""
-        return self._thread.is_alive()
+        return self._death is None and self._thread.is_alive()
 
     @property
     def compiling(self) -> bool:
