@@ -87,6 +87,15 @@ def test_a_failing_step_tells_everyone_and_ends_the_loop(recorder, monkeypatch):
     assert not recorder.loop.alive
 
 
+def test_a_loop_that_dies_is_dead_before_its_requests_hear_of_it(monkeypatch):
+    """What asks for life in between would take the engine for an idle one."""
+    core, lives = FakeCore(EngineConfig()), queue.Queue()
+    monkeypatch.setattr(core, "step", lambda: 1 / 0)
+    loop = EngineLoop(core, lambda *_: lives.put(loop.alive), lambda _: lives.put("death"))
+    loop.submit([request("a", [1])])
+    assert [lives.get(timeout=5) for _ in range(2)] == [False, "death"]
+
+
 def test_a_failed_step_is_told_and_the_loop_goes_on(tiny_model):
     core = EngineCore(tiny_config(tiny_model, max_num_seqs=1, async_scheduling=True))
     with Failing(core, {1: ("before", bug)}):
