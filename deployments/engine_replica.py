@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import hashlib
 import logging
 import os
+from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +25,7 @@ from deployments.observability.logs import Place, ProcessLog, configure_logging
 from deployments.observability.options import LoggingOptions
 from deployments.placement import Booking
 from deployments.watchdog import Silence, WatchOptions
-from deployments.wire import (
-    EngineReport,
-    Submission,
-    decode_report,
-    decode_submission,
-    encode,
-)
+from deployments.wire import EngineReport, decode_report
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.outputs import EngineLoad
@@ -46,12 +40,14 @@ START_SILENCE_LIMIT_S = 600.0
 No other thread runs while one loads a library: those of torch have gigabytes, which may take
 minutes from a cold network file system. No request waits for this engine yet, but one that is
 given up too early never starts."""
+EARLY_ENDS = 4096
+"""So many ends of requests whose calls have not come yet are remembered."""
 UNREAD_OBJECTS = 2
 """Reports that the engine may send ahead; then it merges, and notices that nobody reads."""
 
 
 class EngineReplica:
-    """Creates its engine actor, hands it requests, and holds a call open for each of them."""
+    """Creates its engine actor, and holds a call open for each request that the actor has."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -81,8 +77,8 @@ class EngineReplica:
             .remote(config, start_core, options, log)
         )
         self._ends: dict[str, asyncio.Future[str]] = {}
-        self._outbox: list[Submission] = []
-        self._submitting: set[asyncio.Task[None]] = set()
+        self._early_ends: OrderedDict[str, str] = OrderedDict()
+        """Finish reasons of requests whose calls have not come yet."""
         self._dead: str | None = None
         self._load = EngineLoad()
         self._use = EngineUse()
@@ -116,29 +112,26 @@ class EngineReplica:
         info: dict[str, Any] = start.result()
         return info
 
-    async def generate(self, submission: bytes, booking: Booking) -> str:
-        """Run one request and return its finish reason when it has ended.
+    async def generate(self, booking: Booking) -> str:
+        """Wait for the end of a request and return its finish reason.
 
-        The tokens go to the subscriber named in the submission; this call is held open so that
-        Serve's own count of ongoing requests stays true. Cancelling it aborts the request.
-
-        Args:
-            submission: an encoded `Submission`.
-            booking: what the router books; not used here.
+        The ingress sends the request to the engine itself, and gets its tokens from there; this
+        call is held open so that Serve's own count of ongoing requests stays true. Cancelling it
+        aborts the request.
 
         Raises:
             EngineDead: the engine died first.
         """
         if self._dead is not None:
             raise EngineDead(self._dead)
-        item = decode_submission(submission)
-        request_id = item.request.request_id
+        request_id = booking.request_id
+        if (reason := self._early_ends.pop(request_id, None)) is not None:
+            return reason
         end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         first = self._ends.get(request_id)
         self._ends[request_id] = end
-        if first is None:
-            self._enqueue(item)
-        elif not first.done():  # Serve calls again when it has not learned that a call had come
+        if first is not None and not first.done():
+            # Serve calls again when it has not learned that a call had come.
             first.set_exception(EngineDead("the call was made again"))
         try:
             return await end
@@ -171,31 +164,6 @@ class EngineReplica:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(self._actor.drain.remote())], timeout=10)
-
-    def _enqueue(self, item: Submission) -> None:
-        if not self._outbox:
-            # Ray takes a call for a child of the request in whose context it is made, and cancels
-            # it when that request is cancelled: with it would go the others of the batch.
-            asyncio.get_running_loop().call_soon(self._flush, context=contextvars.Context())
-        self._outbox.append(item)
-
-    def _flush(self) -> None:
-        """Submit all that arrived in this turn of the event loop as one batch."""
-        batch, self._outbox = self._outbox, []
-        task = asyncio.create_task(self._submit(batch))
-        self._submitting.add(task)
-        task.add_done_callback(self._submitting.discard)
-
-    async def _submit(self, batch: list[Submission]) -> None:
-        """Hand a batch to the engine; requests that it did not get end here, to be tried again."""
-        try:
-            await self._actor.submit.remote(encode(batch))
-        except Exception as error:
-            logger.exception("the engine did not take %d requests", len(batch))
-            for item in batch:
-                end = self._ends.get(item.request.request_id)
-                if end is not None and not end.done():
-                    end.set_exception(EngineDead(f"the engine did not take it: {error}"))
 
     async def _watch(self) -> None:
         """Follow the engine's reports to their end, which is the end of this replica too."""
@@ -232,8 +200,12 @@ class EngineReplica:
         self._dead = report.dead or self._dead
         for notice in report.ended:
             end = self._ends.get(notice.request_id)
-            if end is not None and not end.done():
+            if end is None:
+                self._early_ends[notice.request_id] = notice.reason
+            elif not end.done():
                 end.set_result(notice.reason)
+        while len(self._early_ends) > EARLY_ENDS:
+            self._early_ends.popitem(last=False)
         self._record(report)
 
     def _die(self, message: str, reason: str, error: Exception | None = None) -> None:

@@ -12,10 +12,6 @@ from deployments.backlog import QueueSpeed
 from deployments.prefix_index import PrefixIndex
 from engine.outputs import EngineLoad
 
-FIRST_PAUSE_S = 0.02
-"""An engine that turns a request away gets none for about this long, and twice as long each time
-that it does so again, up to `LAST_PAUSE_S`."""
-LAST_PAUSE_S = 1.0
 LATELY_S = 10.0
 """About how long a request that has ended still counts as traffic. Chats pause, and come back to
 the engine that has them in its cache: one that is given all new chats while they pause would have
@@ -62,10 +58,6 @@ class EngineState:
     """Number of its last booking; before the first a fraction, so that ingress replicas do not all
     begin with the same one of several idle engines."""
     down: bool = False
-    refusals: int = 0
-    """Requests it turned away since it last took one."""
-    closed_until: float = 0.0
-    """Time of the end of the pause after a refusal."""
     speed: QueueSpeed = field(default_factory=QueueSpeed)
 
     @property
@@ -95,9 +87,9 @@ class EngineState:
         """Whether it has told its load since a time."""
         return self.reported_at is not None and self.reported_at >= since
 
-    def has_room(self, max_requests: int, now: float) -> bool:
+    def has_room(self, max_requests: int) -> bool:
         """Whether it would take one more request, as far as this process knows."""
-        return self.num_requests < max_requests and now >= self.closed_until
+        return self.num_requests < max_requests
 
     def has_row(self, num_before: int = 0) -> bool:
         """Whether it would run one more request at once, after so many others."""
@@ -151,17 +143,10 @@ class EngineState:
         for request_id in reflected:
             blocks = self.unbook(request_id)
             if blocks is not None:
-                self.refusals = 0
                 self.index.use(blocks)
         for blocks in heard:
             self._count_sent(now)
             self.index.use(blocks)
-
-    def close(self, now: float) -> None:
-        """Begin the pause after a refusal; its length varies, so that ingresses do not meet."""
-        pause = min(FIRST_PAUSE_S * 2 ** min(self.refusals, 10), LAST_PAUSE_S)
-        self.refusals += 1
-        self.closed_until = now + pause * random.uniform(0.5, 1.0)
 
     def _count_sent(self, now: float) -> None:
         self.sent = self.sent_lately(now) + 1

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc  # type: ignore[import-untyped]
@@ -95,9 +96,6 @@ class Flight:
         """Those that this try has brought."""
         self._options = ""
         """`Traits.options` of the last engine."""
-        self._speaker: str | None = None
-        """The engine that tells of this try. Serve may send a call twice, should it not learn
-        whether the first engine took it."""
         self._over = False
         self._call: Any = None
         """Serve's of this try; None between tries."""
@@ -113,32 +111,27 @@ class Flight:
     def launch(self) -> None:
         """Send the request, or what is left of it, to an engine."""
         client, request = self._client, self.request
-        self._new_tokens, self._speaker = 0, None
-        num_tokens = self._num_tokens
+        self._new_tokens, num_tokens = 0, self._num_tokens
         hits = () if request.computes_whole_prompt else self._blocks
-        client.table.expect(self.deployment, self._try_id, num_tokens)
+        send = partial(client.hub.submit, self._try_id, self._submission)
+        client.table.expect(self.deployment, self._try_id, num_tokens, send)
         # Tokens come in this event loop, so none can have come before it is known whose they are.
         resumed = self._num_tries > 1
         booking = Booking(self._try_id, num_tokens, hits, resumed, self._options)
         # In a context of its own: Serve would cancel the call with the request that it is part of.
-        self._call = Context().run(client.handle.generate.remote, self._submission, booking)
+        self._call = Context().run(client.handle.generate.remote, booking)
         self._watcher = client.watch(self._watch(self._call))
         client.hub.register(self._try_id, self)
         if not client.hub.connected(self.deployment):
             self.strand()
 
-    def add(self, delta: TokenDelta, engine_id: str) -> bool:
-        """Take what an engine tells; False if another one has told of this try before."""
-        if self._speaker is None:
-            self._speaker = engine_id
-            self._journey.meet(engine_id)
-        if engine_id != self._speaker:
-            return False
+    def add(self, delta: TokenDelta, engine_id: str) -> None:
+        """Take what the engine of this try tells."""
+        self._journey.meet(engine_id)
         if delta.finish_reason == "error" and not delta.refused:
             self._fall(delta)
         else:
             self._take(delta)
-        return True
 
     def lose(self) -> None:
         """Go on elsewhere, as the engine is lost."""

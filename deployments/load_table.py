@@ -17,6 +17,7 @@ from deployments.backlog import Backlog
 from deployments.engine_state import EngineState, Traits
 from deployments.placement import Booking, Policy, PrefixLoad
 from deployments.roll_call import RollCall
+from deployments.unplaced import Unplaced, UnplacedRequests
 from engine.errors import EngineDead
 from engine.outputs import EngineLoad
 
@@ -53,8 +54,7 @@ class LoadTable:
         self._engines: dict[str, EngineState] = {}
         self._members: dict[str, tuple[str, ...]] = {}
         self._placed: dict[str, str] = {}
-        self._unplaced: dict[str, tuple[str, int]] = {}
-        """Deployment and prompt tokens of requests that no engine has been chosen for."""
+        self._unplaced = UnplacedRequests()
         self._released: OrderedDict[str, None] = OrderedDict()
         self._bookings_made = 0
         self._attended = 0.0
@@ -118,7 +118,7 @@ class LoadTable:
 
         Args:
             limits: engine id → most requests that it holds, running and waiting.
-            booking: a request that is booked already moves.
+            booking: of a request that is booked nowhere yet.
             policy: chooses among those with room.
 
         Returns:
@@ -132,21 +132,23 @@ class LoadTable:
             if request_id in self._released:
                 raise EngineDead("the request has ended.")
             chosen = self._book(limits, booking, policy)
+            waited = None if chosen is None else self._unplaced.pop(request_id)
             listeners = list(self._doubt_listeners) if booking.resumed and chosen is None else []
         for listener in listeners:
             listener()
+        if chosen is not None and waited is not None:
+            waited.on_place(chosen)
         return chosen
 
     def _book(self, limits: Mapping[str, int], booking: Booking, policy: Policy) -> str | None:
         request_id, now = booking.request_id, self._clock()
-        self._drop(request_id)
         states = {i: self._state(i) for i in limits}
         attended = self._attention(now)
         reached = {i: state for i, state in states.items() if state.in_reach(attended)}
         if booking.resumed:
             alike = {i: s for i, s in reached.items() if s.traits.options == booking.options}
             reached = alike or reached
-        roomy = {i: state for i, state in reached.items() if state.has_room(limits[i], now)}
+        roomy = {i: state for i, state in reached.items() if state.has_room(limits[i])}
         self._full |= not roomy
         if booking.resumed:
             roomy = self._roll_call.present(roomy, request_id, now)
@@ -154,7 +156,6 @@ class LoadTable:
         if not roomy:
             return None
         chosen, num_tokens = policy.choose(reached, roomy, booking, now)
-        self._unplaced.pop(request_id, None)
         self._bookings_made += 1
         state = states[chosen]
         state.last_booking = self._bookings_made
@@ -162,16 +163,25 @@ class LoadTable:
         self._placed[request_id] = chosen
         return chosen
 
-    def expect(self, deployment: str, request_id: str, num_tokens: int) -> None:
-        """Count a request with so many tokens to compute until an engine is chosen for it."""
+    def expect(
+        self,
+        deployment: str,
+        request_id: str,
+        num_tokens: int,
+        on_place: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Count a request with so many tokens to compute until an engine is chosen for it.
+
+        `on_place` is called with that engine, in the thread that books.
+        """
         with self._lock:
-            self._unplaced[request_id] = deployment, num_tokens
+            self._unplaced.add(request_id, Unplaced(deployment, num_tokens, on_place))
             self._roll_call.begin(request_id, self._clock())
 
     def num_held(self, deployment: str) -> int:
         """Requests for which no engine has been chosen yet."""
         with self._lock:
-            return sum(name == deployment for name, _ in self._unplaced.values())
+            return len(self._unplaced.tokens(deployment))
 
     def backlog(self, deployment: str) -> Backlog:
         """What stands before a new request, on the engine that would come to it first."""
@@ -181,8 +191,7 @@ class LoadTable:
             alive = [state for state in states if state.in_reach(attended)]
             if not alive:
                 return Backlog()
-            unplaced = [n for name, n in self._unplaced.values() if name == deployment]
-            share = sum(unplaced) / len(alive)
+            share = sum(self._unplaced.tokens(deployment)) / len(alive)
             waiting = [(state, state.pending_tokens + share) for state in alive]
             found = [Backlog(tokens, each.speed.seconds_for(tokens)) for each, tokens in waiting]
             return min(found, key=lambda backlog: (backlog.wait_s, backlog.tokens))
@@ -206,7 +215,7 @@ class LoadTable:
             others = [self._state(i) for i in self._members.get(deployment, ())]
             if own is None or any(state.traits.options != own.traits.options for state in others):
                 return False
-            before = [n for name, n in self._unplaced.values() if name == deployment]
+            before = self._unplaced.tokens(deployment)
             return any(
                 state.in_reach(self._attention(now))
                 and state.has_space(num_tokens, len(before), sum(before))
@@ -223,21 +232,6 @@ class LoadTable:
         with self._lock:
             engine = self._engines.get(self._placed.get(request_id, ""))
             return "" if engine is None else engine.traits.options
-
-    def refuse(self, request_id: str) -> None:
-        """Undo a booking that the engine turned away, and leave the engine alone for a moment.
-
-        Raises:
-            EngineDead: the engine has the request all the same, but cannot be told from a lost one.
-        """
-        with self._lock:
-            engine_id = self._placed.get(request_id)
-            if engine_id in self._engines:
-                state = self._engines[engine_id]
-                if request_id not in state.bookings:
-                    raise EngineDead("the replica of the engine that runs the request was lost.")
-                state.close(self._clock())
-            self._drop(request_id)
 
     def mark_down(self, engine_id: str) -> list[str]:
         """Avoid an engine that is lost until it reports again; returns the requests booked on it.
@@ -282,7 +276,7 @@ class LoadTable:
             blocks: what its engine has computed for it; see `request_blocks`.
         """
         with self._lock:
-            self._unplaced.pop(request_id, None)
+            self._unplaced.pop(request_id)
             self._roll_call.end(request_id)
             state = self._drop(request_id)
             if state is not None:

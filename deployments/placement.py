@@ -26,7 +26,7 @@ or the one before, and to avoid that wait is not worth an uneven spread."""
 
 
 class Booking(NamedTuple):
-    """What the router needs to know of a request; the second argument of every routed call."""
+    """What the router needs to know of a request; the argument of every routed call."""
 
     request_id: str
     num_tokens: int

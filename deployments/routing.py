@@ -22,7 +22,10 @@ from deployments.placement import AFFINITY_MARGIN, POLICIES, Booking
 
 RECHECK_S = 0.1
 """The request at the head of the line looks for room this often even if nothing told of any: what
-an engine's pause after a refusal needs, as nobody tells of its end."""
+those of lost engines need, which wait for a time at most for answers of the others."""
+REFUSED_PAUSE_S = 0.5
+"""A call that a replica turned away is made again after this long. Nobody waits for it: the engine
+has its request."""
 
 
 class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
@@ -60,12 +63,10 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        from deployments.load_table import load_table
 
         booking = _booking(pending_request)
-        if is_retry:  # it has stood in line before
-            load_table().refuse(booking.request_id)
-            return await self._place(booking)
+        if is_retry:
+            return await self._follow(booking.request_id)
         if booking.resumed:  # its client has been reading for a while
             return await self._place(booking)
         async with self._line:  # free, it does not give up control either
@@ -86,6 +87,29 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._room.wait(), RECHECK_S)
 
+    async def _follow(self, request_id: str) -> RunningReplica:
+        """Choose once more the engine where a request was booked, and to which it was sent.
+
+        Its replica has turned the call away, as those of other ingress replicas had come first and
+        all are counted, or Serve does not know whether the call came.
+
+        Raises:
+            EngineDead: the replica is gone, or the request has ended.
+        """
+        self._replica_of(request_id)
+        await asyncio.sleep(REFUSED_PAUSE_S)
+        return self._replica_of(request_id)
+
+    def _replica_of(self, request_id: str) -> RunningReplica:
+        from deployments.load_table import load_table
+        from engine.errors import EngineDead
+
+        engine_id = load_table().engine_of(request_id)
+        for replica in self._replicas_list:
+            if replica.replica_id.unique_id == engine_id:
+                return replica
+        raise EngineDead("the replica of the engine that runs the request was lost.")
+
     def _tell_of_room(self) -> None:
         """Called in whatever thread changed the load table."""
         if self._room_loop is not None:
@@ -102,5 +126,5 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
 
 def _booking(pending_request: PendingRequest) -> Booking:
     """The `Booking` among the call's arguments."""
-    booking: Booking = pending_request.kwargs.get("booking") or pending_request.args[1]
+    booking: Booking = pending_request.kwargs.get("booking") or pending_request.args[0]
     return booking

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from contextvars import Context
 from typing import Protocol
 
-import ray
-from ray.exceptions import ObjectRefStreamEndOfStreamError
-
 from deployments import watchdog
+from deployments.dispatch import Dispatch, summary
+from deployments.engine_link import EngineLink, RayEngineLink
 from deployments.load_table import LoadTable
-from deployments.names import SERVE_NAMESPACE, engine_actor_name
 from deployments.wire import TrunkMessage, decode_trunk_message
 from engine.outputs import TokenDelta
 
@@ -29,27 +25,10 @@ ACKNOWLEDGED_S = 1.0
 SILENCE_LIMIT_S = watchdog.SILENCE_LIMIT_S
 """An engine tells its load every second. One that has not for this long is taken for lost: its
 process hangs, or is stopped, or its node cannot be reached."""
-ABORT_LIMIT_S = 1.0
-"""A request that still runs so long after its abort is aborted again."""
-ABORTED_KEPT = 4096
-"""So many aborts are remembered."""
 RECONNECT_DELAY_S = 0.5
 """Pause before a trunk that broke is read anew."""
 ASK_INTERVAL_S = 0.1
 """Engines are asked whether they live no more often than this."""
-
-
-class EngineLink(Protocol):
-    """The calls that an ingress makes to an engine actor."""
-
-    def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
-        """Read this subscriber's trunk."""
-
-    def acknowledge(self, subscriber_id: str, count: int) -> None:
-        """Tell that so many more messages have been read, or of 0 ask for one; returns at once."""
-
-    def abort(self, request_ids: list[str]) -> None:
-        """Ask for the end of requests; returns at once."""
 
 
 class Receiver(Protocol):
@@ -59,8 +38,8 @@ class Receiver(Protocol):
     def deployment(self) -> str:
         """Whose engines run the request."""
 
-    def add(self, delta: TokenDelta, engine_id: str) -> bool:
-        """Take a delta that an engine sent; False if that engine should not run the request."""
+    def add(self, delta: TokenDelta, engine_id: str) -> None:
+        """Take a delta that an engine sent."""
 
     def lose(self) -> None:
         """Learn that the request's engine is lost."""
@@ -70,37 +49,6 @@ class Receiver(Protocol):
 
     def strand(self) -> None:
         """Learn that no engine of the deployment can be reached."""
-
-
-class RayEngineLink:
-    """The engine actor of a Serve replica, found by name."""
-
-    def __init__(self, engine_id: str) -> None:
-        self._actor = ray.get_actor(engine_actor_name(engine_id), namespace=SERVE_NAMESPACE)
-
-    async def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
-        """Read this subscriber's trunk until it ends or, with a RayError, breaks."""
-        messages = self._actor.subscribe.options(num_returns="streaming").remote(subscriber_id)
-        try:
-            while True:
-                # As `async for` does, but that waits for each object twice.
-                (ref,) = messages._get_next_ref_n(1)
-                try:
-                    message = await ref
-                except ObjectRefStreamEndOfStreamError:
-                    return
-                messages._consume_next_ref_n(1)
-                yield message
-        finally:
-            ray.cancel(messages)
-
-    def acknowledge(self, subscriber_id: str, count: int) -> None:
-        """Tell that so many more messages have been read; returns at once."""
-        self._actor.acknowledge.remote(subscriber_id, count)
-
-    def abort(self, request_ids: list[str]) -> None:
-        """Ask for the end of requests; returns at once."""
-        self._actor.abort.remote(request_ids)
 
 
 class TrunkHub:
@@ -121,13 +69,9 @@ class TrunkHub:
         self.subscriber_id = subscriber_id
         self._table = table
         self._connect = connect
-        self._links: dict[str, EngineLink] = {}
-        self._readers: dict[str, asyncio.Task[None]] = {}
         self._receivers: dict[str, Receiver] = {}
-        self._aborts: dict[str, list[str]] = {}
-        """Request ids by engine, to be sent."""
-        self._aborted: OrderedDict[tuple[str, str], float] = OrderedDict()
-        """When engines were last told to end which requests."""
+        self._dispatch = Dispatch(self._on_refusal)
+        self._readers: dict[str, asyncio.Task[None]] = {}
         self._deployments: list[str] = []
         self._loop = asyncio.get_running_loop()
         self._asked = 0.0
@@ -148,6 +92,20 @@ class TrunkHub:
         """Drop later deltas of this request."""
         self._receivers.pop(request_id, None)
 
+    def submit(self, request_id: str, submission: bytes, engine_id: str) -> None:
+        """Send a request to its engine, once the trunk there is open; called in any thread."""
+        self._dispatch.submit(request_id, submission, engine_id)
+
+    def _on_refusal(self, engine_id: str, request_ids: Iterable[str]) -> None:
+        self._table.mark_down(engine_id)
+        self._move(request_ids)
+
+    def _move(self, request_ids: Iterable[str]) -> None:
+        """Let requests go on elsewhere."""
+        for request_id in request_ids:
+            if request_id in self._receivers:
+                self._receivers[request_id].lose()
+
     def make_way(self, request_id: str) -> bool:
         """Let a request go on elsewhere; False if it cannot."""
         receiver = self._receivers.get(request_id)
@@ -157,41 +115,14 @@ class TrunkHub:
         """Tell the engine that runs a request to end it; returns at once.
 
         Returns:
-            Whether there is such an engine, and a trunk to it.
+            Whether there is such an engine that will hear of it.
         """
         engine_id = self._table.engine_of(request_id)
-        if engine_id not in self._links:
-            return False
-        self._abort_at(engine_id, request_id)
-        return True
-
-    def _abort_at(self, engine_id: str, request_id: str) -> None:
-        if not self._aborts:
-            # One call for all that end in this turn of the event loop, and none that Ray takes for
-            # a child of a request that is being cancelled.
-            self._loop.call_soon(self._send_aborts, context=Context())
-        self._aborts.setdefault(engine_id, []).append(request_id)
-        self._aborted[engine_id, request_id] = self._loop.time()
-        if len(self._aborted) > ABORTED_KEPT:
-            self._aborted.popitem(last=False)
-
-    def _abort_again(self, engine_id: str, request_id: str) -> None:
-        """Tell an engine that runs a request for nobody: the call that told it was lost, or Serve
-        has sent the request twice."""
-        told = self._aborted.get((engine_id, request_id))
-        if told is None or self._loop.time() - told > ABORT_LIMIT_S:
-            self._aborted.pop((engine_id, request_id), None)
-            self._abort_at(engine_id, request_id)
-
-    def _send_aborts(self) -> None:
-        aborts, self._aborts = self._aborts, {}
-        for engine_id, request_ids in aborts.items():
-            if engine_id in self._links:
-                self._links[engine_id].abort(request_ids)
+        return engine_id is not None and self._dispatch.abort(engine_id, request_id)
 
     def connected(self, deployment: str) -> list[str]:
         """Engines of the deployment that are in service and whose trunk is open."""
-        return [i for i in self._table.members(deployment) if i in self._links]
+        return [i for i in self._table.members(deployment) if i in self._dispatch.links]
 
     def _on_change(self) -> None:
         self._loop.call_soon_threadsafe(self._follow_members)
@@ -204,7 +135,7 @@ class TrunkHub:
         now = self._loop.time()
         if now - self._asked >= ASK_INTERVAL_S:
             self._asked = now
-            for link in self._links.values():
+            for link in self._dispatch.links.values():
                 link.acknowledge(self.subscriber_id, 0)
 
     def _follow_members(self) -> None:
@@ -237,7 +168,7 @@ class TrunkHub:
         except TimeoutError:
             return f"it has said nothing for {SILENCE_LIMIT_S:.0f} s"
         except Exception as error:  # a reader that ended unseen would leave clients hanging
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            return summary(error)
 
     async def _take_messages(self, engine_id: str, link: EngineLink) -> None:
         """Deliver and acknowledge until the end; TimeoutError when the engine falls silent."""
@@ -246,7 +177,7 @@ class TrunkHub:
             async for message in link.subscribe(self.subscriber_id):
                 now = self._loop.time()
                 silence.end()
-                self._links[engine_id] = link
+                self._dispatch.open(engine_id, link)
                 self._deliver(engine_id, decode_trunk_message(message))
                 unacknowledged += 1
                 if unacknowledged >= ACKNOWLEDGED_MESSAGES or now - since > ACKNOWLEDGED_S:
@@ -257,21 +188,20 @@ class TrunkHub:
         self._table.report(engine_id, message.load, message.reflected, message.heard)
         for delta in message.deltas:
             receiver = self._receivers.get(delta.request_id)
-            wanted = receiver is not None and receiver.add(delta, engine_id)
-            if not wanted and delta.finish_reason is None:
-                self._abort_again(engine_id, delta.request_id)
+            if receiver is not None:
+                receiver.add(delta, engine_id)
+            elif delta.finish_reason is None:
+                self._dispatch.abort_again(engine_id, delta.request_id)
 
     def _lose(self, engine_id: str, reason: str) -> None:
         """Let others go on with what the lost engine left unfinished."""
-        known = self._links.pop(engine_id, None) is not None
+        known = self._dispatch.close(engine_id)
         unfinished = self._table.mark_down(engine_id)
         if not known and not unfinished:
             return
         log = logger.error if unfinished else logger.info
         log("trunk to engine %s ended (%s); %d requests move", engine_id, reason, len(unfinished))
-        for request_id in unfinished:
-            if request_id in self._receivers:
-                self._receivers[request_id].lose()
+        self._move(unfinished)
         for receiver in list(self._receivers.values()):
             if not self.connected(receiver.deployment):
                 receiver.strand()

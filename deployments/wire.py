@@ -61,7 +61,6 @@ T = TypeVar("T")
 encode = msgspec.msgpack.Encoder().encode
 """Any of these structs to bytes."""
 decode_submissions = msgspec.msgpack.Decoder(list[Submission]).decode
-decode_submission = msgspec.msgpack.Decoder(Submission).decode
 decode_trunk_message = msgspec.msgpack.Decoder(TrunkMessage).decode
 decode_report = msgspec.msgpack.Decoder(EngineReport).decode
 

@@ -24,7 +24,6 @@ from deployments.ingress.served import ServedModels
 from deployments.load_table import LoadTable
 from deployments.placement import Booking
 from deployments.trunk import TrunkHub
-from deployments.wire import decode_submission, encode
 from engine.startup import start_engine
 
 ENGINE_ID = "local"
@@ -51,7 +50,7 @@ async def open_local_app(
     await engine.start()
     table = LoadTable()
     hub = TrunkHub("local", table, connect=lambda _: _Link(engine))
-    handle = _Handle(engine, table)
+    handle = _Handle(table)
     client = EngineClient(handle, hub, table, model.engine.enable_prefix_caching)
     try:
         table.set_members(client.deployment, [ENGINE_ID])
@@ -77,6 +76,9 @@ class _Link:
             async for message in messages:
                 yield message
 
+    async def submit(self, batch: bytes) -> None:
+        await self._engine.submit(batch)
+
     def acknowledge(self, subscriber_id: str, count: int) -> None:
         self._keep(asyncio.ensure_future(self._engine.acknowledge(subscriber_id, count)))
 
@@ -94,17 +96,15 @@ class _Handle:
 
     deployment_name = "Engine-local"
 
-    def __init__(self, engine: EngineActor, table: LoadTable) -> None:
-        self._engine = engine
+    def __init__(self, table: LoadTable) -> None:
         self._table = table
         self.generate = SimpleNamespace(remote=self._call)
 
-    def _call(self, submission: bytes, booking: Booking) -> asyncio.Future[None]:
-        return asyncio.ensure_future(self._run(submission, booking))
+    def _call(self, booking: Booking) -> asyncio.Future[None]:
+        return asyncio.ensure_future(self._run(booking))
 
-    async def _run(self, submission: bytes, booking: Booking) -> None:
+    async def _run(self, booking: Booking) -> None:
         self._table.book({ENGINE_ID: MANY}, booking)
-        await self._engine.submit(encode([decode_submission(submission)]))
         await asyncio.Event().wait()
 
 

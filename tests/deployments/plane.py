@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from functools import cache, partial
@@ -21,7 +22,7 @@ from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import LoadTable
 from deployments.placement import Booking
 from deployments.trunk import TrunkHub
-from deployments.wire import decode_report, decode_submission, encode
+from deployments.wire import decode_report
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.model_source import resolve_model
@@ -79,6 +80,9 @@ class LocalLink:
                     return
                 yield data
 
+    async def submit(self, batch: bytes) -> None:
+        await self._actor.submit(batch)
+
     def acknowledge(self, subscriber_id: str, count: int) -> None:
         self._calls.add(asyncio.ensure_future(self._actor.acknowledge(subscriber_id, count)))
 
@@ -109,26 +113,29 @@ class LocalHandle:
         self._actors = actors
         self.generate = SimpleNamespace(remote=lambda *args: LocalCall(self._generate(*args)))
         self.failure: Exception | None = None
-        self._ends: dict[tuple[str, str], asyncio.Future[str]] = {}
+        self.limit = 1000
+        """Most requests of an engine."""
+        self._ends: dict[tuple[str, str], asyncio.Future[str]] = defaultdict(
+            asyncio.get_running_loop().create_future
+        )
         """By engine and request, as its replica has them."""
         self._watchers = [asyncio.ensure_future(self._watch(i)) for i in actors]
 
-    async def _generate(self, submission: bytes, booking: Booking) -> str:
+    async def _generate(self, booking: Booking) -> str:
         if self.failure is not None:
             raise self.failure
-        limits = dict.fromkeys(self._actors, 1000)
-        while (chosen := self._table.book(limits, booking)) is None:
+        while (chosen := self._table.book(self._limits(), booking)) is None:
             await asyncio.sleep(0.01)
-        end = asyncio.get_running_loop().create_future()
-        self._ends[chosen, booking.request_id] = end
-        await self._actors[chosen].submit(encode([decode_submission(submission)]))
-        return await end
+        return await self._ends[chosen, booking.request_id]
+
+    def _limits(self) -> dict[str, int]:
+        return dict.fromkeys(self._actors, self.limit)
 
     async def _watch(self, engine_id: str) -> None:
         async for report in self._actors[engine_id].watch():
             for notice in decode_report(report).ended:
-                end = self._ends.pop((engine_id, notice.request_id), None)
-                if end is not None and not end.done():
+                end = self._ends[engine_id, notice.request_id]
+                if not end.done():
                     end.set_result(notice.reason)
         for (engine, _), end in self._ends.items():
             if engine == engine_id and not end.done():
@@ -174,7 +181,7 @@ class Plane:
     async def cut(self, engine_id: str, *, for_good: bool = False) -> None:
         """Break the trunk to an engine."""
         self.links[engine_id].broken.set()
-        await self.until(lambda: engine_id not in self.hub._links)
+        await self.until(lambda: engine_id not in self.hub._dispatch.links)
         if not for_good:
             self.links[engine_id].broken.clear()
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from contextvars import ContextVar
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from deployments.engine_actor import EngineActor
 from deployments.engine_replica import EngineReplica
 from deployments.placement import Booking
 from deployments.watchdog import WatchOptions
-from deployments.wire import Submission, decode_submissions, encode
+from deployments.wire import Submission, encode
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.request import EngineRequest
@@ -175,7 +174,7 @@ async def test_metrics_that_fail_end_no_request(local, monkeypatch, caplog):
 
     monkeypatch.setattr(engine_replica, "EngineMetrics", lambda _: SimpleNamespace(record=fail))
     replica = await start()
-    ends = [replica.generate(submission(name), Booking(name, 2)) for name in ("a", "b")]
+    ends = [run(replica, name) for name in ("a", "b")]
     assert await asyncio.gather(*ends) == ["length", "length"]
     await replica.check_health()
     assert caplog.text.count("RuntimeError: no metrics agent") == 1
@@ -187,7 +186,7 @@ async def test_a_silent_engine_is_killed_and_the_replica_ends(local, monkeypatch
     monkeypatch.setattr(EngineActor, "watch", never)
     monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.1)
     replica = await start()
-    call = asyncio.ensure_future(replica.generate(submission("a", 10**6), Booking("a", 2)))
+    call = asyncio.ensure_future(run(replica, "a", 10**6))
     await until(lambda: len(local) == 3)
     pid = replica.info["pid"]
     assert local == [("asked", pid), ("killed", pid), "itself"]
@@ -204,8 +203,8 @@ async def test_a_silent_engine_is_killed_and_the_replica_ends(local, monkeypatch
 async def test_the_engines_own_death_ends_both_and_is_dumped_once(local, tmp_path):
     replica = await start(partial(FakeCore, die_at_token=1))
     with pytest.raises(EngineDead):
-        await replica.generate(submission("b"), Booking("b", 2))
-        await replica.generate(submission("c"), Booking("c", 2))
+        await run(replica, "b")
+        await run(replica, "c")
     await until(lambda: local.count("itself") == 2)
     assert ("killed", replica.info["pid"]) in local
     assert len(list(tmp_path.glob("trunkline-crash-*.json"))) == 1
@@ -220,39 +219,37 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-def submission(request_id: str, max_tokens: int = 3) -> bytes:
+async def submit(replica: EngineReplica, request_id: str, max_tokens: int = 3) -> None:
+    """Send a request to the engine, as the ingress does."""
     params = SamplingParams(max_tokens=max_tokens, seed=0)
-    return encode(Submission("nobody", EngineRequest(request_id, [1, 2], params)))
+    item = Submission("nobody", EngineRequest(request_id, [1, 2], params))
+    await replica._actor.actor.submit(encode([item]))
 
 
-async def test_a_batch_is_no_child_of_the_request_that_began_it(local, monkeypatch):
-    """Ray cancels the children of a request that is cancelled, known by a context variable."""
-    caller: ContextVar[str | None] = ContextVar("caller", default=None)
-    callers = []
-    real = EngineActor.submit
+async def run(replica: EngineReplica, request_id: str, max_tokens: int = 3) -> str:
+    """The finish reason of a request."""
+    await submit(replica, request_id, max_tokens)
+    return await replica.generate(Booking(request_id, 2))
 
-    async def submit(self: EngineActor, batch: bytes) -> None:
-        callers.append(caller.get())
-        await real(self, batch)
 
-    monkeypatch.setattr(EngineActor, "submit", submit)
+async def test_a_call_that_comes_after_the_end_of_its_request_ends_at_once(local, monkeypatch):
+    monkeypatch.setattr(engine_replica, "EARLY_ENDS", 2)
     replica = await start()
-    caller.set("the first request")
-    ends = [replica.generate(submission(name), Booking(name, 2)) for name in ("a", "b")]
-    assert await asyncio.gather(*ends) == ["length", "length"]
-    assert callers == [None]
+    for name in ("a", "b", "c"):
+        await submit(replica, name)
+    await until(lambda: list(replica._early_ends) == ["b", "c"])  # a is the oldest
+    assert await replica.generate(Booking("b", 2)) == "length"
+    assert list(replica._early_ends) == ["c"] and not replica._ends
     await stop(replica)
 
 
-async def test_requests_that_the_engine_did_not_get_end_at_once(local, monkeypatch):
-    async def submit(*_: Any) -> None:
-        raise RuntimeError("lost on the way")
-
-    monkeypatch.setattr(EngineActor, "submit", submit)
+async def test_a_call_that_is_cancelled_ends_its_request(local):
     replica = await start()
-    with pytest.raises(EngineDead, match="did not take it"):
-        async with asyncio.timeout(5):
-            await replica.generate(submission("a"), Booking("a", 2))
+    call = asyncio.ensure_future(run(replica, "a", 10**6))
+    await until(lambda: replica._ends)
+    call.cancel()
+    core = replica._actor.actor._loop._core
+    await until(lambda: not core.has_work)
     assert not replica._ends
     await stop(replica)
 
@@ -267,21 +264,12 @@ async def test_replica_whose_engine_did_not_start_ends_without_another_error(loc
     await EngineReplica.__del__(replica)
 
 
-async def test_a_call_made_twice_runs_once_and_the_later_one_hears_of_the_end(local, monkeypatch):
-    submitted = []
-    real = EngineActor.submit
-
-    async def submit(self: EngineActor, batch: bytes) -> None:
-        submitted.append(len(decode_submissions(batch)))
-        await real(self, batch)
-
-    monkeypatch.setattr(EngineActor, "submit", submit)
+async def test_of_two_calls_for_a_request_the_later_one_hears_of_the_end(local):
     replica = await start()
-    first = asyncio.ensure_future(replica.generate(submission("a"), Booking("a", 2)))
-    await asyncio.sleep(0)
-    second = asyncio.ensure_future(replica.generate(submission("a"), Booking("a", 2)))
+    first, second = (asyncio.ensure_future(replica.generate(Booking("a", 2))) for _ in range(2))
     with pytest.raises(EngineDead, match="made again"):
         await first
+    await submit(replica, "a")
     assert await second == "length"
-    assert submitted == [1] and not replica._ends
+    assert not replica._ends
     await stop(replica)

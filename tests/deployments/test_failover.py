@@ -12,7 +12,6 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from deployments import engine_actor, trunk, watchdog
 from deployments.failover import _is_loss
-from deployments.wire import decode_submission, encode
 from engine.errors import EngineDead
 from engine.outputs import TokenDelta, TokenLogprobs
 from tests.deployments.fake_core import expected_tokens
@@ -152,16 +151,6 @@ async def test_prompt_logprobs_come_once():
             assert flight._rest().params.prompt_logprobs is None
 
 
-async def test_a_try_has_one_engine_that_tells_of_it():
-    async with open_plane(num_engines=1, step_s=0.05) as plane:
-        with plane.client.start([request("r")]) as generation:
-            flight = generation._flights["r"]
-            flight.add(TokenDelta("r", [5]), "e0")
-            flight.add(TokenDelta("r", [5]), "e1")  # Serve has sent the call twice
-            flight.add(TokenDelta("r", [6]), "e0")
-            assert flight.request.output_token_ids == [5, 6]
-
-
 async def test_tokens_before_a_failed_step_count_and_its_engine_is_avoided():
     async with open_plane(num_engines=2, step_s=0.05) as plane:
         with plane.client.start([request("r")]) as generation:
@@ -204,20 +193,6 @@ def test_which_errors_are_losses():
     assert not _is_loss(BackPressureError(num_queued_requests=1, max_queued_requests=1))
     assert _is_loss(ActorDiedError()) and _is_loss(EngineDead("x"))
     assert _is_loss(RayTaskError("f", "", EngineDead("x")).as_instanceof_cause())
-
-
-async def test_a_request_that_serve_sends_twice_runs_once():
-    async with open_plane(num_engines=2, step_s=0.005) as plane:
-        tokens: dict[str, list[int]] = {}
-        with plane.client.start([request("r", 100_000)]) as generation:
-            await take(generation, tokens, 5)
-            (other,) = plane.actors.keys() - {plane.table.engine_of("r")}
-            submission = decode_submission(generation._flights["r"]._submission)
-            await plane.actors[other].submit(encode([submission]))
-            loop = plane.actors[other]._loop
-            await plane.until(lambda: loop._num_received == 1 and not loop._core.has_work)
-            await take(generation, tokens, len(tokens["r"]) + 10)
-        assert tokens["r"] == expected_tokens(PROMPT, len(tokens["r"]))
 
 
 async def test_a_call_is_no_part_of_the_request_that_makes_it():

@@ -191,26 +191,6 @@ def test_engine_that_has_never_reported_is_not_silent():
     assert table.book(PAIR, Booking("r", 100)) == "b"
 
 
-def test_refused_request_moves_and_the_engine_is_left_alone_for_longer_each_time():
-    now = 1000.0
-    table = LoadTable(clock=lambda: now)
-    first = table.book(PAIR, Booking("r", 10))
-    table.refuse("r")
-    second = table.book(PAIR, Booking("r", 10))
-    assert {first, second} == {"a", "b"}
-    assert table.engine_of("r") == second
-    for pause in (0.02, 0.04, 0.08):
-        table.refuse("r")
-        assert table.engine_of("r") is None
-        now += pause * 0.49
-        assert table.book({second: 100}, Booking("r", 10)) is None
-        now += pause * 0.52
-        assert table.book({second: 100}, Booking("r", 10)) == second
-    table.release("r")
-    table.set_members("m", ["a", "b"])
-    assert [view.num_booked for view in table.view("m")] == [0, 0]
-
-
 def test_full_engines_get_nothing_until_somebody_tells_of_room():
     table, told = LoadTable(), []
     table.on_room(lambda: told.append(1))
@@ -242,16 +222,6 @@ def test_booking_after_the_release_leaves_nothing(monkeypatch):
     for number in range(5):
         table.release(f"s{number}")
     assert list(table._released) == ["s3", "s4"]
-
-
-def test_a_request_that_an_engine_has_is_sent_to_no_other():
-    table = LoadTable()
-    table.set_members("m", ["a"])
-    assert table.book({"a": 1}, Booking("r", 1)) == "a"
-    table.report("a", EngineLoad(), reflected=["r"])
-    with pytest.raises(EngineDead):
-        table.refuse("r")
-    assert table.engine_of("r") == "a"
 
 
 def test_members_are_announced():

@@ -16,6 +16,7 @@ from deployments.config import AppArgs
 from deployments.load_table import LoadTable
 from deployments.placement import Booking
 from deployments.routing import EngineRouter
+from engine.errors import EngineDead
 from engine.outputs import EngineLoad
 
 
@@ -47,7 +48,7 @@ def make_router(**limits: int) -> EngineRouter:
 async def place(
     router: EngineRouter, request_id: str, blocks=(), resumed: bool = False, **more: Any
 ) -> str:
-    pending = SimpleNamespace(kwargs={}, args=[b"", Booking(request_id, 600, blocks, resumed)])
+    pending = SimpleNamespace(kwargs={}, args=[Booking(request_id, 600, blocks, resumed)])
     replica = await router._choose_replica_for_request(pending, **more)
     return replica.replica_id.unique_id
 
@@ -99,14 +100,29 @@ async def test_what_an_engine_s_loss_interrupted_goes_before_those_in_line(table
     assert placed.index("moved") < placed.index("r2")
 
 
-async def test_refused_request_waits_for_the_engine_to_open_again(table, monkeypatch):
-    monkeypatch.setattr(routing, "RECHECK_S", 0.01)
+async def test_a_call_that_was_turned_away_follows_its_request(table, monkeypatch):
+    monkeypatch.setattr(routing, "REFUSED_PAUSE_S", 0.01)
+    router = make_router(a=2, b=2)
+    chosen = await place(router, "r")
+    again = asyncio.ensure_future(place(router, "r", is_retry=True))
+    await turns()
+    assert not again.done() and table.engine_of("r") == chosen
+    assert await again == chosen
+
+
+@pytest.mark.parametrize("what", ["the request has ended", "the replica is gone"])
+async def test_a_call_that_has_nobody_to_follow_fails(table, monkeypatch, what):
+    monkeypatch.setattr(routing, "REFUSED_PAUSE_S", 0.01)
     router = make_router(a=2)
     await place(router, "r")
     again = asyncio.ensure_future(place(router, "r", is_retry=True))
     await turns()
-    assert not again.done() and table.engine_of("r") is None
-    assert await again == "a"
+    if what == "the request has ended":
+        table.release("r")
+    else:
+        router._replicas_list = []
+    with pytest.raises(EngineDead):
+        await again
 
 
 async def test_request_that_waits_sees_new_replicas_and_reports(table):

@@ -1,0 +1,125 @@
+"""What an ingress sends to engines: requests, and aborts of them.
+
+A request goes from here to the engine where it was booked, beside Serve's call to the replica,
+which counts it. By way of the replica it would take two calls, one after the other, and a tenth
+more time to its first token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextvars import Context
+
+import msgspec
+
+from deployments.engine_link import EngineLink
+from deployments.wire import encode
+
+logger = logging.getLogger("ray.serve")
+
+ABORT_LIMIT_S = 1.0
+"""A request that still runs so long after its abort is aborted again."""
+ABORTED_KEPT = 4096
+"""So many aborts are remembered."""
+
+
+class Dispatch:
+    """Sends all that begins or ends in one turn of the event loop, to which it belongs, in one call
+    an engine.
+
+    Calls are made in a context of their own: Ray takes one for a child of the request in whose
+    context it is made, and cancels it with that request.
+
+    Args:
+        on_refusal: called with an engine and the requests that it did not take.
+    """
+
+    def __init__(self, on_refusal: Callable[[str, Iterable[str]], None]) -> None:
+        self.links: dict[str, EngineLink] = {}
+        """To the engines whose trunks are open."""
+        self._on_refusal = on_refusal
+        self._submissions: dict[str, dict[str, bytes]] = {}
+        """Encoded ones by engine and request id, to be sent."""
+        self._submitting: set[asyncio.Task[None]] = set()
+        self._aborts: dict[str, list[str]] = {}
+        """Request ids by engine, to be sent."""
+        self._aborted: OrderedDict[tuple[str, str], float] = OrderedDict()
+        """When engines were last told to end which requests."""
+        self._loop = asyncio.get_running_loop()
+
+    def open(self, engine_id: str, link: EngineLink) -> None:
+        """Send to an engine from now on, first what has waited for this."""
+        if engine_id not in self.links:
+            self.links[engine_id] = link
+            self._loop.call_soon(self._send_submissions, engine_id, context=Context())
+
+    def close(self, engine_id: str) -> bool:
+        """Send nothing more to an engine, nor what waits; returns whether it was open."""
+        self._submissions.pop(engine_id, None)
+        return self.links.pop(engine_id, None) is not None
+
+    def submit(self, request_id: str, submission: bytes, engine_id: str) -> None:
+        """Send a request to its engine, once that is open; called in any thread."""
+        self._loop.call_soon_threadsafe(
+            self._post, request_id, submission, engine_id, context=Context()
+        )
+
+    def _post(self, request_id: str, submission: bytes, engine_id: str) -> None:
+        waiting = self._submissions.setdefault(engine_id, {})
+        waiting[request_id] = submission
+        if len(waiting) == 1:
+            self._loop.call_soon(self._send_submissions, engine_id)
+
+    def _send_submissions(self, engine_id: str) -> None:
+        if (link := self.links.get(engine_id)) is None:
+            return
+        if batch := self._submissions.pop(engine_id, {}):
+            task = self._loop.create_task(self._submit(engine_id, link, batch))
+            self._submitting.add(task)  # the event loop itself would not keep it
+            task.add_done_callback(self._submitting.discard)
+
+    async def _submit(self, engine_id: str, link: EngineLink, batch: dict[str, bytes]) -> None:
+        try:
+            await link.submit(encode([msgspec.Raw(each) for each in batch.values()]))
+        except Exception as error:  # those who wait would not hear of it otherwise
+            reason = summary(error)
+            logger.error("engine %s did not take %d requests (%s)", engine_id, len(batch), reason)
+            self._on_refusal(engine_id, batch)
+
+    def abort(self, engine_id: str, request_id: str) -> bool:
+        """Tell an engine to end a request; returns at once.
+
+        Returns:
+            Whether the engine will hear of it; else it does not know the request.
+        """
+        waiting = self._submissions.get(engine_id, {})
+        if waiting.pop(request_id, None) is not None or engine_id not in self.links:
+            return False
+        if not self._aborts:
+            self._loop.call_soon(self._send_aborts, context=Context())
+        self._aborts.setdefault(engine_id, []).append(request_id)
+        self._aborted[engine_id, request_id] = self._loop.time()
+        if len(self._aborted) > ABORTED_KEPT:
+            self._aborted.popitem(last=False)
+        return True
+
+    def abort_again(self, engine_id: str, request_id: str) -> None:
+        """Tell an engine that runs a request for nobody, unless it has just been told."""
+        told = self._aborted.get((engine_id, request_id))
+        if told is None or self._loop.time() - told > ABORT_LIMIT_S:
+            self._aborted.pop((engine_id, request_id), None)
+            self.abort(engine_id, request_id)
+
+    def _send_aborts(self) -> None:
+        aborts, self._aborts = self._aborts, {}
+        for engine_id, request_ids in aborts.items():
+            if engine_id in self.links:
+                self.links[engine_id].abort(request_ids)
+
+
+def summary(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,144 @@
+"""What an ingress sends to engines, with engines that only note it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
+
+import pytest
+
+from deployments.dispatch import Dispatch
+from deployments.wire import Submission, decode_submissions, encode
+from engine.request import EngineRequest
+from engine.sampling_params import SamplingParams
+from tests.deployments.fake_core import expected_tokens
+from tests.deployments.flights import PROMPT, request, take
+from tests.deployments.plane import open_plane
+
+CALLER: ContextVar[str] = ContextVar("caller", default="")
+
+
+class NotingLink:
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.submitted: list[list[str]] = []
+        self.aborted: list[list[str]] = []
+        self.callers: list[str] = []
+        self._failure = failure
+
+    def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
+        raise NotImplementedError
+
+    def acknowledge(self, subscriber_id: str, count: int) -> None:
+        raise NotImplementedError
+
+    async def submit(self, batch: bytes) -> None:
+        self.callers.append(CALLER.get())
+        if self._failure is not None:
+            raise self._failure
+        self.submitted.append([item.request.request_id for item in decode_submissions(batch)])
+
+    def abort(self, request_ids: list[str]) -> None:
+        self.callers.append(CALLER.get())
+        self.aborted.append(request_ids)
+
+
+class Refusals(list[tuple[str, list[str]]]):
+    def note(self, engine_id, request_ids) -> None:
+        self.append((engine_id, list(request_ids)))
+
+
+@pytest.fixture
+async def refusals():
+    return Refusals()
+
+
+@pytest.fixture
+async def dispatch(refusals):
+    return Dispatch(refusals.note)
+
+
+def submit(dispatch: Dispatch, *request_ids: str) -> None:
+    for request_id in request_ids:
+        item = Submission("x", EngineRequest(request_id, [1, 2], SamplingParams(seed=0)))
+        dispatch.submit(request_id, encode(item), "e")
+
+
+async def turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_what_is_sent_in_a_turn_is_one_call_and_no_part_of_a_request(dispatch):
+    link = NotingLink()
+    dispatch.open("e", link)
+    CALLER.set("a request")
+    submit(dispatch, "a", "b")
+    assert dispatch.abort("e", "c") and dispatch.abort("e", "d")
+    await turns()
+    assert (link.submitted, link.aborted) == ([["a", "b"]], [["c", "d"]])
+    assert link.callers == ["", ""]
+    submit(dispatch, "e")
+    await turns()
+    assert link.submitted == [["a", "b"], ["e"]]
+
+
+async def test_requests_wait_until_the_engine_is_open(dispatch):
+    link = NotingLink()
+    submit(dispatch, "a", "b", "c")
+    await turns()
+    assert not dispatch.abort("e", "b")
+    dispatch.open("e", link)
+    dispatch.open("e", link)  # with every message
+    await turns()
+    assert link.submitted == [["a", "c"]] and link.aborted == []
+
+
+async def test_what_waits_for_a_lost_engine_is_dropped(dispatch):
+    submit(dispatch, "a")
+    await turns()
+    assert not dispatch.close("e")
+    link = NotingLink()
+    dispatch.open("e", link)
+    await turns()
+    assert link.submitted == [] and dispatch.close("e")
+    assert not dispatch.abort("e", "a")
+
+
+async def test_an_abort_in_the_turn_of_its_request_reaches_the_engine_or_stops_it(dispatch):
+    """Either the engine hears of both, or of neither: the call to its replica would wait on."""
+    link = NotingLink()
+    dispatch.open("e", link)
+    for turns_between in range(4):
+        name = f"r{turns_between}"
+        submit(dispatch, name)
+        for _ in range(turns_between):
+            await asyncio.sleep(0)
+        told = dispatch.abort("e", name)
+        await turns()
+        assert ([name] in link.submitted) == ([name] in link.aborted) == told
+
+
+async def test_requests_that_an_engine_did_not_take_are_told(dispatch, refusals, caplog):
+    dispatch.open("e", NotingLink(RuntimeError("lost on the way\nsecret")))
+    submit(dispatch, "a", "b")
+    await turns()
+    assert refusals == [("e", ["a", "b"])]
+    assert "engine e did not take 2 requests (RuntimeError: lost on the way)" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def test_requests_that_an_engine_did_not_take_go_on_elsewhere():
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        tokens: dict[str, list[int]] = {}
+        with plane.client.start([request("r")]) as generation:
+            await plane.until(lambda: plane.table.engine_of("r"))
+
+            async def fail(batch: bytes) -> None:
+                raise RuntimeError("lost on the way")
+
+            broken = plane.table.engine_of("r")
+            plane.links[broken].submit = fail
+            await take(generation, tokens, 60)
+            assert generation._client.num_running == 0
+        assert tokens["r"] == expected_tokens(PROMPT, 60)
