@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection
 from contextvars import Context
 
 import msgspec
@@ -27,23 +27,24 @@ ABORTED_KEPT = 4096
 
 
 class Dispatch:
-    """Sends all that begins or ends in one turn of the event loop, to which it belongs, in one call
-    an engine.
+    """Sends what begins or ends in one turn of the event loop, to which it belongs, in few calls.
 
-    Calls are made in a context of their own: Ray takes one for a child of the request in whose
+    They are made in a context of their own: Ray takes one for a child of the request in whose
     context it is made, and cancels it with that request.
 
     Args:
         on_refusal: called with an engine and the requests that it did not take.
     """
 
-    def __init__(self, on_refusal: Callable[[str, Iterable[str]], None]) -> None:
+    def __init__(self, on_refusal: Callable[[str, Collection[str]], None]) -> None:
         self.links: dict[str, EngineLink] = {}
         """To the engines whose trunks are open."""
         self._on_refusal = on_refusal
         self._submissions: dict[str, dict[str, bytes]] = {}
         """Encoded ones by engine and request id, to be sent."""
-        self._submitting: set[asyncio.Task[None]] = set()
+        self._following: set[asyncio.Task[None]] = set()
+        self._not_taken: Collection[str] = ()
+        """Requests that an engine has just refused to take."""
         self._aborts: dict[str, list[str]] = {}
         """Request ids by engine, to be sent."""
         self._aborted: OrderedDict[tuple[str, str], float] = OrderedDict()
@@ -54,7 +55,7 @@ class Dispatch:
         """Send to an engine from now on, first what has waited for this."""
         if engine_id not in self.links:
             self.links[engine_id] = link
-            self._loop.call_soon(self._send_submissions, engine_id, context=Context())
+            self._send_submissions(engine_id)
 
     def close(self, engine_id: str) -> bool:
         """Send nothing more to an engine, nor what waits; returns whether it was open."""
@@ -63,31 +64,41 @@ class Dispatch:
 
     def submit(self, request_id: str, submission: bytes, engine_id: str) -> None:
         """Send a request to its engine, once that is open; called in any thread."""
-        self._loop.call_soon_threadsafe(
-            self._post, request_id, submission, engine_id, context=Context()
-        )
+        if _running_loop() is self._loop:
+            self._post(request_id, submission, engine_id)
+        else:
+            self._loop.call_soon_threadsafe(self._post, request_id, submission, engine_id)
 
     def _post(self, request_id: str, submission: bytes, engine_id: str) -> None:
-        waiting = self._submissions.setdefault(engine_id, {})
-        waiting[request_id] = submission
-        if len(waiting) == 1:
+        """Send at once what is the first in this turn; it may have come alone."""
+        first = engine_id not in self._submissions
+        self._submissions.setdefault(engine_id, {})[request_id] = submission
+        if first and engine_id in self.links:
+            self._send_submissions(engine_id)
+            self._submissions[engine_id] = {}  # for those that come after it
             self._loop.call_soon(self._send_submissions, engine_id)
 
     def _send_submissions(self, engine_id: str) -> None:
-        if (link := self.links.get(engine_id)) is None:
+        if engine_id not in self.links:
             return
         if batch := self._submissions.pop(engine_id, {}):
-            task = self._loop.create_task(self._submit(engine_id, link, batch))
-            self._submitting.add(task)  # the event loop itself would not keep it
-            task.add_done_callback(self._submitting.discard)
+            data = encode([msgspec.Raw(each) for each in batch.values()])
+            taken = Context().run(self.links[engine_id].submit, data)
+            task = self._loop.create_task(self._follow(engine_id, batch, taken))
+            self._following.add(task)  # the event loop itself would not keep it
+            task.add_done_callback(self._following.discard)
 
-    async def _submit(self, engine_id: str, link: EngineLink, batch: dict[str, bytes]) -> None:
+    async def _follow(
+        self, engine_id: str, request_ids: Collection[str], taken: Awaitable[None]
+    ) -> None:
         try:
-            await link.submit(encode([msgspec.Raw(each) for each in batch.values()]))
+            await taken
         except Exception as error:  # those who wait would not hear of it otherwise
-            reason = summary(error)
-            logger.error("engine %s did not take %d requests (%s)", engine_id, len(batch), reason)
-            self._on_refusal(engine_id, batch)
+            reason, number = summary(error), len(request_ids)
+            logger.error("engine %s did not take %d requests (%s)", engine_id, number, reason)
+            self._not_taken = request_ids
+            self._on_refusal(engine_id, request_ids)
+            self._not_taken = ()
 
     def abort(self, engine_id: str, request_id: str) -> bool:
         """Tell an engine to end a request; returns at once.
@@ -95,8 +106,9 @@ class Dispatch:
         Returns:
             Whether the engine will hear of it; else it does not know the request.
         """
-        waiting = self._submissions.get(engine_id, {})
-        if waiting.pop(request_id, None) is not None or engine_id not in self.links:
+        waiting = self._submissions.get(engine_id, {}).pop(request_id, None)
+        unknown = waiting is not None or request_id in self._not_taken
+        if unknown or engine_id not in self.links:
             return False
         if not self._aborts:
             self._loop.call_soon(self._send_aborts, context=Context())
@@ -123,3 +135,10 @@ class Dispatch:
 def summary(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

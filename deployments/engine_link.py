@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Protocol
 
 import ray
@@ -17,8 +17,9 @@ class EngineLink(Protocol):
     def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
         """Read this subscriber's trunk."""
 
-    async def submit(self, batch: bytes) -> None:
-        """Hand over an encoded list of `Submission`s; raises if the engine did not take it."""
+    def submit(self, batch: bytes) -> Awaitable[None]:
+        """Send an encoded list of `Submission`s at once; what is returned raises if the engine did
+        not take it."""
 
     def acknowledge(self, subscriber_id: str, count: int) -> None:
         """Tell that so many more messages have been read, or of 0 ask for one; returns at once."""
@@ -49,9 +50,11 @@ class RayEngineLink:
         finally:
             ray.cancel(messages)
 
-    async def submit(self, batch: bytes) -> None:
-        """Hand over an encoded list of `Submission`s; raises if the engine did not take it."""
-        await self._actor.submit.remote(batch)
+    def submit(self, batch: bytes) -> Awaitable[None]:
+        """Send an encoded list of `Submission`s at once; what is returned raises if the engine did
+        not take it."""
+        taken: Awaitable[None] = self._actor.submit.remote(batch)
+        return taken
 
     def acknowledge(self, subscriber_id: str, count: int) -> None:
         """Tell that so many more messages have been read; returns at once."""

@@ -25,6 +25,16 @@ LONG_STREAMS = {
 }
 """Values that suit streams of minutes."""
 
+STEADY_MEMORY = {
+    # glibc gives threads up to eight arenas a core. What a storm of requests leaves free in one is
+    # of no use to the others: an ingress would grow by some per cent with every storm.
+    "MALLOC_ARENA_MAX": "2",
+}
+"""For all processes, from their start."""
+
+EVERY_NODE = FAST_PATH | LONG_STREAMS | SERVE_MIDDLEWARE | STEADY_MEMORY
+"""What Ray should find in its environment on every node."""
+
 
 def missing_flags(environment: Mapping[str, str] = os.environ) -> list[str]:
     """`NAME=value` of each setting of the fast path that is not there."""

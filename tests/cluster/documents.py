@@ -7,15 +7,12 @@ import yaml
 
 from deployments.cli.main import main
 from deployments.config import AppArgs
-from deployments.flags import FAST_PATH, LONG_STREAMS, SERVE_MIDDLEWARE
 from deployments.serve_config import parse_values
 
 ROOT = Path(__file__).parent.parent.parent
 CLUSTER = ROOT / "cluster"
 SHAPES = {"qwen2.5-7b-instruct": "qwen2.5-7b", "qwen3-0.6b": "qwen3-0.6b"}
 """Served name → folder of `benchmarks/shapes` that stands for the model."""
-FLAGS = FAST_PATH | LONG_STREAMS | SERVE_MIDDLEWARE
-"""What Ray has to find in the environment of every node."""
 
 
 def load(path: Path) -> Any:

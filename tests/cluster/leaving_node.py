@@ -22,11 +22,12 @@ from typing import Any
 
 import httpx
 
+from deployments.flags import EVERY_NODE
 from deployments.haproxy import haproxy_settings
 from deployments.launch import SIDE_PORTS
 from deployments.leftovers import adopt_orphans, end_descendants
 from deployments.ports import pick_port
-from tests.cluster.documents import FLAGS, ROOT
+from tests.cluster.documents import ROOT
 
 STREAMS = 6
 STEP_S = 0.05
@@ -38,7 +39,7 @@ def main() -> None:
     drain_s, tokens = sys.argv[1], int(sys.argv[2])
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     os.environ.clear()
-    os.environ.update(kept | FLAGS | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"})
+    os.environ.update(kept | EVERY_NODE | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"})
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = drain_s
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -11,9 +11,9 @@ from ray.scripts.scripts import start
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import REPLICA_CPUS, engine_resources
+from deployments.flags import EVERY_NODE
 from tests.cluster.documents import (
     CLUSTER,
-    FLAGS,
     ROOT,
     args_of,
     check_on_an_a100,
@@ -127,7 +127,7 @@ def test_the_version_of_ray_is_the_pinned_one():
 
 def test_head_and_workers_get_all_flags():
     (flags,) = load_all(KUBERAY / "flags.yaml")
-    assert flags["data"] == FLAGS
+    assert flags["data"] == EVERY_NODE
     for group in GROUPS.values():
         (source,) = container(group)["envFrom"]
         assert source["configMapRef"]["name"] == flags["metadata"]["name"]

@@ -8,7 +8,8 @@ from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
-from tests.cluster.documents import CLUSTER, FLAGS, load
+from deployments.flags import EVERY_NODE
+from tests.cluster.documents import CLUSTER, load
 
 LAUNCHER = load(CLUSTER / "launcher.yaml")
 
@@ -49,7 +50,7 @@ def test_what_ray_does_not_know_is_noticed():
 def test_every_node_gets_all_flags(role):
     words = docker_run(role)
     settings = [words[index + 1] for index, word in enumerate(words) if word == "-e"]
-    assert {f"{name}={value}" for name, value in FLAGS.items()} <= set(settings)
+    assert {f"{name}={value}" for name, value in EVERY_NODE.items()} <= set(settings)
     assert "RAY_AUTH_MODE=token" in settings
 
 

@@ -80,8 +80,8 @@ class LocalLink:
                     return
                 yield data
 
-    async def submit(self, batch: bytes) -> None:
-        await self._actor.submit(batch)
+    def submit(self, batch: bytes) -> asyncio.Future[None]:
+        return asyncio.ensure_future(self._actor.submit(batch))
 
     def acknowledge(self, subscriber_id: str, count: int) -> None:
         self._calls.add(asyncio.ensure_future(self._actor.acknowledge(subscriber_id, count)))

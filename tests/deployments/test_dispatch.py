@@ -13,7 +13,7 @@ from deployments.wire import Submission, decode_submissions, encode
 from engine.request import EngineRequest
 from engine.sampling_params import SamplingParams
 from tests.deployments.fake_core import expected_tokens
-from tests.deployments.flights import PROMPT, request, take
+from tests.deployments.flights import PROMPT, request
 from tests.deployments.plane import open_plane
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")
@@ -32,11 +32,15 @@ class NotingLink:
     def acknowledge(self, subscriber_id: str, count: int) -> None:
         raise NotImplementedError
 
-    async def submit(self, batch: bytes) -> None:
+    def submit(self, batch: bytes) -> asyncio.Future[None]:
         self.callers.append(CALLER.get())
-        if self._failure is not None:
-            raise self._failure
         self.submitted.append([item.request.request_id for item in decode_submissions(batch)])
+        taken = asyncio.get_running_loop().create_future()
+        if self._failure is None:
+            taken.set_result(None)
+        else:
+            taken.set_exception(self._failure)
+        return taken
 
     def abort(self, request_ids: list[str]) -> None:
         self.callers.append(CALLER.get())
@@ -69,18 +73,41 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-async def test_what_is_sent_in_a_turn_is_one_call_and_no_part_of_a_request(dispatch):
+async def test_the_first_request_of_a_turn_leaves_at_once_and_all_others_together(dispatch):
+    link = NotingLink()
+    dispatch.open("e", link)
+    submit(dispatch, "a", "b", "c")
+    assert link.submitted == [["a"]]
+    await turns()
+    assert link.submitted == [["a"], ["b", "c"]]
+    submit(dispatch, "d")
+    assert link.submitted == [["a"], ["b", "c"], ["d"]]
+
+
+async def test_aborts_of_a_turn_are_one_call(dispatch):
+    link = NotingLink()
+    dispatch.open("e", link)
+    assert dispatch.abort("e", "c") and dispatch.abort("e", "d")
+    await turns()
+    assert link.aborted == [["c", "d"]]
+
+
+async def test_calls_are_no_part_of_the_request_that_makes_them(dispatch):
     link = NotingLink()
     dispatch.open("e", link)
     CALLER.set("a request")
     submit(dispatch, "a", "b")
-    assert dispatch.abort("e", "c") and dispatch.abort("e", "d")
+    dispatch.abort("e", "c")
     await turns()
-    assert (link.submitted, link.aborted) == ([["a", "b"]], [["c", "d"]])
-    assert link.callers == ["", ""]
-    submit(dispatch, "e")
+    assert link.callers == ["", "", ""]
+
+
+async def test_requests_may_be_booked_in_another_thread(dispatch):
+    link = NotingLink()
+    dispatch.open("e", link)
+    await asyncio.to_thread(submit, dispatch, "a")
     await turns()
-    assert link.submitted == [["a", "b"], ["e"]]
+    assert link.submitted == [["a"]]
 
 
 async def test_requests_wait_until_the_engine_is_open(dispatch):
@@ -121,24 +148,25 @@ async def test_an_abort_in_the_turn_of_its_request_reaches_the_engine_or_stops_i
 
 async def test_requests_that_an_engine_did_not_take_are_told(dispatch, refusals, caplog):
     dispatch.open("e", NotingLink(RuntimeError("lost on the way\nsecret")))
-    submit(dispatch, "a", "b")
+    submit(dispatch, "a", "b", "c")
     await turns()
-    assert refusals == [("e", ["a", "b"])]
+    assert refusals == [("e", ["a"]), ("e", ["b", "c"])]
     assert "engine e did not take 2 requests (RuntimeError: lost on the way)" in caplog.text
     assert "secret" not in caplog.text
 
 
-async def test_requests_that_an_engine_did_not_take_go_on_elsewhere():
+async def test_requests_that_an_engine_did_not_take_go_on_elsewhere(monkeypatch):
     async with open_plane(num_engines=2, step_s=0.005) as plane:
-        tokens: dict[str, list[int]] = {}
-        with plane.client.start([request("r")]) as generation:
-            await plane.until(lambda: plane.table.engine_of("r"))
+        link, lost = plane.links["e0"], []
 
-            async def fail(batch: bytes) -> None:
-                raise RuntimeError("lost on the way")
+        async def lose(batch: bytes) -> None:
+            monkeypatch.undo()
+            lost.append(len(decode_submissions(batch)))
+            raise RuntimeError("lost on the way")
 
-            broken = plane.table.engine_of("r")
-            plane.links[broken].submit = fail
-            await take(generation, tokens, 60)
-            assert generation._client.num_running == 0
-        assert tokens["r"] == expected_tokens(PROMPT, 60)
+        monkeypatch.setattr(link, "submit", lose)
+        requests = [request(f"r{i}") for i in range(8)]
+        with plane.client.start(requests) as generation:
+            ended = [d async for deltas in generation for d in deltas if d.finish_reason]
+        assert lost and [each.finish_reason for each in ended] == ["length"] * 8
+        assert [each.output_token_ids for each in requests] == [expected_tokens(PROMPT, 60)] * 8
