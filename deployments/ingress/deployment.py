@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ class Ingress:
         configure_logging(ProcessLog(args.logging, place))
         traces = _traces(args.tracing, place)
         self._draining = Draining()
+        # Texts come one by one: for each, to wake the library's threads takes longer than it saves.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         failover = FailoverLimits(args.ingress.failover_tries, args.ingress.failover_timeout_s)
         hub = TrunkHub(f"ingress-{uuid.uuid4().hex[:12]}", load_table())
         self._mover = Mover(hub, load_table())
