@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Container
 from contextvars import Context
 
 import msgspec
@@ -33,12 +33,16 @@ class Dispatch:
     context it is made, and cancels it with that request.
 
     Args:
+        wanted: ids of the requests that somebody waits for.
         on_refusal: called with an engine and the requests that it did not take.
     """
 
-    def __init__(self, on_refusal: Callable[[str, Collection[str]], None]) -> None:
+    def __init__(
+        self, wanted: Container[str], on_refusal: Callable[[str, Collection[str]], None]
+    ) -> None:
         self.links: dict[str, EngineLink] = {}
         """To the engines whose trunks are open."""
+        self._wanted = wanted
         self._on_refusal = on_refusal
         self._submissions: dict[str, dict[str, bytes]] = {}
         """Encoded ones by engine and request id, to be sent."""
@@ -71,6 +75,8 @@ class Dispatch:
 
     def _post(self, request_id: str, submission: bytes, engine_id: str) -> None:
         """Send at once what is the first in this turn; it may have come alone."""
+        if engine_id not in self.links and request_id not in self._wanted:
+            return  # it went on elsewhere, or has ended, while the router's thread told of it
         first = engine_id not in self._submissions
         self._submissions.setdefault(engine_id, {})[request_id] = submission
         if first and engine_id in self.links:
@@ -82,11 +88,20 @@ class Dispatch:
         if engine_id not in self.links:
             return
         if batch := self._submissions.pop(engine_id, {}):
-            data = encode([msgspec.Raw(each) for each in batch.values()])
-            taken = Context().run(self.links[engine_id].submit, data)
-            task = self._loop.create_task(self._follow(engine_id, batch, taken))
+            task = self._loop.create_task(
+                self._follow(engine_id, batch, self._hand_over(engine_id, batch))
+            )
             self._following.add(task)  # the event loop itself would not keep it
             task.add_done_callback(self._following.discard)
+
+    def _hand_over(self, engine_id: str, batch: dict[str, bytes]) -> Awaitable[None]:
+        try:
+            data = encode([msgspec.Raw(each) for each in batch.values()])
+            return Context().run(self.links[engine_id].submit, data)
+        except Exception as error:  # such as a store without room for what is large
+            failed: asyncio.Future[None] = self._loop.create_future()
+            failed.set_exception(error)
+            return failed
 
     async def _follow(
         self, engine_id: str, request_ids: Collection[str], taken: Awaitable[None]
@@ -97,14 +112,17 @@ class Dispatch:
             reason, number = summary(error), len(request_ids)
             logger.error("engine %s did not take %d requests (%s)", engine_id, number, reason)
             self._not_taken = request_ids
-            self._on_refusal(engine_id, request_ids)
-            self._not_taken = ()
+            try:
+                self._on_refusal(engine_id, request_ids)
+            finally:
+                self._not_taken = ()
 
     def abort(self, engine_id: str, request_id: str) -> bool:
         """Tell an engine to end a request; returns at once.
 
         Returns:
-            Whether the engine will hear of it; else it does not know the request.
+            Whether the engine will hear of it; else it does not have the request, or cannot be
+            reached.
         """
         waiting = self._submissions.get(engine_id, {}).pop(request_id, None)
         unknown = waiting is not None or request_id in self._not_taken

@@ -179,6 +179,10 @@ class EngineActor:
                 self._forget(request_id, "abort")
             self._report_ready.set()
 
+    async def missing(self, request_ids: list[str]) -> list[str]:
+        """Those of the requests that are not here: they have ended, or have not come."""
+        return [i for i in request_ids if i not in self._owners]
+
     async def subscribe(self, subscriber_id: str) -> AsyncIterator[bytes]:
         """The trunk: one encoded `TrunkMessage` a step, more steps in one while the reader is slow.
 

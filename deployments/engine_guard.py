@@ -27,8 +27,8 @@ logger = logging.getLogger("trunkline.actor")
 
 DEAF_LIMIT_S = watchdog.SILENCE_LIMIT_S
 """A replica that has taken no report for this long, though they come every second, is stopped or
-hangs: new requests would be sent to it and wait there. Serve would take three failed health checks
-to replace it."""
+hangs: Serve's calls of new requests would wait there, and nobody would count ends. Serve would take
+three failed health checks to replace it."""
 STDERR = 2
 """File descriptor; Ray makes it a file with its other logs."""
 
@@ -74,7 +74,7 @@ class EngineGuard:
     @property
     def overdue(self) -> bool:
         """Whether new requests had better go elsewhere: a step takes long, see `StepWatch.overdue`,
-        the replica, through which they would come, has been silent, or the engine has ended, which
+        the replica, which counts them, has been silent, or the engine has ended, which
         in its last messages would seem to be the idlest of all."""
         deaf = self._replica.seconds > SILENT_S
         over = self._over or not self._loop.alive

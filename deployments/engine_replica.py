@@ -42,6 +42,8 @@ minutes from a cold network file system. No request waits for this engine yet, b
 given up too early never starts."""
 EARLY_ENDS = 4096
 """So many ends of requests whose calls have not come yet are remembered."""
+LOST_CALLS_S = 15.0
+"""A call whose request the engine has not had for so long, at two looks, ends."""
 UNREAD_OBJECTS = 2
 """Reports that the engine may send ahead; then it merges, and notices that nobody reads."""
 
@@ -87,7 +89,8 @@ class EngineReplica:
         # Not before: loading may take minutes.
         self._silence = Silence()
         self._record = harmless(EngineMetrics(model_name).record)
-        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._guard())]
+        work = (self._watch(), self._guard(), self._end_lost_calls())
+        self._tasks = [asyncio.create_task(each) for each in work]
 
     async def _start(self) -> dict[str, Any]:
         """Start the engine; returns the fields of its `EngineInfo`, and its `pid`.
@@ -193,6 +196,21 @@ class EngineReplica:
             await asyncio.sleep(watchdog.LOOK_S)
         watchdog.ask_for_stacks(self.info["pid"])
         self._die(f"the engine has not reported for {SILENCE_LIMIT_S:.0f} s", "silence")
+
+    async def _end_lost_calls(self) -> None:
+        """End calls whose requests are not at the engine: they were lost on the way, or their ends
+        had been told before the calls came. They would count for ever."""
+        missing: set[str] = set()
+        while True:
+            await asyncio.sleep(LOST_CALLS_S)
+            before = missing
+            try:
+                missing = set(await self._actor.missing.remote(list(self._ends)))
+            except ray.exceptions.RayError:  # `_watch` sees to that
+                return
+            for request_id in missing & before & self._ends.keys():
+                if not self._ends[request_id].done():
+                    self._ends[request_id].set_result("abort")
 
     def _take(self, report: EngineReport) -> None:
         self._silence.end()

@@ -279,8 +279,9 @@ class Flight:
             told = client.hub.abort(self._try_id)
             client.hub.unregister(self._try_id)
             if not told:
-                # It stands in line, or where it runs cannot be reached. Else the call ends with the
-                # request: a call over gRPC that is cancelled leaves a kilobyte behind for ever.
+                # It stands in line, or where it runs cannot be reached. Else the replica ends the
+                # call with the request, or when it finds the request missing at the engine: a call
+                # over gRPC that is cancelled leaves a kilobyte behind for ever.
                 self._watcher.cancel()
                 with contextlib.suppress(Exception):  # a call that has failed says so again
                     self._call.cancel()

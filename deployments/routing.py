@@ -23,7 +23,7 @@ from deployments.placement import AFFINITY_MARGIN, POLICIES, Booking
 RECHECK_S = 0.1
 """The request at the head of the line looks for room this often even if nothing told of any: what
 those of lost engines need, which wait for a time at most for answers of the others."""
-REFUSED_PAUSE_S = 0.5
+REFUSED_PAUSE_S = 2.0
 """A call that a replica turned away is made again after this long. Nobody waits for it: the engine
 has its request."""
 
@@ -91,24 +91,23 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         """Choose once more the engine where a request was booked, and to which it was sent.
 
         Its replica has turned the call away, as those of other ingress replicas had come first and
-        all are counted, or Serve does not know whether the call came.
+        all are counted, or Serve does not know whether the call came. If the replica is out of
+        service by now, there is no call: the trunk tells what becomes of the request.
 
         Raises:
-            EngineDead: the replica is gone, or the request has ended.
+            EngineDead: the request has ended, or gone on elsewhere.
         """
-        self._replica_of(request_id)
-        await asyncio.sleep(REFUSED_PAUSE_S)
-        return self._replica_of(request_id)
-
-    def _replica_of(self, request_id: str) -> RunningReplica:
         from deployments.load_table import load_table
         from engine.errors import EngineDead
 
-        engine_id = load_table().engine_of(request_id)
-        for replica in self._replicas_list:
-            if replica.replica_id.unique_id == engine_id:
-                return replica
-        raise EngineDead("the replica of the engine that runs the request was lost.")
+        while True:
+            await asyncio.sleep(REFUSED_PAUSE_S)
+            engine_id = load_table().engine_of(request_id)
+            if engine_id is None:
+                raise EngineDead("the request has left the engine.")
+            for replica in self._replicas_list:
+                if replica.replica_id.unique_id == engine_id:
+                    return replica
 
     def _tell_of_room(self) -> None:
         """Called in whatever thread changed the load table."""

@@ -70,7 +70,7 @@ class TrunkHub:
         self._table = table
         self._connect = connect
         self._receivers: dict[str, Receiver] = {}
-        self._dispatch = Dispatch(self._on_refusal)
+        self._dispatch = Dispatch(self._receivers, self._on_refusal)
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._deployments: list[str] = []
         self._loop = asyncio.get_running_loop()

@@ -29,6 +29,8 @@ from engine.startup import start_engine
 ENGINE_ID = "local"
 MANY = 2**31
 """The engine takes whatever comes: who calls it bounds what is under way."""
+LOOK_S = 0.02
+"""A request that the engine cannot take now looks this often whether it can."""
 
 
 @asynccontextmanager
@@ -104,7 +106,8 @@ class _Handle:
         return asyncio.ensure_future(self._run(booking))
 
     async def _run(self, booking: Booking) -> None:
-        self._table.book({ENGINE_ID: MANY}, booking)
+        while self._table.book({ENGINE_ID: MANY}, booking) is None:  # a step takes long, or failed
+            await asyncio.sleep(LOOK_S)
         await asyncio.Event().wait()
 
 

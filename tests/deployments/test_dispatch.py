@@ -16,6 +16,7 @@ from tests.deployments.fake_core import expected_tokens
 from tests.deployments.flights import PROMPT, request
 from tests.deployments.plane import open_plane
 
+WANTED = set("abcde")
 CALLER: ContextVar[str] = ContextVar("caller", default="")
 
 
@@ -59,7 +60,7 @@ async def refusals():
 
 @pytest.fixture
 async def dispatch(refusals):
-    return Dispatch(refusals.note)
+    return Dispatch(WANTED, refusals.note)
 
 
 def submit(dispatch: Dispatch, *request_ids: str) -> None:
@@ -132,6 +133,11 @@ async def test_what_waits_for_a_lost_engine_is_dropped(dispatch):
     assert not dispatch.abort("e", "a")
 
 
+async def test_what_another_thread_tells_too_late_is_dropped(dispatch):
+    submit(dispatch, "gone", "a")
+    assert list(dispatch._submissions["e"]) == ["a"]
+
+
 async def test_an_abort_in_the_turn_of_its_request_reaches_the_engine_or_stops_it(dispatch):
     """Either the engine hears of both, or of neither: the call to its replica would wait on."""
     link = NotingLink()
@@ -144,6 +150,20 @@ async def test_an_abort_in_the_turn_of_its_request_reaches_the_engine_or_stops_i
         told = dispatch.abort("e", name)
         await turns()
         assert ([name] in link.submitted) == ([name] in link.aborted) == told
+
+
+async def test_requests_that_cannot_even_be_sent_are_told(dispatch, refusals):
+    link = NotingLink()
+    dispatch.open("e", link)
+    link.submit = raise_at_once
+    submit(dispatch, "a", "b", "c")
+    assert not refusals  # its caller is about to make Serve's call
+    await turns()
+    assert refusals == [("e", ["a"]), ("e", ["b", "c"])]
+
+
+def raise_at_once(batch: bytes) -> asyncio.Future[None]:
+    raise MemoryError("no room for the batch")
 
 
 async def test_requests_that_an_engine_did_not_take_are_told(dispatch, refusals, caplog):

@@ -273,3 +273,15 @@ async def test_of_two_calls_for_a_request_the_later_one_hears_of_the_end(local):
     assert await second == "length"
     assert not replica._ends
     await stop(replica)
+
+
+async def test_calls_for_requests_that_the_engine_does_not_have_end(local, monkeypatch):
+    monkeypatch.setattr(engine_replica, "LOST_CALLS_S", 0.05)
+    replica = await start()
+    running = asyncio.ensure_future(run(replica, "a", 10**6))
+    async with asyncio.timeout(5):
+        assert await replica.generate(Booking("lost on the way", 2)) == "abort"
+    await asyncio.sleep(0.2)
+    assert not running.done()
+    running.cancel()
+    await stop(replica)

@@ -18,6 +18,8 @@ from deployments.cli.local_app import open_local_app, post_to
 from deployments.cli.main import main
 from deployments.config import ModelOptions
 from engine.config import BUNDLED_MODEL, EngineConfig
+from engine.errors import StepFailed
+from engine.outputs import TokenDelta
 from tests.deployments.fake_core import FakeCore
 
 
@@ -137,6 +139,24 @@ async def test_in_this_process_answers_are_the_same(url):
         assert answer.status == 200
         assert content(json.loads(answer.body)) == content(direct.json())
     assert refused.status == 404
+
+
+class FailsOnce(FakeCore):
+    failed = False
+
+    def step(self) -> list[TokenDelta]:
+        if self.failed:
+            return super().step()
+        self.failed = True
+        raise StepFailed("out of luck", self.fail_all("The step failed."))
+
+
+async def test_in_this_process_requests_survive_a_failed_step(url):
+    body = json.dumps({"model": "m", "prompt": "five six", "max_tokens": 6}).encode()
+    async with open_local_app("m", ModelOptions(), FailsOnce) as app, asyncio.timeout(20):
+        answer = await post_to(app, "/v1/completions", body)
+    direct = await asyncio.to_thread(httpx.post, url + "/v1/completions", content=body)
+    assert content(json.loads(answer.body)) == content(direct.json())
 
 
 def test_without_a_url_the_model_runs_here(tmp_path, write_lines, monkeypatch):
