@@ -82,11 +82,17 @@ NEVER_SENT = {
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory):
+    """Its limits are shorter than the engine's own, so that the test does not take minutes."""
     model = write_byte_model(tmp_path_factory.mktemp("bytes") / "model")
     core = EngineCore(tiny_config(model))
     setup = Setup(model, TINY_LLAMA["vocab_size"], (EOS,), compile_cpu_s=1.0, mask_cpu_s=0.1)
     core.constraints = Constraints(GrammarHost(setup), (EOS,))
     return core
+
+
+@pytest.fixture
+def patient_core(tmp_path):
+    return EngineCore(tiny_config(write_byte_model(tmp_path / "model")))
 
 
 def test_what_explodes_is_refused_and_others_go_on(core):
@@ -110,10 +116,10 @@ def test_what_explodes_is_refused_and_others_go_on(core):
     core.check_invariants()
 
 
-def test_what_only_looks_like_it_is_followed(core):
+def test_what_only_looks_like_it_is_followed(patient_core):
     wires = [wire(rid, form, max_tokens=30) for rid, form in FOLLOWED.items()]
-    outputs = run_core(core, wires, 10**6)
-    assert {reason for _, reason in outputs.values()} <= {"stop", "length"}
+    outputs = run_core(patient_core, wires, 10**6)
+    assert {rid: reason for rid, (_, reason) in outputs.items() if reason == "error"} == {}
 
 
 @pytest.mark.parametrize("form", NEVER_SENT.values(), ids=NEVER_SENT)
