@@ -1,8 +1,8 @@
 """What an ingress sends to engines: requests, and aborts of them.
 
 A request goes from here to the engine where it was booked, beside Serve's call to the replica,
-which counts it. By way of the replica it would take two calls, one after the other, and a tenth
-more time to its first token.
+which counts it. By way of the replica it would take two calls, one after the other, before it could
+begin.
 """
 
 from __future__ import annotations

@@ -127,7 +127,8 @@ class Flight:
 
     def add(self, delta: TokenDelta, engine_id: str) -> None:
         """Take what the engine of this try tells."""
-        self._journey.meet(engine_id)
+        if not self._new_tokens:
+            self._journey.meet(engine_id)
         if delta.finish_reason == "error" and not delta.refused:
             self._fall(delta)
         else:

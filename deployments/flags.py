@@ -27,7 +27,7 @@ LONG_STREAMS = {
 
 STEADY_MEMORY = {
     # glibc gives threads up to eight arenas a core. What a storm of requests leaves free in one is
-    # of no use to the others: an ingress would grow by some per cent with every storm.
+    # of no use to the others: an ingress would grow by some per cent over twenty storms.
     "MALLOC_ARENA_MAX": "2",
 }
 """For all processes, from their start."""
