@@ -45,13 +45,11 @@ class Linear(nn.Module):
         self.weight = torch.empty(total, in_features, dtype=dtype, device=device)
         self.bias = torch.empty(total, dtype=dtype, device=device) if bias else None
         self._packed = False
-        self._gainful_rows: Callable[[int], int] | None = None
+        self._has_kernels = device.type == "cuda" and dtype != torch.float32
         self._skinny_rows = 0
-        """Most rows for which the kernel for few rows is used."""
-        if device.type == "cuda" and dtype != torch.float32:
-            from engine.kernels import linear
-
-            self._skinny, self._gainful_rows = linear.skinny_linear, linear.gainful_rows
+        """Most rows for which the kernel for the fewest rows is used."""
+        self.wave_rows = 0
+        """Rows for which the kernel for exactly so many is used; 0 if it is not."""
 
     def slots(self, *names: str) -> dict[str, torch.Tensor]:
         """Views of the merged parameters by checkpoint name, one name for each output."""
@@ -73,20 +71,39 @@ class Linear(nn.Module):
         Args:
             adds: warm `forward_add` up instead of `forward`.
         """
-        for rows in filter(self._skinny_rows.__ge__, (16, 32, 64)):
-            x = self.weight.new_zeros(rows, self.weight.shape[1])
+        for x in self.few_rows():
             if adds:
-                yield partial(Linear.forward_add, self, x, x.new_zeros(rows, len(self.weight)))
+                yield partial(Linear.forward_add, self, x, x.new_zeros(len(x), len(self.weight)))
             else:
                 yield partial(self.forward, x)
+
+    def few_rows(self) -> Iterator[torch.Tensor]:
+        """An input for each of the kernels for few rows, [rows, in_features]."""
+        for rows in (16, 32, 64):
+            if rows <= self._skinny_rows or rows == self.wave_rows:
+                yield self.weight.new_zeros(rows, self.weight.shape[1])
 
     def finalize(self) -> None:
         """Choose kernels for the weight, and pack it where the device gains by it: it can then no
         longer be read."""
-        if self._gainful_rows is not None:
-            self._skinny_rows = self._gainful_rows(len(self.weight))
+        if self._has_kernels:
+            self._choose_kernels()
         if (packed := _pack(self.weight)) is not None:
             self.weight, self._packed = packed, True
+
+    def _choose_kernels(self) -> None:
+        from engine.kernels import linear, wave_linear
+
+        self._skinny, self._wave = linear.skinny_linear, wave_linear.wave_linear
+        self._skinny_rows = linear.gainful_rows(len(self.weight))
+        if wave_linear.gains(self.weight):
+            self.wave_rows = wave_linear.ROWS
+
+    def _kernel(self, rows: int) -> Callable[..., torch.Tensor] | None:
+        """The kernel for so many rows; None where the library's product is used."""
+        if rows == self.wave_rows:
+            return self._wave
+        return self._skinny if rows <= self._skinny_rows else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in_features] → [tokens, sum of out_features]."""
@@ -95,8 +112,8 @@ class Linear(nn.Module):
                 x, self.weight, self.bias, "none", [], ""
             )
             return product
-        if len(x) <= self._skinny_rows:
-            return self._skinny(x, self.weight, self.bias)
+        if (kernel := self._kernel(len(x))) is not None:
+            return kernel(x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
 
     def forward_add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -109,8 +126,8 @@ class Linear(nn.Module):
                 x, residual, self.weight, self.bias, "add"
             )
             return total
-        if len(x) <= self._skinny_rows:
-            return self._skinny(x, self.weight, self.bias, residual)
+        if (kernel := self._kernel(len(x))) is not None:
+            return kernel(x, self.weight, self.bias, residual)
         if self.bias is None:
             return residual.addmm_(x, self.weight.t())
         return functional.linear(x, self.weight, self.bias).add_(residual)
@@ -156,8 +173,8 @@ class SummedLinear(Linear):
         self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
     ) -> torch.Tensor:
         """`forward` or `forward_add` into `out`, where the residual may lie."""
-        if len(x) <= self._skinny_rows:
-            return self._skinny(x, self.weight, self.bias, residual, out)
+        if (kernel := self._kernel(len(x))) is not None:
+            return kernel(x, self.weight, self.bias, residual, out)
         if residual is None:
             torch.mm(x, self.weight.t(), out=out)
         else:

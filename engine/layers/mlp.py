@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -28,15 +31,27 @@ class GatedMLP(nn.Module):
         self._activate = _silu_mul
         if device.type == "cuda":
             from engine.kernels.activation import silu_mul
+            from engine.kernels.wave_linear import gated_wave_linear
 
-            self._activate = silu_mul
+            self._activate, self._gated_wave = silu_mul, gated_wave_linear
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] → residual plus the block's output, [tokens, hidden].
 
         `residual` may be overwritten.
         """
-        return self.down.forward_add(self._activate(self.gate_up(x)), residual)
+        return self.down.forward_add(self._gated(x), residual)
+
+    def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == self.gate_up.wave_rows:
+            return self._gated_wave(x, self.gate_up.weight)
+        return self._activate(self.gate_up(x))
+
+    def warm_ups(self) -> Iterator[Callable[[], torch.Tensor]]:
+        """Calls that compile the kernels of products; they may run in threads of their own."""
+        for x in self.gate_up.few_rows():
+            yield partial(self._gated, x)
+        yield from self.down.warm_ups(adds=True)
 
     def slots(self) -> dict[str, torch.Tensor]:
         """Parameters by checkpoint name."""

@@ -188,8 +188,7 @@ class CausalLM(nn.Module):
         assert isinstance(layer, DecoderLayer)
         yield from layer.attention.qkv.warm_ups(adds=False)
         yield from layer.attention.out.warm_ups(adds=True)
-        yield from layer.mlp.gate_up.warm_ups(adds=False)
-        yield from layer.mlp.down.warm_ups(adds=True)
+        yield from layer.mlp.warm_ups()
         yield from self.head.warm_ups(adds=False)
 
     def finalize(self) -> None:

@@ -152,9 +152,9 @@ class InputBatch:
         blocks[: len(layout.owners)] = table[layout.owners, of_token]
         decodes = _num_decodes(counts)
         decode_lens = np.where(counts == 1, seq_lens, 0) if in_graph else seq_lens[:decodes]
-        samples, count = np.flatnonzero(plan.samples), sum(plan.samples)
-        if in_graph:
-            samples = np.append(samples, np.zeros(len(rows) - count, dtype=np.int64))
+        count = sum(plan.samples)
+        samples = np.zeros(len(rows) if in_graph else count, dtype=np.int64)
+        (samples[:count],) = np.array(plan.samples).nonzero()
         tensors = self._staging.upload(
             [
                 known,
@@ -162,7 +162,7 @@ class InputBatch:
                 layout.positions,
                 blocks * self.block_size + layout.positions % self.block_size,
                 decode_lens.astype(np.int32),
-                np.argsort(-decode_lens, kind="stable").astype(np.int32),
+                (-decode_lens).argsort(kind="stable").astype(np.int32),
                 tiles,
                 rows[samples],
                 seq_lens[samples],
@@ -200,7 +200,7 @@ class InputBatch:
 
 def _num_decodes(counts: np.ndarray) -> int:
     """Leading rows that compute one token."""
-    others = np.flatnonzero(counts != 1)
+    (others,) = (counts != 1).nonzero()
     return int(others[0]) if len(others) else len(counts)
 
 
@@ -236,5 +236,5 @@ def _tokens(plan: StepPlan, count: int, offsets: np.ndarray) -> tuple[np.ndarray
 def _starts(lengths: np.ndarray) -> np.ndarray:
     """Running sum from 0, int32 [len(lengths) + 1]."""
     total = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=total[1:])
+    lengths.cumsum(out=total[1:])
     return total

@@ -41,22 +41,24 @@ class Layout:
         rows = np.array(plan.rows + padding, dtype=np.int64)
         counts = np.array(plan.num_tokens + [of_padding] * len(padding), dtype=np.int64)
         starts = np.array(plan.starts + padding, dtype=np.int64)
-        ends, owners = np.cumsum(counts), np.repeat(np.arange(num_rows), counts)
+        ends, owners = counts.cumsum(), np.arange(num_rows).repeat(counts)
         positions = np.zeros(num_tokens, dtype=np.int64)
         positions[: len(owners)] = np.arange(len(owners)) + (starts - (ends - counts))[owners]
         return cls(rows, counts, ends, starts + counts, positions, owners)
 
     def tiles(self) -> np.ndarray:
         """See `AttentionBatch.tiles`."""
-        several = np.flatnonzero(self.counts > 1)
+        (several,) = (self.counts > 1).nonzero()
         of_row = -(-self.counts[several] // QUERY_TILE)
-        row = np.repeat(several, of_row)
-        before = np.repeat(np.cumsum(of_row) - of_row, of_row)
+        row = several.repeat(of_row)
+        before = (of_row.cumsum() - of_row).repeat(of_row)
         first = (np.arange(len(row)) - before) * QUERY_TILE
         left = self.counts[row] - first
         position = self.seq_lens[row] - left
+        order = (-position).argsort(kind="stable")
         columns = (row, self.ends[row] - left, np.minimum(left, QUERY_TILE), position)
-        return np.stack(columns, axis=1)[np.argsort(-position, kind="stable")].astype(np.int32)
+        tiles: np.ndarray = np.array(columns, dtype=np.int32).T[order]
+        return tiles
 
 
 def most_tiles(num_tokens: int, num_rows: int) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 _ALIGNMENT = 16
 """Bytes; each array begins at a multiple, so that kernels may load it in wide words."""
+_PLACES = 1 << 12
+"""Arrays whose places are remembered: those of all graphs, in every host buffer."""
 _RING = 3
 """Host buffers: with one step in flight and one to be launched, none is waited for."""
 
@@ -35,6 +39,7 @@ class Staging:
             self._arrays = [host.numpy() for host in self._host]
             self._copied = [torch.cuda.Event() for _ in range(_RING)]
             self._twin = torch.empty(capacity, dtype=torch.uint8, device=device)
+            self._place = lru_cache(_PLACES)(self._find_place)
 
     def upload(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Tensors of the same types and shapes on the device.
@@ -43,20 +48,25 @@ class Staging:
         """
         if self._device.type != "cuda":
             return [torch.from_numpy(array) for array in arrays]
-        host, buffer = self._host[self._next], self._arrays[self._next]
-        copied = self._copied[self._next]
-        copied.synchronize()
-        self._next = (self._next + 1) % _RING
+        buffer, self._next = self._next, (self._next + 1) % _RING
+        self._copied[buffer].synchronize()
         end, tensors = 0, []
         for array in arrays:
-            begin, end = end, end + array.nbytes
-            buffer[begin:end].view(array.dtype)[:] = array.reshape(-1)
-            dtype = _TORCH_TYPES[array.dtype]
-            tensors.append(self._twin[begin:end].view(dtype).view(array.shape))
-            end = -(-end // _ALIGNMENT) * _ALIGNMENT
-        self._twin[:end].copy_(host[:end], non_blocking=True)
-        copied.record()
+            place, tensor, end = self._place(buffer, end, array.dtype, array.shape)
+            place[...] = array
+            tensors.append(tensor)
+        self._twin[:end].copy_(self._host[buffer][:end], non_blocking=True)
+        self._copied[buffer].record()
         return tensors
+
+    def _find_place(
+        self, buffer: int, begin: int, dtype: np.dtype, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, torch.Tensor, int]:
+        """An array's place in a host buffer and on the device, and where the next one begins."""
+        end = begin + math.prod(shape) * dtype.itemsize
+        place = self._arrays[buffer][begin:end].view(dtype).reshape(shape)
+        tensor = self._twin[begin:end].view(_TORCH_TYPES[dtype]).view(shape)
+        return place, tensor, -(-end // _ALIGNMENT) * _ALIGNMENT
 
 
 _TORCH_TYPES = {

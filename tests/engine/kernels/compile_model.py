@@ -10,12 +10,20 @@ import torch
 import triton
 
 from engine.attention.triton_paged import TritonAttention
-from engine.kernels import activation, decode_attention, linear, norm, rotary_cache
+from engine.kernels import (
+    activation,
+    decode_attention,
+    linear,
+    norm,
+    rotary_cache,
+    wave_linear,
+)
 from engine.kernels.activation import silu_mul
 from engine.kernels.linear import skinny_linear
 from engine.kernels.norm import rms_norm
 from engine.kernels.rotary_cache import rotate_and_store
 from engine.kernels.tokens import take_tokens
+from engine.kernels.wave_linear import gated_wave_linear
 from tests.engine.kernels.compile_only import AbsentGPU
 from tests.engine.kernels.test_compile_model import PROCESSORS, SHARED_MEMORY
 from tests.engine.paging import RandomStep
@@ -44,9 +52,9 @@ def compile_instead_of_launching():
 
 def choose_as_on(capability):
     """Kernels are called with tensors on the CPU; let them be launched as on the GPU."""
-    for module in (activation, decode_attention, linear, norm, rotary_cache):
+    for module in (activation, decode_attention, linear, norm, rotary_cache, wave_linear):
         module.overlaps_launches = lambda device: capability >= 90
-    for module in (decode_attention, linear):
+    for module in (decode_attention, linear, wave_linear):
         module.shared_memory = lambda device: SHARED_MEMORY[capability]
         module.num_processors = lambda device: PROCESSORS[capability]
 
@@ -71,6 +79,14 @@ def compile_layer_kernels():
         rotate_and_store(qkv, numbers, numbers, table, caches, HEADS, norms, 1e-6)
 
 
+def compile_waves():
+    x = torch.zeros(wave_linear.ROWS, HIDDEN, dtype=HALF)
+    for outputs in (3584, 4608, 152_064):
+        weight, residual = torch.zeros(outputs, HIDDEN, dtype=HALF), x.new_zeros(len(x), outputs)
+        wave_linear.wave_linear(x, weight, weight[:, 0].contiguous(), residual)
+    gated_wave_linear(x, torch.zeros(2 * INNER, HIDDEN, dtype=HALF))
+
+
 def compile_attention(head_dim, dtype, window):
     step = RandomStep(TritonAttention(), STEP, 64, HEADS, KV_HEADS, head_dim, dtype)
     step.backend.attend(step.query, step.cache, step.backend.prepare(step.layout), 1.0, window)
@@ -82,6 +98,8 @@ def main():
     compile_instead_of_launching()
     choose_as_on(capability)
     compile_layer_kernels()
+    if capability >= 90:
+        compile_waves()
     for head_dim, dtype, window in (
         (64, HALF, None),
         (128, HALF, 100),

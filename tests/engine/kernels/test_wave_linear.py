@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from engine.kernels import wave_linear
+from engine.kernels.wave_linear import gated_wave_linear
+from tests.engine.gpu import DOT_DTYPES
+from tests.engine.kernels.test_linear import operands
+
+torch.set_num_threads(1)
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(autouse=True)
+def plans_of_this_device():
+    wave_linear._plan.cache_clear()
+    yield
+    wave_linear._plan.cache_clear()
+
+
+def check(inputs, outputs, extras, device, dtype=torch.float16):
+    """The product against float64."""
+    x, weight, bias, residual = operands(wave_linear.ROWS, inputs, outputs, dtype)
+    bias = bias if "bias" in extras else None
+    residual = residual if "residual" in extras else None
+    wanted = x.double() @ weight.double().T
+    for term in (bias, residual):
+        wanted = wanted if term is None else wanted + term.double()
+    arguments = [None if t is None else t.to(device) for t in (x, weight, bias, residual)]
+    out = wave_linear.wave_linear(*arguments).cpu()
+    torch.testing.assert_close(out.double(), wanted, rtol=TOLERANCE[dtype], atol=2e-3)
+    assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("extras", ["", "bias", "residual", "bias and residual"])
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_multiplies(extras, dtype, device):
+    check(200, 90, extras, device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(128, 64), (136, 65), (8, 300), (1000, 1)])
+def test_sizes(inputs, outputs, dtype, device):
+    check(inputs, outputs, "bias", device, dtype)
+
+
+@pytest.mark.parametrize("processors", [1, 2, 3, 5, 7, 12, 40])
+@pytest.mark.parametrize("gated", [False, True])
+def test_bands_of_every_width(processors, gated, device, monkeypatch):
+    monkeypatch.setattr(wave_linear, "num_processors", lambda device: processors)
+    if gated:
+        check_gated(136, 230, device)
+    else:
+        check(136, 230, "bias and residual", device)
+
+
+def check_gated(inputs, outputs, device, dtype=torch.float16):
+    x, weight, _, _ = operands(wave_linear.ROWS, inputs, 2 * outputs, dtype)
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
+    out = gated_wave_linear(x.to(device), weight.to(device)).cpu()
+    wanted = gate * torch.sigmoid(gate) * up
+    torch.testing.assert_close(out.double(), wanted, rtol=4 * TOLERANCE[dtype], atol=4e-3)
+    assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_gates(dtype, device):
+    check_gated(200, 90, device, dtype)
+
+
+def test_the_result_may_lie_in_the_residual(device):
+    x, weight, _, residual = (
+        t.to(device) for t in operands(wave_linear.ROWS, 64, 48, torch.float16)
+    )
+    wanted = wave_linear.wave_linear(x, weight, residual=residual)
+    out = wave_linear.wave_linear(x, weight, residual=residual, out=residual)
+    assert out is residual
+    assert torch.equal(out, wanted)
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    monkeypatch.setattr(wave_linear, "num_processors", lambda device: 132)
+    monkeypatch.setattr(wave_linear, "shared_memory", lambda device: 227 * 1024)
+    return torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "gated", "plan"),
+    [
+        (4608, False, (32, 16, 128, 8)),
+        (3584, False, (32, 0, 128, 8)),
+        (152064, False, (128, 64, 128, 3)),
+        (18944, True, (32, 16, 64, 3)),  # 395 programs, three a multiprocessor
+        (3072, True, (16, 0, 128, 4)),
+        (9728, True, (64, 16, 128, 4)),
+        (200000, True, (128, 16, 64, 5)),
+    ],
+)
+def test_programs_fill_the_device(outputs, gated, plan, h200):
+    assert wave_linear._plan(outputs, gated, h200) == plan
+
+
+def test_long_sums_of_few_outputs_are_left_to_be_split(monkeypatch):
+    monkeypatch.setattr(wave_linear, "overlaps_launches", lambda device: True)
+    half = torch.float16
+    assert wave_linear.gains(torch.empty(64, 128, dtype=half))
+    assert not wave_linear.gains(torch.empty(63, 128, dtype=half))
+    assert not wave_linear.gains(torch.empty(64, 100, dtype=half))  # rows are read in 16 bytes
