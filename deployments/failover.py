@@ -115,13 +115,14 @@ class Flight:
         hits = () if request.computes_whole_prompt else self._blocks
         send = partial(client.hub.submit, self._try_id, self._submission)
         client.table.expect(self.deployment, self._try_id, num_tokens, send)
-        # Tokens come in this event loop, so none can have come before it is known whose they are.
+        client.hub.register(self._try_id, self)
         resumed = self._num_tries > 1
         booking = Booking(self._try_id, num_tokens, hits, resumed, self._options)
+        if not resumed:  # else engines have to report first, which the router waits for
+            client.table.book_at_once(self.deployment, booking)
         # In a context of its own: Serve would cancel the call with the request that it is part of.
         self._call = Context().run(client.handle.generate.remote, booking)
         self._watcher = client.watch(self._watch(self._call))
-        client.hub.register(self._try_id, self)
         if not client.hub.connected(self.deployment):
             self.strand()
 
@@ -276,17 +277,16 @@ class Flight:
         if self._next_try is not None:
             self._next_try.cancel()
             self._next_try = None
-        if self._call is not None and self._watcher is not None:
-            told = client.hub.abort(self._try_id)
-            client.hub.unregister(self._try_id)
-            if not told:
-                # It stands in line, or where it runs cannot be reached. Else the replica ends the
-                # call with the request, or when it finds the request missing at the engine: a call
-                # over gRPC that is cancelled leaves a kilobyte behind for ever.
-                self._watcher.cancel()
-                with contextlib.suppress(Exception):  # a call that has failed says so again
-                    self._call.cancel()
-            self._call = None
+        told = client.hub.abort(self._try_id)
+        client.hub.unregister(self._try_id)
+        if self._call is not None and self._watcher is not None and not told:
+            # It stands in line, or where it runs cannot be reached. Else the replica ends the call
+            # with the request, or when it finds the request missing at the engine: a call over gRPC
+            # that is cancelled leaves a kilobyte behind for ever.
+            self._watcher.cancel()
+            with contextlib.suppress(Exception):  # a call that has failed says so again
+                self._call.cancel()
+        self._call = None
         self._expect_no_tokens()
         client.table.release(self._try_id, blocks)
 

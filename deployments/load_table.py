@@ -53,6 +53,8 @@ class LoadTable:
         self._lock = threading.Lock()
         self._engines: dict[str, EngineState] = {}
         self._members: dict[str, tuple[str, ...]] = {}
+        self._rules: dict[str, tuple[Mapping[str, int], Policy]] = {}
+        """By deployment, with which limits and policy its router books."""
         self._placed: dict[str, str] = {}
         self._unplaced = UnplacedRequests()
         self._released: OrderedDict[str, None] = OrderedDict()
@@ -87,6 +89,11 @@ class LoadTable:
         for listener in listeners:
             listener()
         self._tell_of_room()
+
+    def set_rules(self, deployment: str, limits: Mapping[str, int], policy: Policy) -> None:
+        """Take over with which limits and policy the router of a deployment books."""
+        with self._lock:
+            self._rules[deployment] = limits, policy
 
     def members(self, deployment: str) -> tuple[str, ...]:
         """Engines of the deployment that are in service."""
@@ -139,6 +146,19 @@ class LoadTable:
         if chosen is not None and waited is not None:
             waited.on_place(chosen)
         return chosen
+
+    def book_at_once(self, deployment: str, booking: Booking) -> str | None:
+        """`book` for the router, which is only asked later, unless others wait for room.
+
+        Returns:
+            The engine, or None when the router is to book.
+        """
+        with self._lock:
+            limits, policy = self._rules.get(deployment, ({}, DEFAULT_POLICY))
+            in_service = self._members.get(deployment, ())
+            limits = {i: limit for i, limit in limits.items() if i in in_service}
+            waits = self._unplaced.has_others(deployment, booking.request_id)
+        return None if waits or not limits else self.book(limits, booking, policy)
 
     def _book(self, limits: Mapping[str, int], booking: Booking, policy: Policy) -> str | None:
         request_id, now = booking.request_id, self._clock()

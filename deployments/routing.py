@@ -51,6 +51,7 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
     ) -> None:
         """Called by Serve with the `request_router_kwargs` of the deployment."""
         self._policy = POLICIES[policy](margin)
+        self._tell_rules()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Tell the load table which engines Serve has in service."""
@@ -59,13 +60,29 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         super().update_replicas(replicas)
         traits = {r.replica_id.unique_id: Traits(**r.replica_metadata) for r in replicas}
         load_table().set_members(self._deployment_id.name, traits, traits)
+        self._tell_rules()
+
+    def _tell_rules(self) -> None:
+        """Let requests be booked as this router would, before Serve gets to ask it."""
+        from deployments.load_table import load_table
+
+        load_table().set_rules(self._deployment_id.name, self._limits(), self._policy)
+
+    def _limits(self) -> dict[str, int]:
+        return {r.replica_id.unique_id: r.max_ongoing_requests for r in self._replicas_list}
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
+        from deployments.load_table import load_table
 
         booking = _booking(pending_request)
         if is_retry:
+            # Its replica turned the call away, as calls of other ingress replicas had come first
+            # and all are counted, or Serve does not know whether the call came.
+            await asyncio.sleep(REFUSED_PAUSE_S)
+            return await self._follow(booking.request_id)
+        if load_table().engine_of(booking.request_id) is not None:
             return await self._follow(booking.request_id)
         if booking.resumed:  # its client has been reading for a while
             return await self._place(booking)
@@ -79,20 +96,16 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         self._room_loop = asyncio.get_running_loop()
         while True:
             self._room.clear()
-            replicas = {replica.replica_id.unique_id: replica for replica in self._replicas_list}
-            limits = {i: replica.max_ongoing_requests for i, replica in replicas.items()}
-            chosen = load_table().book(limits, booking, self._policy)
-            if chosen is not None:
-                return replicas[chosen]
+            if load_table().book(self._limits(), booking, self._policy) is not None:
+                return await self._follow(booking.request_id)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._room.wait(), RECHECK_S)
 
     async def _follow(self, request_id: str) -> RunningReplica:
-        """Choose once more the engine where a request was booked, and to which it was sent.
+        """The replica of the engine where a request was booked, and to which it was sent.
 
-        Its replica has turned the call away, as those of other ingress replicas had come first and
-        all are counted, or Serve does not know whether the call came. If the replica is out of
-        service by now, there is no call: the trunk tells what becomes of the request.
+        If that is out of service by now, there is no call: the trunk tells what becomes of the
+        request.
 
         Raises:
             EngineDead: the request has ended, or gone on elsewhere.
@@ -100,14 +113,12 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         from deployments.load_table import load_table
         from engine.errors import EngineDead
 
-        while True:
-            await asyncio.sleep(REFUSED_PAUSE_S)
-            engine_id = load_table().engine_of(request_id)
-            if engine_id is None:
-                raise EngineDead("the request has left the engine.")
+        while (engine_id := load_table().engine_of(request_id)) is not None:
             for replica in self._replicas_list:
                 if replica.replica_id.unique_id == engine_id:
                     return replica
+            await asyncio.sleep(REFUSED_PAUSE_S)
+        raise EngineDead("the request has left the engine.")
 
     def _tell_of_room(self) -> None:
         """Called in whatever thread changed the load table."""

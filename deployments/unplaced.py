@@ -31,6 +31,13 @@ class UnplacedRequests:
         """Count a request no longer; returns it if it was counted."""
         return self._requests.pop(request_id, None)
 
+    def has_others(self, deployment: str, request_id: str) -> bool:
+        """Whether other requests to a deployment are counted."""
+        return any(
+            each.deployment == deployment and other != request_id
+            for other, each in self._requests.items()
+        )
+
     def tokens(self, deployment: str) -> list[int]:
         """Tokens to compute of each request to a deployment."""
         return [

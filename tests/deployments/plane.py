@@ -20,7 +20,7 @@ from deployments.ingress.app import build_asgi_app
 from deployments.ingress.options import IngressOptions
 from deployments.ingress.served import ServedModel, ServedModels
 from deployments.load_table import LoadTable
-from deployments.placement import Booking
+from deployments.placement import Booking, PrefixLoad
 from deployments.trunk import TrunkHub
 from deployments.wire import decode_report
 from engine.config import EngineConfig
@@ -113,8 +113,7 @@ class LocalHandle:
         self._actors = actors
         self.generate = SimpleNamespace(remote=lambda *args: LocalCall(self._generate(*args)))
         self.failure: Exception | None = None
-        self.limit = 1000
-        """Most requests of an engine."""
+        self.set_limit(1000)
         self._ends: dict[tuple[str, str], asyncio.Future[str]] = defaultdict(
             asyncio.get_running_loop().create_future
         )
@@ -124,12 +123,15 @@ class LocalHandle:
     async def _generate(self, booking: Booking) -> str:
         if self.failure is not None:
             raise self.failure
-        while (chosen := self._table.book(self._limits(), booking)) is None:
+        chosen = self._table.engine_of(booking.request_id)
+        while chosen is None and (chosen := self._table.book(self._limits, booking)) is None:
             await asyncio.sleep(0.01)
         return await self._ends[chosen, booking.request_id]
 
-    def _limits(self) -> dict[str, int]:
-        return dict.fromkeys(self._actors, self.limit)
+    def set_limit(self, limit: int) -> None:
+        """Set the most requests of an engine."""
+        self._limits = dict.fromkeys(self._actors, limit)
+        self._table.set_rules(DEPLOYMENT, self._limits, PrefixLoad())
 
     async def _watch(self, engine_id: str) -> None:
         async for report in self._actors[engine_id].watch():

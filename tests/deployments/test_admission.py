@@ -73,9 +73,10 @@ async def test_a_failed_start_leaves_nothing_running(plane):
     with pytest.raises(RuntimeError, match="no more"):
         plane.client.start(requests)
     assert plane.client.num_running == 0
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    assert len(calls) == 2 and all(call.task.cancelled() for call in calls)
+    assert len(calls) == 2
+    await plane.until(lambda: all(call.task.done() for call in calls))
+    await plane.idle()
+    assert not any(actor._owners for actor in plane.actors.values())
 
 
 async def test_requests_are_encoded_before_any_starts(plane):

@@ -42,7 +42,7 @@ async def test_without_an_engine_it_ends_with_an_error_in_time():
 
 async def test_a_request_in_line_does_not_wait_for_ever_either():
     async with open_plane(num_engines=1) as plane:
-        plane.handle.limit = 0  # it takes nothing
+        plane.handle.set_limit(0)  # it takes nothing
         with plane.client.start([request("r")]) as generation:
             await asyncio.sleep(0.05)
             await plane.cut("e0", for_good=True)
@@ -107,8 +107,8 @@ async def test_calls_that_fail_in_odd_ways_hang_nobody(monkeypatch):
 async def test_a_long_wait_in_line_is_no_loss():
     async with open_plane(num_engines=1, step_s=0.005) as plane:
         plane.client.failover = FailoverLimits(timeout_s=1.0)
-        plane.handle.limit = 0  # it takes nothing for a while
-        asyncio.get_running_loop().call_later(2.0, setattr, plane.handle, "limit", 1000)
+        plane.handle.set_limit(0)  # it takes nothing for a while
+        asyncio.get_running_loop().call_later(2.0, plane.handle.set_limit, 1000)
         tokens: dict[str, list[int]] = {}
         with plane.client.start([request("r")]) as generation:
             await asyncio.sleep(0.05)
@@ -138,7 +138,7 @@ async def test_a_call_is_cancelled_only_where_no_engine_can_be_told(monkeypatch)
             await take(generation, tokens, 5)
         await plane.idle()
         assert not cancelled
-        plane.handle.limit = 0
+        plane.handle.set_limit(0)
         with plane.client.start([request("s")]):
             await asyncio.sleep(0.02)  # it stands in line
         assert len(cancelled) == 1

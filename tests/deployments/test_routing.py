@@ -171,3 +171,52 @@ async def test_deployment_sets_the_policy(table):
     table.report("a", EngineLoad(num_running=50))
     chosen = [await place(router, f"r{i}") for i in range(4)]
     assert sorted(chosen[:2]) == ["a", "b"] and chosen == chosen[:2] * 2
+
+
+async def test_what_is_booked_already_goes_there_past_the_line(table):
+    router = make_router(a=1, b=2)
+    router._tell_rules()
+    table.set_members("m", "ab")
+    booking = Booking("early", 600)
+    table.expect("m", "early", 600)
+    engine_id = table.book_at_once("m", booking)
+    assert engine_id is not None and table.num_held("m") == 0
+    await asyncio.gather(place(router, "r0"), place(router, "r1"))
+    waiting = asyncio.ensure_future(place(router, "r2"))
+    await turns()
+    assert not waiting.done()
+    assert await place(router, "early") == engine_id
+    table.release("early")
+    assert await waiting == engine_id
+
+
+async def test_nobody_is_booked_at_once_before_those_who_wait(table):
+    router = make_router(a=1)
+    router._tell_rules()
+    table.set_members("m", "a")
+    for request_id in ("r0", "r1", "r2"):
+        table.expect("m", request_id, 600)
+    assert table.book_at_once("m", Booking("r2", 600)) is None  # two came before it
+    assert [await place(router, "r0"), table.num_held("m")] == ["a", 2]
+    table.release("r0")
+    table.release("r1")
+    assert table.book_at_once("m", Booking("r2", 600)) == "a"
+
+
+async def test_an_engine_out_of_service_is_not_booked_at_once(table):
+    make_router(a=1)._tell_rules()
+    table.set_members("m", "b")
+    table.expect("m", "r", 600)
+    assert table.book_at_once("m", Booking("r", 600)) is None
+
+
+async def test_without_rules_only_the_router_books(table):
+    table.set_members("m", ["a"])
+    table.expect("m", "r", 600)
+    assert table.book_at_once("m", Booking("r", 600)) is None
+
+
+async def test_rules_are_the_router_s(table):
+    router = make_router(a=3)
+    router.initialize_state("round_robin")
+    assert table._rules["m"] == ({"a": 3}, router._policy)
