@@ -89,7 +89,8 @@ class Dispatch:
             return
         if batch := self._submissions.pop(engine_id, {}):
             task = self._loop.create_task(
-                self._follow(engine_id, batch, self._hand_over(engine_id, batch))
+                self._follow(engine_id, batch, self._hand_over(engine_id, batch)),
+                context=Context(),
             )
             self._following.add(task)  # the event loop itself would not keep it
             task.add_done_callback(self._following.discard)

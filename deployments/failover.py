@@ -120,11 +120,15 @@ class Flight:
         booking = Booking(self._try_id, num_tokens, hits, resumed, self._options)
         if not resumed:  # else engines have to report first, which the router waits for
             client.table.book_at_once(self.deployment, booking)
-        # In a context of its own: Serve would cancel the call with the request that it is part of.
-        self._call = Context().run(client.handle.generate.remote, booking)
-        self._watcher = client.watch(self._watch(self._call))
+        self._call_serve(booking)
         if not client.hub.connected(self.deployment):
             self.strand()
+
+    def _call_serve(self, booking: Booking) -> None:
+        """Have Serve count the request, and lead it to an engine if it has none yet."""
+        # In a context of its own: Serve would cancel the call with the request that it is part of.
+        self._call = Context().run(self._client.handle.generate.remote, booking)
+        self._watcher = self._client.watch(self._watch(self._call, booking))
 
     def add(self, delta: TokenDelta, engine_id: str) -> None:
         """Take what the engine of this try tells."""
@@ -169,6 +173,11 @@ class Flight:
         self._expect_no_tokens()
         self._client.hub.unregister(self._try_id)
         self._client.table.release(self._try_id, self._computed_blocks())
+
+    @property
+    def _is_placed(self) -> bool:
+        """Whether an engine has been chosen for this try."""
+        return self._client.table.engine_of(self._try_id) is not None
 
     @property
     def _num_tokens(self) -> int:
@@ -299,7 +308,7 @@ class Flight:
             self._expiry.cancel()
             self._expiry = None
 
-    async def _watch(self, call: Any) -> None:
+    async def _watch(self, call: Any, booking: Booking) -> None:
         """See to it that a request whose Serve call has ended does not wait for ever."""
         error: Exception = EngineDead("the end of the output was lost; try again.")
         try:
@@ -315,6 +324,11 @@ class Flight:
         if _is_loss(error):
             self._client.mark_down(self._try_id)
             self.lose()
+        elif isinstance(error, BackPressureError) and self._is_placed:
+            # Serve's queue is full of others, but this one is at its engine: only its count fails.
+            await asyncio.sleep(_pause_s(2))
+            if not self._over and call is self._call:
+                self._call_serve(booking)
         elif isinstance(error, BackPressureError) and self._num_tries > 1:
             self._plan_try(_pause_s(self._num_tries))  # it was admitted once: no reason to give up
         else:

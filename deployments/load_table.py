@@ -1,7 +1,7 @@
 """What this process knows of the load of every engine, with its own bookings on top.
 
-The router's thread books, the trunks' thread reports; hence the lock. A module of its own because
-Ray Serve copies router modules by value, and there must be one table a process.
+The ingress's thread books and reports, the router's books too; hence the lock. A module of its own
+because Ray Serve copies router modules by value, and there must be one table a process.
 """
 
 from __future__ import annotations
@@ -134,17 +134,9 @@ class LoadTable:
         Raises:
             EngineDead: the request was released; it would run for nobody.
         """
-        request_id = booking.request_id
         with self._lock:
-            if request_id in self._released:
-                raise EngineDead("the request has ended.")
-            chosen = self._book(limits, booking, policy)
-            waited = None if chosen is None else self._unplaced.pop(request_id)
-            listeners = list(self._doubt_listeners) if booking.resumed and chosen is None else []
-        for listener in listeners:
-            listener()
-        if chosen is not None and waited is not None:
-            waited.on_place(chosen)
+            chosen, tell = self._try_booking(limits, booking, policy)
+        tell()
         return chosen
 
     def book_at_once(self, deployment: str, booking: Booking) -> str | None:
@@ -157,8 +149,29 @@ class LoadTable:
             limits, policy = self._rules.get(deployment, ({}, DEFAULT_POLICY))
             in_service = self._members.get(deployment, ())
             limits = {i: limit for i, limit in limits.items() if i in in_service}
-            waits = self._unplaced.has_others(deployment, booking.request_id)
-        return None if waits or not limits else self.book(limits, booking, policy)
+            if not limits or self._unplaced.has_others(deployment, booking.request_id):
+                return None
+            chosen, tell = self._try_booking(limits, booking, policy)
+        tell()
+        return chosen
+
+    def _try_booking(
+        self, limits: Mapping[str, int], booking: Booking, policy: Policy
+    ) -> tuple[str | None, Callable[[], None]]:
+        """See `book`; also returns what is to be called once the lock is free."""
+        if booking.request_id in self._released:
+            raise EngineDead("the request has ended.")
+        chosen = self._book(limits, booking, policy)
+        listeners = list(self._doubt_listeners) if booking.resumed and chosen is None else []
+        waited = None if chosen is None else self._unplaced.pop(booking.request_id)
+
+        def tell() -> None:
+            for listener in listeners:
+                listener()
+            if chosen is not None and waited is not None:
+                waited.on_place(chosen)
+
+        return chosen, tell
 
     def _book(self, limits: Mapping[str, int], booking: Booking, policy: Policy) -> str | None:
         request_id, now = booking.request_id, self._clock()
@@ -241,6 +254,11 @@ class LoadTable:
                 and state.has_space(num_tokens, len(before), sum(before))
                 for state in others
             )
+
+    def is_wanted(self, request_id: str) -> bool:
+        """Whether the request is booked, or waits to be."""
+        with self._lock:
+            return request_id in self._placed or self._unplaced.counts(request_id)
 
     def engine_of(self, request_id: str) -> str | None:
         """Where the request is booked."""

@@ -84,22 +84,29 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
             return await self._follow(booking.request_id)
         if load_table().engine_of(booking.request_id) is not None:
             return await self._follow(booking.request_id)
-        if booking.resumed:  # its client has been reading for a while
+        ended = not load_table().is_wanted(booking.request_id)
+        if ended or booking.resumed:  # whose client has been reading for a while
             return await self._place(booking)
         async with self._line:  # free, it does not give up control either
             return await self._place(booking)
 
     async def _place(self, booking: Booking) -> RunningReplica:
-        """Book as soon as there is room."""
+        """Book as soon as there is room.
+
+        Raises:
+            EngineDead: the request has ended.
+        """
         from deployments.load_table import load_table
+        from engine.errors import EngineDead
 
         self._room_loop = asyncio.get_running_loop()
-        while True:
+        while load_table().is_wanted(booking.request_id):
             self._room.clear()
             if load_table().book(self._limits(), booking, self._policy) is not None:
                 return await self._follow(booking.request_id)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._room.wait(), RECHECK_S)
+        raise EngineDead("the request has ended.")
 
     async def _follow(self, request_id: str) -> RunningReplica:
         """The replica of the engine where a request was booked, and to which it was sent.

@@ -10,6 +10,7 @@ two, so a band is one of them or two side by side.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,7 +27,9 @@ missing rows would be filled with zeros, far slower than they are read."""
 _BANDS = ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32), (128, 0), (128, 16))
 _WIDE_BANDS = (*_BANDS, (128, 32), (128, 64))
 """Rows of the weight in a program; sums of wider ones do not fit into the registers."""
-_MAX_STAGES = 8
+_MIN_STAGES, _MAX_STAGES = 3, 8
+_SHARED_MEMORY = 200 * 1024
+"""Bytes of it that a multiprocessor must have for the kernel to gain: those of Hopper do."""
 _BARRIERS = 1024
 """Bytes of a program's shared memory that are not for tiles."""
 
@@ -96,9 +99,10 @@ def gains(weight: torch.Tensor) -> bool:
 
     Of weights with few outputs the sums are long, and better split.
     """
-    outputs, inputs = weight.shape
+    (outputs, inputs), device = weight.shape, weight.device
     readable = inputs * weight.element_size() % 16 == 0
-    return overlaps_launches(weight.device) and readable and inputs <= 2 * outputs
+    able = overlaps_launches(device) and shared_memory(device) >= _SHARED_MEMORY
+    return able and readable and inputs <= 2 * outputs
 
 
 def wave_linear(
@@ -148,7 +152,7 @@ def _launch(
     gated: bool,
 ) -> torch.Tensor:
     n, k, overlap = out.shape[1], x.shape[1], overlaps_launches(x.device)
-    main, rest, depth, stages = _plan(n, gated, x.device)
+    main, rest, depth, stages, _ = _plan(n, gated, x.device)
     _wave_kernel[(triton.cdiv(n, main + rest),)](
         _tiles(x, ROWS, depth), _tiles(weight, main, depth),
         _tiles(weight, rest or main, depth),
@@ -163,33 +167,45 @@ def _tiles(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
+class _Plan(NamedTuple):
+    """How a product is divided."""
+
+    main: int
+    """Rows of a band."""
+    rest: int
+    """More of them, beside those."""
+    depth: int
+    """Columns of the weight in a step of the loop."""
+    stages: int
+    """Steps in flight."""
+    programs: int
+    """That a multiprocessor runs at a time."""
+
+
 @cache
-def _plan(n: int, gated: bool, device: torch.device) -> tuple[int, int, int, int]:
-    """Rows of a band in two parts, columns of the weight in a step of the loop, steps in flight.
+def _plan(n: int, gated: bool, device: torch.device) -> _Plan:
+    """Of the plans with enough steps in flight, the one that leaves least room for programs empty.
 
-    Where gates are computed, a multiprocessor may run several programs, if that leaves no more of
-    them without one: while one gates and stores, the others read on.
+    Where gates are computed, a multiprocessor may run several: while one gates and stores, the
+    others read on.
     """
-    programs, (main, rest) = max(
-        ((count, _band(n, count, gated, device)) for count in ((1, 2, 3) if gated else (1,))),
-        key=lambda choice: (_share(n, choice[0], choice[1], device), choice[0]),
-    )
-    memory = shared_memory(device) // programs - _BARRIERS
-    for depth in (128, 64):
-        step_bytes = 2 * depth * (ROWS + (main + rest) * (1 + gated))
-        stages = min(_MAX_STAGES, memory // step_bytes)
-        if stages >= 3:
-            break
-    return main, rest, depth, stages
+    plans = [_plan_for(n, programs, gated, device) for programs in ((1, 2, 3) if gated else (1,))]
+    flowing = [plan for plan in plans if plan.stages >= _MIN_STAGES] or plans[:1]
+    return max(flowing, key=lambda plan: (_share(n, plan, device), plan.programs))
 
 
-def _band(n: int, programs: int, gated: bool, device: torch.device) -> tuple[int, int]:
-    """The narrowest band of which all run at once; of large weights, many wide ones run in turn."""
+def _plan_for(n: int, programs: int, gated: bool, device: torch.device) -> _Plan:
+    """With the narrowest bands that run at once; of large weights, many wide ones run in turn."""
     bands, room = _BANDS if gated else _WIDE_BANDS, programs * num_processors(device)
-    return next((band for band in bands if triton.cdiv(n, sum(band)) <= room), bands[-1])
+    band = next((band for band in bands if triton.cdiv(n, sum(band)) <= room), bands[-1])
+    memory, depth, stages = shared_memory(device) // programs - _BARRIERS, 256, 0
+    while stages < _MIN_STAGES and depth > 64:
+        depth //= 2
+        stages = memory // (2 * depth * (ROWS + sum(band) * (1 + gated)))
+    return _Plan(*band, depth, max(1, min(stages, _MAX_STAGES)), programs)
 
 
-def _share(n: int, programs: int, band: tuple[int, int], device: torch.device) -> float:
+def _share(n: int, plan: _Plan, device: torch.device) -> float:
     """Of the room for programs, how much is taken on average while there are any."""
-    count, room = n / sum(band), programs * num_processors(device)
-    return float(count / (triton.cdiv(n, sum(band) * room) * room))
+    width, room = plan.main + plan.rest, plan.programs * num_processors(device)
+    return float(n / width / (triton.cdiv(n, width * room) * room))

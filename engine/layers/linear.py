@@ -48,8 +48,8 @@ class Linear(nn.Module):
         self._has_kernels = device.type == "cuda" and dtype != torch.float32
         self._skinny_rows = 0
         """Most rows for which the kernel for the fewest rows is used."""
-        self.wave_rows = 0
-        """Rows for which the kernel for exactly so many is used; 0 if it is not."""
+        self.wave_rows: int | None = None
+        """Rows for which the kernel for exactly so many is used."""
 
     def slots(self, *names: str) -> dict[str, torch.Tensor]:
         """Views of the merged parameters by checkpoint name, one name for each output."""

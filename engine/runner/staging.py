@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -12,7 +11,11 @@ import torch
 _ALIGNMENT = 16
 """Bytes; each array begins at a multiple, so that kernels may load it in wide words."""
 _PLACES = 1 << 12
-"""Arrays whose places are remembered: those of all graphs, in every host buffer."""
+"""The places of so many arrays are remembered: all graphs have about 3,000, in three buffers."""
+_Key = tuple[int, int, np.dtype, tuple[int, ...]]
+"""Host buffer, begin, type and shape of an array."""
+_Place = tuple[np.ndarray, torch.Tensor, int]
+"""An array's place in the buffer and on the device, and where the next one begins."""
 _RING = 3
 """Host buffers: with one step in flight and one to be launched, none is waited for."""
 
@@ -39,7 +42,7 @@ class Staging:
             self._arrays = [host.numpy() for host in self._host]
             self._copied = [torch.cuda.Event() for _ in range(_RING)]
             self._twin = torch.empty(capacity, dtype=torch.uint8, device=device)
-            self._place = lru_cache(_PLACES)(self._find_place)
+            self._places: dict[_Key, _Place] = {}
 
     def upload(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Tensors of the same types and shapes on the device.
@@ -52,21 +55,24 @@ class Staging:
         self._copied[buffer].synchronize()
         end, tensors = 0, []
         for array in arrays:
-            place, tensor, end = self._place(buffer, end, array.dtype, array.shape)
+            place, tensor, end = self._place((buffer, end, array.dtype, array.shape))
             place[...] = array
             tensors.append(tensor)
         self._twin[:end].copy_(self._host[buffer][:end], non_blocking=True)
         self._copied[buffer].record()
         return tensors
 
-    def _find_place(
-        self, buffer: int, begin: int, dtype: np.dtype, shape: tuple[int, ...]
-    ) -> tuple[np.ndarray, torch.Tensor, int]:
-        """An array's place in a host buffer and on the device, and where the next one begins."""
+    def _place(self, key: _Key) -> _Place:
+        if (known := self._places.get(key)) is not None:
+            return known
+        buffer, begin, dtype, shape = key
         end = begin + math.prod(shape) * dtype.itemsize
         place = self._arrays[buffer][begin:end].view(dtype).reshape(shape)
         tensor = self._twin[begin:end].view(_TORCH_TYPES[dtype]).view(shape)
-        return place, tensor, -(-end // _ALIGNMENT) * _ALIGNMENT
+        if len(self._places) == _PLACES:
+            self._places.clear()  # steps without a graph have ever new shapes
+        self._places[key] = place, tensor, -(-end // _ALIGNMENT) * _ALIGNMENT
+        return self._places[key]
 
 
 _TORCH_TYPES = {

@@ -126,8 +126,10 @@ async def test_backpressure_is_an_answer_for_new_requests_only():
             plane.handle.failure = full
             await plane.cut(plane.table.engine_of("r"))
             await asyncio.sleep(0.2)
+            plane.handle.set_limit(0)
             with plane.client.start([request("s")]) as other, pytest.raises(BackPressureError):
                 await anext(other)
+            plane.handle.set_limit(1000)
             plane.handle.failure = None
             await take(generation, tokens, 60)
         assert tokens["r"] == expected_tokens(PROMPT, 60)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.serve.exceptions import BackPressureError
@@ -91,11 +93,13 @@ async def test_calls_that_fail_in_odd_ways_hang_nobody(monkeypatch):
 
     monkeypatch.setattr(LocalCall, "cancel", cancel)
     async with open_plane(num_engines=2, step_s=0.005) as plane:
+        plane.handle.set_limit(0)
         plane.handle.failure = BackPressureError(num_queued_requests=1, max_queued_requests=1)
         with plane.client.start([request("s")]) as other, pytest.raises(BackPressureError):
             async with asyncio.timeout(5):
                 await anext(other)
         plane.handle.failure = None
+        plane.handle.set_limit(1000)
         tokens: dict[str, list[int]] = {}
         with plane.client.start([request("r")]) as generation:
             await take(generation, tokens, 10)
@@ -165,3 +169,21 @@ async def test_serve_sends_nothing_on_for_a_client_that_has_left():
             await take(generation, tokens, 5)
         with pytest.raises(EngineDead):
             plane.table.book(dict.fromkeys(plane.actors, 1000), Booking("r", 5))
+
+
+async def test_a_full_queue_of_calls_does_not_end_what_an_engine_runs():
+    async with open_plane(num_engines=1, step_s=0.005) as plane:
+        calls, tokens = [], dict[str, list[int]]()
+        remote = plane.handle.generate.remote
+
+        def full_at_first(*args: Any) -> LocalCall:
+            full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+            plane.handle.failure = full if len(calls) < 2 else None
+            calls.append(remote(*args))
+            return calls[-1]
+
+        plane.handle.generate = SimpleNamespace(remote=full_at_first)
+        with plane.client.start([request("r", 100)]) as generation:
+            await take(generation, tokens, 100)
+        assert tokens["r"] == expected_tokens(PROMPT, 100)
+        assert len(calls) == 3

@@ -48,6 +48,9 @@ def make_router(**limits: int) -> EngineRouter:
 async def place(
     router: EngineRouter, request_id: str, blocks=(), resumed: bool = False, **more: Any
 ) -> str:
+    known = load_table.load_table()
+    if not known.is_wanted(request_id):
+        known.expect("m", request_id, 600)
     pending = SimpleNamespace(kwargs={}, args=[Booking(request_id, 600, blocks, resumed)])
     replica = await router._choose_replica_for_request(pending, **more)
     return replica.replica_id.unique_id
@@ -93,6 +96,7 @@ async def test_what_an_engine_s_loss_interrupted_goes_before_those_in_line(table
     await turns()
     tasks.append(asyncio.ensure_future(run("moved", resumed=True)))
     await turns()
+    table.report("a", EngineLoad())  # it lives
     for _ in range(3):
         table.release(placed[-1])
         await turns()
@@ -220,3 +224,17 @@ async def test_rules_are_the_router_s(table):
     router = make_router(a=3)
     router.initialize_state("round_robin")
     assert table._rules["m"] == ({"a": 3}, router._policy)
+
+
+async def test_calls_of_what_has_ended_stand_in_no_line(table):
+    router = make_router(a=1)
+    await place(router, "r0")
+    waiting = asyncio.ensure_future(place(router, "r1"))
+    await turns()
+    ended = SimpleNamespace(kwargs={}, args=[Booking("ended", 600)])
+    with pytest.raises(EngineDead):
+        await router._choose_replica_for_request(ended)
+    table.release("r1")  # while it stands in line
+    table.release("r0")
+    with pytest.raises(EngineDead):
+        await waiting

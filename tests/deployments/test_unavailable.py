@@ -62,7 +62,9 @@ async def test_metrics_tell_what_the_alert_of_no_engine_asks_for(plane, rests):
 
 async def test_errors_of_the_serve_call(plane):
     plane.handle.failure = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+    plane.handle.set_limit(0)
     response = await plane.http.post("/v1/completions", json=COMPLETION)
+    plane.handle.set_limit(1000)
     assert (response.status_code, "retry-after" in response.headers) == (503, True)
     plane.handle.failure = EngineDead("secret detail")
     response = await plane.http.post("/v1/completions", json=COMPLETION)

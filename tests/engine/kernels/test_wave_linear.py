@@ -96,15 +96,31 @@ def h200(monkeypatch):
         (3072, True, (16, 0, 128, 4)),
         (9728, True, (64, 16, 128, 4)),
         (200000, True, (128, 16, 64, 5)),
+        (27648, True, (128, 16, 64, 5)),  # several a multiprocessor would have two steps in flight
     ],
 )
 def test_programs_fill_the_device(outputs, gated, plan, h200):
-    assert wave_linear._plan(outputs, gated, h200) == plan
+    assert wave_linear._plan(outputs, gated, h200)[:4] == plan
 
 
 def test_long_sums_of_few_outputs_are_left_to_be_split(monkeypatch):
     monkeypatch.setattr(wave_linear, "overlaps_launches", lambda device: True)
+    monkeypatch.setattr(wave_linear, "shared_memory", lambda device: 227 * 1024)
     half = torch.float16
     assert wave_linear.gains(torch.empty(64, 128, dtype=half))
     assert not wave_linear.gains(torch.empty(63, 128, dtype=half))
     assert not wave_linear.gains(torch.empty(64, 100, dtype=half))  # rows are read in 16 bytes
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("memory", [99, 163, 227])
+@pytest.mark.parametrize("processors", [20, 48, 132])
+def test_every_weight_has_a_plan_that_fits(processors, memory, gated, h200, monkeypatch):
+    monkeypatch.setattr(wave_linear, "num_processors", lambda device: processors)
+    monkeypatch.setattr(wave_linear, "shared_memory", lambda device: memory * 1024)
+    for outputs in range(1, 200_000, 997):
+        wave_linear._plan.cache_clear()
+        plan = wave_linear._plan(outputs, gated, h200)
+        tiles = wave_linear.ROWS + (plan.main + plan.rest) * (1 + gated)
+        assert plan.stages >= 3 or memory == 99
+        assert 1 <= plan.programs * plan.stages * plan.depth * tiles * 2 <= memory * 1024
