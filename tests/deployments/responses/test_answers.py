@@ -79,23 +79,25 @@ async def test_an_answer_that_is_cut_off_is_incomplete(plane):
     assert last.response.incomplete_details.reason == "max_output_tokens"
 
 
-async def test_thinking_is_an_item_of_its_own(plane):
-    plane.model.style = MessageStyle.of(plane.model.tokenizer, None, "qwen3")
-    body = saying("<think>one two</think>three")
-    response = await whole(plane, body)
-    thought, message = response.output
-    assert thought.content[0].text == "one two" and message.content[0].text == "three"
-    details = response.usage.output_tokens_details
-    assert 2 <= details.reasoning_tokens < response.usage.output_tokens
-    events = await streamed(plane, body)
-    added = [e for e in events if e.type == "response.output_item.added"]
-    assert [(e.item.type, e.output_index) for e in added] == [("reasoning", 0), ("message", 1)]
-    deltas = [e.delta for e in events if e.type == "response.reasoning_text.delta"]
-    assert "".join(deltas) == "one two"
-    assert events[-1].response.output_text == "three"
-    response = await whole(plane, {**body, "max_output_tokens": 4})
-    assert [item.type for item in response.output] == ["reasoning"]  # it never got to a message
-    assert response.output[0].status == "incomplete"
+async def test_thinking_is_an_item_of_its_own():
+    # Slow enough for tokens to come one by one: those that come together are counted together.
+    async with open_plane(tokenizer=repeater(), step_s=0.01) as plane:
+        plane.model.style = MessageStyle.of(plane.model.tokenizer, None, "qwen3")
+        body = saying("<think>one two</think>three")
+        response = await whole(plane, body)
+        thought, message = response.output
+        assert thought.content[0].text == "one two" and message.content[0].text == "three"
+        details = response.usage.output_tokens_details
+        assert 2 <= details.reasoning_tokens < response.usage.output_tokens
+        events = await streamed(plane, body)
+        added = [e for e in events if e.type == "response.output_item.added"]
+        assert [(e.item.type, e.output_index) for e in added] == [("reasoning", 0), ("message", 1)]
+        deltas = [e.delta for e in events if e.type == "response.reasoning_text.delta"]
+        assert "".join(deltas) == "one two"
+        assert events[-1].response.output_text == "three"
+        response = await whole(plane, {**body, "max_output_tokens": 4})
+        assert [item.type for item in response.output] == ["reasoning"]  # it never got to a message
+        assert response.output[0].status == "incomplete"
 
 
 async def test_an_answer_that_is_held_to_a_form_has_no_thinking(plane):
