@@ -15,15 +15,20 @@ def operands(rows, inputs, outputs, dtype):
     return [t.to(dtype) for t in (x, weight, torch.randn(outputs), torch.randn(rows, outputs))]
 
 
-def check(rows, inputs, outputs, extras, device, dtype=torch.float16, times=1):
-    """The product against float64; every time the same."""
+def product_case(rows, inputs, outputs, extras, device, dtype):
+    """Arguments of a product on the device, and its result in float64."""
     x, weight, bias, residual = operands(rows, inputs, outputs, dtype)
     bias = bias if "bias" in extras else None
     residual = residual if "residual" in extras else None
     wanted = x.double() @ weight.double().T
     for term in (bias, residual):
         wanted = wanted if term is None else wanted + term.double()
-    arguments = [None if t is None else t.to(device) for t in (x, weight, bias, residual)]
+    return [None if t is None else t.to(device) for t in (x, weight, bias, residual)], wanted
+
+
+def check(rows, inputs, outputs, extras, device, dtype=torch.float16, times=1):
+    """The product against float64; every time the same."""
+    arguments, wanted = product_case(rows, inputs, outputs, extras, device, dtype)
     outs = [linear.skinny_linear(*arguments).cpu() for _ in range(times)]
     tolerance = 8e-3 if dtype == torch.bfloat16 else 1e-3
     torch.testing.assert_close(outs[0].double(), wanted, rtol=tolerance, atol=1e-3)
