@@ -62,6 +62,7 @@ class EngineCore:
             max_model_len=self.info.max_model_len,
             max_num_batched_tokens=self.info.max_num_batched_tokens,
             eos_token_ids=self.info.eos_token_ids,
+            times=self.info.step_times,
         )
         ahead = config.async_scheduling
         self._one_step_ahead = self.info.device != "cpu" if ahead is None else ahead

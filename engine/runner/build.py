@@ -29,6 +29,7 @@ from engine.sampling.warm_up import sampling_warm_ups
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.startup import Stopwatch
 from engine.step import NewRow, StepPlan
+from engine.step_times import UNKNOWN_TIMES, StepTimes
 from engine.weights.loader import load_model
 
 DEFAULT_BATCHED_TOKENS = {"cuda": 16384, "cpu": 1024}
@@ -53,6 +54,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     startup_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each stage of the start, in order."""
+    step_times: StepTimes = UNKNOWN_TIMES
 
 
 def build_runner(
@@ -113,6 +115,7 @@ def build_runner(
         num_blocks=num_blocks,
         eos_token_ids=shape.eos_token_ids,
         startup_seconds=dict(stopwatch.seconds),
+        step_times=runner.step_times(),
     )
 
 

@@ -64,6 +64,8 @@ class StepGraphs:
         agree: Callable[[float], float],
     ) -> None:
         self._sizes = sizes
+        self.seconds: dict[int, float] = {}
+        """Of a replay of each size that was captured, rising."""
         self._measure = measure
         self.build = build
         self._forward = forward
@@ -97,16 +99,16 @@ class StepGraphs:
 
         The libraries' products are far from smooth in the number of rows.
         """
-        best, kept = math.inf, []
+        best, kept = math.inf, {}
         for size in reversed(self._sizes):
             self.build(StepPlan(0), size)  # the addresses hold a batch of another size
             seconds = self._agree(self._time(size))
             if seconds < best * _MARGIN:
-                best = min(best, seconds)
-                kept.append(size)
+                best = kept[size] = min(best, seconds)
             else:
                 del self._captured[size]
-        self._sizes = kept[::-1]
+        self.seconds = dict(reversed(kept.items()))
+        self._sizes = list(self.seconds)
 
     def _time(self, size: int) -> float:
         """Seconds of a replay over the batch uploaded last: the shorter of two."""
@@ -124,7 +126,7 @@ class StepGraphs:
         """Free the graphs, whoever still refers to them."""
         for graph, _ in self._captured.values():
             graph.reset()
-        self._captured, self._sizes = {}, []
+        self._captured, self._sizes, self.seconds = {}, [], {}
 
     def replay(self, size: int) -> torch.Tensor:
         """Run the pass over the batch of `size` rows that was uploaded last."""

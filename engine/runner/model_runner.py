@@ -19,6 +19,7 @@ from engine.sampling.logprobs import prompt_logprobs, rows_at_a_time
 from engine.sampling.sampler import Sampler, SamplerOutput
 from engine.sampling.token_masks import TokenMasks
 from engine.step import NewRow, StepPlan, StepResult
+from engine.step_times import UNKNOWN_TIMES, StepTimes
 
 
 @dataclass(slots=True)
@@ -99,6 +100,13 @@ class ModelRunner:
         for graphs in kinds:
             graphs.capture(pool)
         self._graphs = kinds
+
+    def step_times(self) -> StepTimes:
+        """How long the captured graphs take; unknown without any."""
+        if not self._graphs:
+            return UNKNOWN_TIMES
+        decode, padded = self._graphs
+        return StepTimes(decode.seconds, padded.seconds, MAX_PADDED_ROWS)
 
     def release_graphs(self) -> None:
         """Let go of what `capture` captured; steps do without."""

@@ -9,6 +9,7 @@ from engine.scheduler.preemption import choose_victim
 from engine.scheduler.running_batch import RunningBatch
 from engine.scheduler.step_builder import StepBuilder
 from engine.scheduler.waiting_queue import WaitingQueue
+from engine.step_times import StepTimes
 
 ADMISSION_HEADROOM = 0.02
 """Share of the blocks that an admission leaves to the requests that run.
@@ -26,6 +27,7 @@ class StepPlanner:
         blocks: of all requests.
         running: requests that may compute.
         waiting: requests that may start.
+        times: of steps, by their size.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class StepPlanner:
         blocks: BlockAllocator,
         running: RunningBatch,
         waiting: WaitingQueue,
+        times: StepTimes,
     ) -> None:
         self.num_preemptions = 0
         """Requests sent back so far."""
@@ -46,6 +49,7 @@ class StepPlanner:
         self._blocks = blocks
         self._running = running
         self._waiting = waiting
+        self._times = times
         self._headroom = int(blocks.pool.num_blocks * ADMISSION_HEADROOM)
         self._two_phase = config.two_phase
 
@@ -127,10 +131,19 @@ class StepPlanner:
             self._running.start(request)
             self._count_prefix(request)
             step.add_new_row(request)
-            missing = len(request.token_ids) - request.num_computed_tokens
-            step.add(request, min(missing, step.budget))
+            step.add(request, self._first_share(request, step))
             self.prefilled_tokens += min(request.num_computed_tokens, request.num_prompt_tokens)
             self._blocks.register(request)
+
+    def _first_share(self, request: Request, step: StepBuilder) -> int:
+        """How many tokens a request that starts computes in `step`.
+
+        The last one to start may end it at a good size, unless others wait for what it leaves.
+        """
+        count = min(len(request.token_ids) - request.num_computed_tokens, step.budget)
+        if self._waiting:
+            return count
+        return self._times.split(step.num_decodes, step.num_rows + 1, step.num_tokens, count)
 
     def _count_prefix(self, request: Request) -> None:
         if request.num_preemptions or not self._blocks.can_share(request):

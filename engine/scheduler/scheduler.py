@@ -21,6 +21,7 @@ from engine.scheduler.step_builder import ScheduledStep, StepBuilder
 from engine.scheduler.waiting_queue import WaitingQueue
 from engine.snapshot import EngineSnapshot, RequestSnapshot, StepSnapshot
 from engine.step import StepPlan, StepResult
+from engine.step_times import UNKNOWN_TIMES, StepTimes
 
 BUDGET_GROWTH = 1 / 16
 """Share by which every good step widens a token budget that was lowered for want of memory."""
@@ -42,6 +43,7 @@ class Scheduler:
         max_num_batched_tokens: token budget of a step.
         eos_token_ids: the model's end-of-sequence tokens.
         clock: seconds, never going back; measures how long a request waits.
+        times: of steps, by their size.
 
     Raises:
         ConfigError: the cache cannot hold one sequence of `max_model_len`.
@@ -57,6 +59,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         eos_token_ids: Collection[int],
         clock: Callable[[], float] = time.monotonic,
+        times: StepTimes = UNKNOWN_TIMES,
     ) -> None:
         if (num_blocks - 1) * block_size < max_model_len:
             raise ConfigError(
@@ -67,7 +70,7 @@ class Scheduler:
         self._blocks = BlockAllocator(num_blocks, block_size, config.enable_prefix_caching)
         self._running = RunningBatch(policy, config.max_num_seqs, self._blocks)
         self._waiting = WaitingQueue(policy, clock)
-        self._planner = StepPlanner(config, self._blocks, self._running, self._waiting)
+        self._planner = StepPlanner(config, self._blocks, self._running, self._waiting, times)
         self._delivery = Delivery(frozenset(eos_token_ids))
         self._forced = ForcedPreemption(config.force_preempt_every)
         self._token_budget = self._full_budget = max_num_batched_tokens

@@ -24,10 +24,22 @@ class StepBuilder:
 
     def __init__(self, step: int, token_budget: int) -> None:
         self.plan = StepPlan(step)
+        self.num_tokens = 0
+        """Tokens that the step computes so far."""
         self.budget = token_budget
         """Tokens that the step may still compute."""
         self._decodes: list[Request] = []
         self._prefills: list[tuple[Request, int, int, bool]] = []
+
+    @property
+    def num_decodes(self) -> int:
+        """Rows that compute one token."""
+        return len(self._decodes)
+
+    @property
+    def num_rows(self) -> int:
+        """All rows."""
+        return len(self._decodes) + len(self._prefills)
 
     @property
     def is_empty(self) -> bool:
@@ -50,6 +62,7 @@ class StepBuilder:
         request.num_computed_tokens = end
         request.num_in_flight += sample
         request.last_step = plan.step
+        self.num_tokens += count
         self.budget -= count
 
     def add_new_row(self, request: Request) -> None:

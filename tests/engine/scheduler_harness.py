@@ -17,6 +17,7 @@ from engine.request import EngineRequest, Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler.scheduler import Scheduler
 from engine.step import StepPlan, StepResult
+from engine.step_times import UNKNOWN_TIMES, StepTimes
 
 EOS = 0
 VOCAB = 12
@@ -164,6 +165,7 @@ class Driver:
         max_model_len: int = 64,
         budget: int = 64,
         check: bool = True,
+        times: StepTimes = UNKNOWN_TIMES,
         **options,
     ) -> None:
         self.config = EngineConfig(**{"max_num_seqs": 8, **options})
@@ -177,6 +179,7 @@ class Driver:
             max_num_batched_tokens=budget,
             eos_token_ids=(EOS,),
             clock=lambda: self.now,
+            times=times,
         )
         self.runner = FakeRunner(num_blocks, block_size, self.config.max_num_seqs)
         self.truths: dict[str, Truth] = {}

@@ -262,3 +262,18 @@ def wide_model(tmp_path_factory):
     }
     (folder / "config.json").write_text(json.dumps({**TINY_LLAMA, **sizes}))
     return str(folder)
+
+
+def test_step_times_are_those_of_the_graphs(tiny_checkpoint, replays):
+    times = cuda_core(tiny_checkpoint).info.step_times
+    sizes = {size for _, size in replays}
+    for found in (times.decode, times.mixed):
+        assert found
+        assert set(found) <= sizes
+        assert list(found) == sorted(found)
+        assert list(found.values()) == sorted(found.values())
+        assert min(found.values()) > 0
+    assert times.max_mixed_rows > 0
+    eager = cuda_core(tiny_checkpoint, enforce_eager=True).info.step_times
+    assert not eager.decode
+    assert not eager.mixed

@@ -11,10 +11,14 @@ from engine.kv_cache import block_allocator
 from engine.kv_cache.block_allocator import BlockAllocator
 from engine.kv_cache.block_pool import BlockPool
 from engine.scheduler.step_builder import StepBuilder
+from engine.step_times import UNKNOWN_TIMES, StepTimes
 from tests.engine.scheduler_harness import EOS, VOCAB, Driver, sampled_token
 
 MAX_LEN = 24
 BASES = [[(7 * i + k) % VOCAB for i in range(MAX_LEN)] for k in (0, 0, 1)]
+
+UNEVEN = StepTimes({6: 1.0}, {3: 1.0, 8: 1.1, 24: 9.0, 40: 9.1}, max_mixed_rows=5)
+"""Times by which many a step ends early."""
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -29,9 +33,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         two_phase=st.booleans(),
         caching=st.sampled_from([True, True, False]),
         force=st.sampled_from([0, 0, 1, 2, 5]),
+        times=st.sampled_from([UNKNOWN_TIMES, UNEVEN]),
     )
     def start(
-        self, policy, block_size, spare_blocks, budget, max_num_seqs, two_phase, caching, force
+        self,
+        policy,
+        block_size,
+        spare_blocks,
+        budget,
+        max_num_seqs,
+        two_phase,
+        caching,
+        force,
+        times,
     ):
         self.count = 0
         self.driver = Driver(
@@ -45,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             two_phase=two_phase,
             enable_prefix_caching=caching,
             force_preempt_every=force,
+            times=times,
         )
 
     @rule(
