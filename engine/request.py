@@ -124,6 +124,11 @@ class Request:
         return len(self.token_ids) + self.num_in_flight
 
     @property
+    def decodes(self) -> bool:
+        """Whether it may generate more than one token."""
+        return self.num_prompt_tokens + 1 < self.max_total_tokens
+
+    @property
     def num_output_tokens(self) -> int:
         """Output tokens that the host knows."""
         return len(self.token_ids) - self.num_prompt_tokens

@@ -35,6 +35,8 @@ from engine.weights.loader import load_model
 DEFAULT_BATCHED_TOKENS = {"cuda": 16384, "cpu": 1024}
 _COMPILERS = 8
 """Threads that compile kernels on a GPU's first start, beside the one of the largest step."""
+_TIMED_LENGTH, _TIMED_PROMPTS = 1024, 4
+"""Of a step that is timed as those without a graph."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,6 +105,7 @@ def build_runner(
             _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
         stopwatch.lap("largest step")
     num_blocks = _fill_memory(runner, config, layout, step_tokens, max_model_len, stopwatch)
+    step_times = runner.step_times(_timed_step(config.max_num_seqs, step_tokens, max_model_len))
     return runner, EngineInfo(
         model=config.model,
         device=str(device),
@@ -115,7 +118,7 @@ def build_runner(
         num_blocks=num_blocks,
         eos_token_ids=shape.eos_token_ids,
         startup_seconds=dict(stopwatch.seconds),
-        step_times=runner.step_times(),
+        step_times=step_times,
     )
 
 
@@ -229,10 +232,23 @@ def _run_largest_step(
     counts = [min(longest, step_tokens // rows)] * rows
     counts[-1] = min(longest, counts[-1] + step_tokens - sum(counts))
     options: dict[str, Any] = {"logprobs": MAX_LOGPROBS, "seed": 0}
-    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, **options)
+    plan = _prompts(counts, SamplingParams(temperature=1.0, top_p=0.9, top_k=50, **options))
+    plan.new_rows[-1].params = SamplingParams(presence_penalty=1.0, **options)
+    runner.execute(plan, eager=True).result()
+
+
+def _timed_step(max_num_seqs: int, step_tokens: int, max_model_len: int) -> StepPlan:
+    """Prompts of usual lengths, too many for a graph where a step may have so many."""
+    length = min(max_model_len, step_tokens, _TIMED_LENGTH)
+    rows = min(max_num_seqs, _TIMED_PROMPTS, step_tokens // length)
+    return _prompts([length] * rows, SamplingParams(seed=0))
+
+
+def _prompts(counts: list[int], params: SamplingParams) -> StepPlan:
+    """A step that computes prompts of so many tokens in the null block."""
+    rows = len(counts)
     new_rows = [NewRow(row, "", params, [0] * count, count) for row, count in enumerate(counts)]
-    new_rows[-1].params = SamplingParams(presence_penalty=1.0, **options)
-    plan = StepPlan(
+    return StepPlan(
         0,
         list(range(rows)),
         [0] * rows,
@@ -241,4 +257,3 @@ def _run_largest_step(
         {row: [0] * count for row, count in enumerate(counts)},
         new_rows,
     )
-    runner.execute(plan, eager=True).result()

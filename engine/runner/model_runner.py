@@ -89,7 +89,7 @@ class ModelRunner:
             decode_sizes: rows of the batches that only decode.
             padded_sizes: tokens of other batches; none if the backend does not capture those.
         """
-        batch, agree = self.batch, partial(self.model.group.most, device=self.batch.device)
+        batch, agree = self.batch, self._agree
         kinds = [
             StepGraphs(decode_sizes, _num_decodes, batch.build_decode, self._forward, agree),
             StepGraphs(
@@ -101,12 +101,30 @@ class ModelRunner:
             graphs.capture(pool)
         self._graphs = kinds
 
-    def step_times(self) -> StepTimes:
-        """How long the captured graphs take; unknown without any."""
+    def step_times(self, large: StepPlan) -> StepTimes:
+        """How long steps take: those of the captured graphs, and `large`; unknown without graphs.
+
+        The ranks of a model do this together, and keep the times of the slowest.
+        """
         if not self._graphs:
             return UNKNOWN_TIMES
         decode, padded = self._graphs
-        return StepTimes(decode.seconds, padded.seconds, MAX_PADDED_ROWS)
+        token_s = self._agree(self._time(large)) / large.total_tokens
+        return StepTimes(decode.seconds, padded.seconds, token_s)
+
+    def _time(self, plan: StepPlan) -> float:
+        """Seconds of a step without a graph: the shorter of two."""
+        times = []
+        for _ in range(2):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            self.execute(plan, eager=True).result()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    def _agree(self, seconds: float) -> float:
+        """The time of the slowest rank."""
+        return self.model.group.most(seconds, device=self.batch.device)
 
     def release_graphs(self) -> None:
         """Let go of what `capture` captured; steps do without."""

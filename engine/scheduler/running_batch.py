@@ -38,9 +38,9 @@ class RunningBatch:
         self._free_rows = list(range(self._max_num_seqs - 1, -1, -1))
 
     @property
-    def has_free_row(self) -> bool:
-        """Whether one more request can start."""
-        return bool(self._free_rows)
+    def num_free_rows(self) -> int:
+        """So many more requests can start."""
+        return len(self._free_rows)
 
     @property
     def blocks_are_due(self) -> bool:

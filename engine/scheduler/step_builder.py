@@ -26,20 +26,14 @@ class StepBuilder:
         self.plan = StepPlan(step)
         self.num_tokens = 0
         """Tokens that the step computes so far."""
+        self.num_going_on = 0
+        """Rows that sample, and not their last token."""
+        self.is_full = False
+        """Whether what is left of prompts had better go to the next step."""
         self.budget = token_budget
         """Tokens that the step may still compute."""
         self._decodes: list[Request] = []
         self._prefills: list[tuple[Request, int, int, bool]] = []
-
-    @property
-    def num_decodes(self) -> int:
-        """Rows that compute one token."""
-        return len(self._decodes)
-
-    @property
-    def num_rows(self) -> int:
-        """All rows."""
-        return len(self._decodes) + len(self._prefills)
 
     @property
     def is_empty(self) -> bool:
@@ -61,6 +55,7 @@ class StepBuilder:
             self._prefills.append((request, start, count, sample))
         request.num_computed_tokens = end
         request.num_in_flight += sample
+        self.num_going_on += sample and end + 1 < request.max_total_tokens
         request.last_step = plan.step
         self.num_tokens += count
         self.budget -= count

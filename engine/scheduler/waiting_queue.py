@@ -20,6 +20,8 @@ class WaitingQueue:
     def __init__(self, policy: Policy, clock: Callable[[], float]) -> None:
         self.num_prompt_tokens = 0
         """Prompt tokens of all waiting requests."""
+        self.num_to_decode = 0
+        """Waiting requests that sample more than one token."""
         self._policy = policy
         self._clock = clock
         self._heap: list[tuple[tuple[Any, ...], int, str]] = []
@@ -40,6 +42,7 @@ class WaitingQueue:
         entry = (self._policy.waiting_key(request), self._pushes, request.request_id)
         heapq.heappush(self._heap, entry)
         self.num_prompt_tokens += request.num_prompt_tokens
+        self.num_to_decode += request.decodes
 
     def peek(self) -> Request | None:
         """The request to admit next, or None when none waits."""
@@ -59,9 +62,10 @@ class WaitingQueue:
         """Take a waiting request out of the queue."""
         del self._members[request.request_id]
         self.num_prompt_tokens -= request.num_prompt_tokens
+        self.num_to_decode -= request.decodes
 
     def clear(self) -> None:
         """Forget all requests."""
         self._heap.clear()
         self._members.clear()
-        self.num_prompt_tokens = 0
+        self.num_prompt_tokens = self.num_to_decode = 0
