@@ -9,9 +9,9 @@ WORTHWHILE = 0.02
 DECODE_WEIGHT = 0.95
 """What time counts that rows decode in, beside time that prompts wait.
 
-With 1 prompts would wait for long, as many steps would each take a few tokens of them: in simulation
-(256 clients, 160 to 480 tokens in, 128 to 384 out) half of the first tokens then take six times as
-long, and no more tokens come.
+With 1 prompts would wait for long, as many steps would each take a few tokens of them: in a
+simulation (256 clients, 160 to 480 tokens in, 128 to 384 out) half of the first tokens then take
+six times as long, and no more tokens come.
 """
 
 

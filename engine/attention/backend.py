@@ -38,6 +38,8 @@ class AttentionBatch:
     """The same sum over the keys of these rows; int32 [rows - decodes + 1]."""
     decode_order: torch.Tensor
     """Decode rows from the longest sequence to the shortest, int32 [decodes]."""
+    num_busy: torch.Tensor
+    """How many of the decode rows have keys, int32 [1]."""
     tiles: torch.Tensor
     """Up to `QUERY_TILE` tokens of a row that computes several, int32 [tiles, 4]: the row, the
     first of the tokens, how many (0: an entry to skip), and the first one's position. Those that

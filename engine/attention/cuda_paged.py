@@ -21,6 +21,8 @@ class PagedRows:
     """Their keys, int32 [decodes]."""
     decode_order: torch.Tensor
     """See `AttentionBatch.decode_order`."""
+    num_busy: torch.Tensor
+    """See `AttentionBatch.num_busy`."""
     table: torch.Tensor
     """Of all rows, int32 [rows, blocks]."""
     tiles: torch.Tensor
@@ -59,6 +61,7 @@ class CudaPagedAttention(AttentionBackend):
             decode_table=batch.block_table[:count],
             decode_lens=batch.decode_lens,
             decode_order=batch.decode_order,
+            num_busy=batch.num_busy,
             table=batch.block_table,
             tiles=batch.tiles,
             padded=batch.padded,

@@ -9,9 +9,6 @@ from engine.attention.cuda_paged import CudaPagedAttention, PagedRows
 from engine.kernels.decode_attention import decode_attention
 from engine.kernels.prefill_attention import prefill_attention
 
-_FEW_ROWS = 16
-"""Decode rows of a padded batch that should fill the GPU; more of them fill it anyway."""
-
 
 class TritonAttention(CudaPagedAttention):
     """Decode rows and prefill rows by one kernel each, over pages of any size."""
@@ -41,7 +38,7 @@ class TritonAttention(CudaPagedAttention):
                 scale,
                 sliding_window,
                 out[:count],
-                min(count, _FEW_ROWS) if metadata.padded else count,
+                metadata.num_busy if metadata.padded else None,
             )
         if len(metadata.tiles):
             prefill_attention(

@@ -19,6 +19,8 @@ from engine.kernels.launch import num_processors, overlaps_launches, shared_memo
 _MIN_SPAN = 128
 """Fewest keys worth a program of their own."""
 _MAX_SPANS = 32
+_FEW_SEQUENCES = 16
+"""Sequences that should fill the GPU, where the host cannot tell how many have keys."""
 _MAX_PAIRS = 1 << 12
 """Most pairs of a sequence and a kv head whose spans are joined."""
 _PROGRAMS_PER_PROCESSOR = 2
@@ -78,23 +80,29 @@ def _join(partials, stats, first, num_spans, GROUP_BLOCK: tl.constexpr, DIM_BLOC
     return weight, attended
 
 
-@triton.jit(do_not_specialize=["block_table", "seq_lens", "order", "window", "table_stride"])
+@triton.jit(
+    do_not_specialize=["block_table", "seq_lens", "order", "busy", "window", "table_stride"]
+)
 def _decode_kernel(
-    query, key_cache, value_cache, block_table, seq_lens, order, out, partials, stats, arrivals,
-    scale, window, query_stride, slot_stride, head_stride, table_stride,
+    query, key_cache, value_cache, block_table, seq_lens, order, busy, out, partials, stats,
+    arrivals, scale, window, query_stride, slot_stride, head_stride, table_stride, programs,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr, MIN_SPAN: tl.constexpr,
-    WINDOW: tl.constexpr, OVERLAP: tl.constexpr,
+    WINDOW: tl.constexpr, COUNTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     kv_head, span = tl.program_id(0), tl.program_id(2)
     num_kv, max_spans = tl.num_programs(0), tl.num_programs(2)
+    spans = max_spans
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     sequence = tl.load(order + tl.program_id(1))
     length = tl.load(seq_lens + sequence)
     first = tl.maximum(length - window, 0) if WINDOW else 0
-    size = tl.maximum(tl.cdiv(tl.cdiv(length - first, max_spans), KEYS) * KEYS, MIN_SPAN)
+    if COUNTS:
+        pairs = tl.load(busy) * num_kv
+        spans = tl.minimum(tl.maximum(programs // tl.maximum(pairs, 1), 1), max_spans)
+    size = tl.maximum(tl.cdiv(tl.cdiv(length - first, spans), KEYS) * KEYS, MIN_SPAN)
     num_spans = tl.cdiv(length - first, size)  # none where the length is 0
     if span >= num_spans:
         return
@@ -139,7 +147,7 @@ def decode_attention(
     scale: float,
     window: int | None,
     out: torch.Tensor,
-    num_busy: int | None = None,
+    num_busy: torch.Tensor | None = None,
 ) -> None:
     """Attend with one query a sequence over its cached keys.
 
@@ -157,7 +165,7 @@ def decode_attention(
         scale: factor on the dot products.
         window: keys that a query sees, itself included; None sees all.
         out: contiguous, of the queries' shape.
-        num_busy: sequences that should keep the GPU busy, if not all.
+        num_busy: how many sequences have keys, int32 [1]; None if the host knows that all do.
     """
     keys, values = caches
     (count, heads, dim), num_kv = query.shape, keys.shape[1]
@@ -165,7 +173,9 @@ def decode_attention(
     group_block = max(16, triton.next_power_of_2(heads // num_kv))
     dim_block = max(16, triton.next_power_of_2(dim))
     max_len = block_table.shape[1] * block_size
-    spans = _num_spans((num_busy or count) * num_kv, max_len, query.device)
+    programs = _PROGRAMS_PER_PROCESSOR * num_processors(query.device)
+    busy = count if num_busy is None else min(count, _FEW_SEQUENCES)
+    spans = max(1, min(_MAX_SPANS, programs // (busy * num_kv), -(-max_len // _MIN_SPAN)))
     if count * num_kv > _MAX_PAIRS:
         spans = 1
     partials, stats = _scratch(
@@ -173,19 +183,14 @@ def decode_attention(
     )
     tile, stages = _tile(query.element_size() * dim_block, query.device)
     _decode_kernel[(num_kv, count, spans)](
-        query, keys, values, block_table, seq_lens, order, out, partials, stats,
+        query, keys, values, block_table, seq_lens, order, num_busy, out, partials, stats,
         _arrivals(query.device), scale * _LOG2_E, window or 0,
-        query.stride(0), keys.stride(0), keys.stride(1), block_table.stride(0),
+        query.stride(0), keys.stride(0), keys.stride(1), block_table.stride(0), programs,
         BLOCK_SIZE=block_size, GROUP=heads // num_kv, GROUP_BLOCK=group_block,
         DIM=dim, DIM_BLOCK=dim_block, KEYS=tile, MIN_SPAN=_MIN_SPAN, WINDOW=window is not None,
-        OVERLAP=overlap, launch_pdl=overlap, num_warps=4, num_stages=stages,
+        COUNTS=num_busy is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
+        num_stages=stages,
     )  # fmt: skip
-
-
-def _num_spans(pairs: int, max_len: int, device: torch.device) -> int:
-    """Programs a (sequence, kv head) pair, so that few sequences occupy the GPU as well."""
-    wanted = _PROGRAMS_PER_PROCESSOR * num_processors(device) // pairs
-    return max(1, min(_MAX_SPANS, wanted, -(-max_len // _MIN_SPAN)))
 
 
 @cache

@@ -162,7 +162,7 @@ class InputBatch:
                 layout.positions,
                 blocks * self.block_size + layout.positions % self.block_size,
                 decode_lens.astype(np.int32),
-                (-decode_lens).argsort(kind="stable").astype(np.int32),
+                _busy_order(decode_lens),
                 tiles,
                 rows[samples],
                 seq_lens[samples],
@@ -183,7 +183,8 @@ class InputBatch:
             decode_lens=tensors[4],
             query_starts=tensors[11],
             key_starts=tensors[12],
-            decode_order=tensors[5],
+            decode_order=tensors[5][:-1],
+            num_busy=tensors[5][-1:],
             tiles=tensors[6],
             padded=in_graph and len(tiles) > 0,
         )
@@ -231,6 +232,14 @@ def _tokens(plan: StepPlan, count: int, offsets: np.ndarray) -> tuple[np.ndarray
         else:
             known[offset : offset + len(ids)] = ids
     return known, sources
+
+
+def _busy_order(lengths: np.ndarray) -> np.ndarray:
+    """Rows from the longest to the shortest, and how many have keys; int32 [len(lengths) + 1]."""
+    order = np.empty(len(lengths) + 1, dtype=np.int32)
+    order[:-1] = (-lengths).argsort(kind="stable")
+    order[-1] = np.count_nonzero(lengths)
+    return order
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

@@ -47,6 +47,7 @@ def attention_batch(rows, tables, block_size: int, device="cpu") -> AttentionBat
         query_starts=starts([count for _, count, _ in rows if count > 1]).to(device),
         key_starts=starts([start + count for _, count, start in rows if count > 1]).to(device),
         decode_order=longest_first([start for _, count, start in rows if count == 1]).to(device),
+        num_busy=torch.tensor([num_decodes], dtype=torch.int32, device=device),
         tiles=tiles([(count, start) for _, count, start in rows]).to(device),
     )
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from engine.attention.triton_paged import TritonAttention
 from engine.kernels import decode_attention as kernels
 from tests.engine.gpu import DOT_DTYPES
-from tests.engine.paging import RandomStep
+from tests.engine.paging import RandomStep, padded
 
 torch.set_num_threads(1)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -55,3 +55,14 @@ def test_one_sequence_is_split_and_its_counters_reset(length, window, device):
 
 def test_many_sequences_take_one_span_each(device):
     check([30 + 9 * i for i in range(12)], device, heads=2, kv_heads=1)
+
+
+@pytest.mark.parametrize("processors", [1, 6, 40])
+def test_as_many_spans_as_the_sequences_with_keys_leave_room_for(processors, device, monkeypatch):
+    monkeypatch.setattr(kernels, "num_processors", lambda _: processors)
+    rows = [(0, 1, 699), (1, 1, 299), (2, 1, 4), (3, 60, 0)]
+    for num_rows in (4, 9, 40):
+        step = RandomStep(TritonAttention(), rows, 16, 4, 2, 64, device=device)
+        step.layout = padded(step.layout, num_rows)
+        assert step.error(step.attend()) < TOLERANCE[torch.float32]
+        assert not kernels._arrivals(device).any()
