@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-WORTHWHILE = 0.02
+WORTHWHILE = 0.05
 """Share of its time that ending a step early has to save: times of single runs are noisy."""
-DECODE_WEIGHT = 0.95
+DECODE_WEIGHT = 0.8
 """What time counts that rows decode in, beside time that prompts wait.
 
 With 1 prompts would wait for long, as many steps would each take a few tokens of them: in a
 simulation (256 clients, 160 to 480 tokens in, 128 to 384 out) half of the first tokens then take
 six times as long, and no more tokens come.
 """
+
+_FEW_STEPS = 4
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,7 +92,12 @@ class _Pace:
     worth: float
 
     def seconds(self, tokens: int) -> float:
-        """For so many tokens of prompts."""
+        """For so many tokens of prompts.
+
+        Beyond a few steps others will have come to fill the last one.
+        """
+        if tokens > _FEW_STEPS * self.tokens:
+            return self.step_s * tokens / self.tokens
         steps, left = divmod(tokens, self.tokens)
         last = self.times._seconds(self.rows + left) - self.worth if left else 0.0
         return steps * self.step_s + last

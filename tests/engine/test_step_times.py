@@ -17,10 +17,11 @@ BUDGET = 4096
 @pytest.mark.parametrize(
     ("decodes", "lacking", "end"),
     [
-        (63, 480, 128),  # 13.3 + 4.2; 8.2 + 6.5; 4.5 + 11.9, but the latter is split again
-        (63, 65, 128),
-        (63, 66, 128),  # 5.8 + 4.2 against 4.5 + 4.5
-        (63, 20_000, 128),
+        (63, 480, 384),  # 13.3 + 4.2 against 8.2 + 6.5
+        (63, 321, 384),
+        (63, 322, 320),  # 11.1 + 4.2; 8.2 + 4.2; 7.6 + 4.5
+        (63, 257, 320),  # 7.6 + 4.2; 6.5 + 4.5 would save less than counts
+        (63, 20_000, 384),
         (0, 480, 480),  # nobody needs the next step: 11.9 against 8.2 + 4.5
         (0, 6000, BUDGET),
         (0, 1, 1),
@@ -79,7 +80,7 @@ def test_the_next_step_goes_on():
 
 def test_who_comes_later_fills_the_next_step_up():
     driver = decoding(TIMES)
-    assert started(driver, 150, 200) == [1] * 16 + [128 - 16]
+    assert started(driver, 150, 400) == [1] * 16 + [128 - 16]
     driver.update()
     assert driver.schedule().num_tokens == [1] * 16 + [38, 128 - 16 - 38]
     driver.run()
