@@ -13,8 +13,8 @@ With 1 prompts would wait for long, as many steps would each take a few tokens o
 simulation (256 clients, 160 to 480 tokens in, 128 to 384 out) half of the first tokens then take
 six times as long, and no more tokens come.
 """
-
-_FEW_STEPS = 4
+FEW_STEPS = 4
+"""So far ahead the size of the last step is foreseen; beyond, others will have come to fill it."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -30,8 +30,10 @@ class StepTimes:
     """Tokens of a step that prefills as well → its seconds."""
     token_s: float = 0.0
     """Seconds for each token of a step that is larger than any in `mixed`."""
+    max_rows: int = 0
+    """Most rows of a step to which `mixed` applies."""
 
-    def end(self, taken: int, lacking: int, budget: int, decodes: int, batch: int) -> int:
+    def end(self, decodes: int, lacking: int, budget: int, batch: int, least: int = 1) -> int:
         """How many tokens a step should have, if the next ones compute the others.
 
         A step reads all weights, whether it decodes, prefills or both: to rows that decode, up to
@@ -39,68 +41,65 @@ class StepTimes:
         these rows need anyway; the more so as products are far from smooth in their rows.
 
         Args:
-            taken: tokens of the step so far.
+            decodes: rows that decode, a token each.
             lacking: tokens of prompts that are left to compute.
             budget: most of these that the step may compute.
-            decodes: rows of the step so far that will decode in the next one.
             batch: rows that will decode when all prompts have been computed.
+            least: fewest of these tokens that are worth computing.
 
         Returns:
-            More than `taken`, at most `taken + min(lacking, budget)`.
+            More than `decodes`, at most `decodes + min(lacking, budget)`.
         """
-        total, most = taken + lacking, taken + min(lacking, budget)
+        total, most = decodes + lacking, decodes + min(lacking, budget)
         pace = self._pace(decodes, batch)
         if pace is None:
             return most
-        whole = self._seconds(most)
-        best, least = most, whole * (1 - WORTHWHILE) + pace.seconds(total - most)
+        best, lowest = most, self._whole(most) * (1 - WORTHWHILE) + self._later(total - most, pace)
         for size, seconds in reversed(self.mixed.items()):
-            if taken < size < most and (all_s := seconds + pace.seconds(total - size)) < least:
-                best, least = size, all_s
+            if decodes + least <= size < most:
+                both = seconds + self._later(total - size, pace)
+                if both < lowest:
+                    best, lowest = size, both
         return best
 
     def _pace(self, decodes: int, batch: int) -> _Pace | None:
         """How prompts are computed in the least time beside rows that decode."""
-        full = next((seconds for size, seconds in self.decode.items() if size >= batch), None)
+        full = next((seconds for rows, seconds in self.decode.items() if rows >= batch), None)
         rows = (decodes + batch - 1) // 2  # on the way, as prompts end one by one
-        if full is None or not batch:
+        sizes = [size for size in self.mixed if size > rows]
+        if full is None or not sizes or rows < 1 or batch > self.max_rows:
             return None
+        full = min(full, self.mixed[sizes[0]])  # a step that also prefills is no shorter
         worth = DECODE_WEIGHT * full * rows / batch
-        paces = [
-            _Pace(self, size - rows, seconds - worth, rows, worth)
-            for size, seconds in self.mixed.items()
-            if size > rows
-        ]
-        return min(paces, key=lambda pace: pace.step_s / pace.tokens, default=None)
+        size = min(sizes, key=lambda size: (self.mixed[size] - worth) / (size - rows))
+        return _Pace(rows, worth, size - rows, self.mixed[size] - worth)
 
-    def _seconds(self, tokens: int) -> float:
-        known = (seconds for size, seconds in self.mixed.items() if size >= tokens)
-        return next(known, tokens * self.token_s)
+    def _later(self, tokens: int, pace: _Pace) -> float:
+        """Seconds that so many tokens of prompts add to the steps after this one."""
+        if tokens > FEW_STEPS * pace.tokens:
+            return tokens * pace.step_s / pace.tokens
+        steps, left = divmod(tokens, pace.tokens)
+        last = self._whole(pace.rows + left) - pace.worth if left else 0.0
+        return steps * pace.step_s + last
+
+    def _whole(self, tokens: int) -> float:
+        seconds = 0.0
+        for size, seconds in self.mixed.items():
+            if size >= tokens:
+                return seconds
+        return max(seconds, tokens * self.token_s)
 
 
 @dataclass(slots=True, frozen=True)
 class _Pace:
-    """Steps of the same size, each of which computes `tokens` of prompts beside `rows` others.
+    """Steps of one size, each of which computes `tokens` of prompts beside `rows` that decode."""
 
-    `step_s` is less what the others are worth: their share of a step that decodes a full batch.
-    """
-
-    times: StepTimes
-    tokens: int
-    step_s: float
     rows: int
     worth: float
-
-    def seconds(self, tokens: int) -> float:
-        """For so many tokens of prompts.
-
-        Beyond a few steps others will have come to fill the last one.
-        """
-        if tokens > _FEW_STEPS * self.tokens:
-            return self.step_s * tokens / self.tokens
-        steps, left = divmod(tokens, self.tokens)
-        last = self.times._seconds(self.rows + left) - self.worth if left else 0.0
-        return steps * self.step_s + last
+    """Seconds that the rows are worth: their share of a step that decodes a full batch."""
+    tokens: int
+    step_s: float
+    """Of a step, less `worth`."""
 
 
 UNKNOWN_TIMES = StepTimes()

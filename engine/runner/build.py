@@ -105,7 +105,6 @@ def build_runner(
             _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
         stopwatch.lap("largest step")
     num_blocks = _fill_memory(runner, config, layout, step_tokens, max_model_len, stopwatch)
-    step_times = runner.step_times(_timed_step(config.max_num_seqs, step_tokens, max_model_len))
     return runner, EngineInfo(
         model=config.model,
         device=str(device),
@@ -118,7 +117,7 @@ def build_runner(
         num_blocks=num_blocks,
         eos_token_ids=shape.eos_token_ids,
         startup_seconds=dict(stopwatch.seconds),
-        step_times=step_times,
+        step_times=runner.step_times,
     )
 
 
@@ -198,6 +197,7 @@ def _fill_memory(
             runner.capture(graph_sizes(config.max_num_seqs), padded)
             # Each capture gave unused memory back to the driver: take it again before others do.
             _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
+            runner.time_steps(_timed_step(config.max_num_seqs, step_tokens, max_model_len))
             stopwatch.lap("CUDA graphs")
     return num_blocks
 

@@ -76,6 +76,7 @@ class ModelRunner:
         self.sampler = sampler
         self.profiling = False
         """Whether steps carry `timers`."""
+        self.step_times = UNKNOWN_TIMES
         self._cuda = batch.device.type == "cuda"
         self._graphs: list[StepGraphs] = []
         self._scored_prompts: dict[int, NewRow] = {}
@@ -101,16 +102,14 @@ class ModelRunner:
             graphs.capture(pool)
         self._graphs = kinds
 
-    def step_times(self, large: StepPlan) -> StepTimes:
-        """How long steps take: those of the captured graphs, and `large`; unknown without graphs.
+    def time_steps(self, large: StepPlan) -> None:
+        """Set `step_times` from the captured graphs and a step that is too large for any.
 
         The ranks of a model do this together, and keep the times of the slowest.
         """
-        if not self._graphs:
-            return UNKNOWN_TIMES
         decode, padded = self._graphs
         token_s = self._agree(self._time(large)) / large.total_tokens
-        return StepTimes(decode.seconds, padded.seconds, token_s)
+        self.step_times = StepTimes(decode.seconds, padded.seconds, token_s, MAX_PADDED_ROWS)
 
     def _time(self, plan: StepPlan) -> float:
         """Seconds of a step without a graph: the shorter of two."""

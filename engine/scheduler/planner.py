@@ -9,7 +9,7 @@ from engine.scheduler.preemption import choose_victim
 from engine.scheduler.running_batch import RunningBatch
 from engine.scheduler.step_builder import StepBuilder
 from engine.scheduler.waiting_queue import WaitingQueue
-from engine.step_times import StepTimes
+from engine.step_times import UNKNOWN_TIMES, StepTimes
 
 ADMISSION_HEADROOM = 0.02
 """Share of the blocks that an admission leaves to the requests that run.
@@ -55,7 +55,7 @@ class StepPlanner:
         self._blocks = blocks
         self._running = running
         self._waiting = waiting
-        self._times = times
+        self._times = UNKNOWN_TIMES if config.two_phase else times
         self._headroom = int(blocks.pool.num_blocks * ADMISSION_HEADROOM)
         self._two_phase = config.two_phase
 
@@ -97,10 +97,8 @@ class StepPlanner:
                 continue  # its last token is in flight, or it was preempted just now
             start = request.num_computed_tokens
             count = num_tokens - start
-            if count > 1:
-                if step.is_full:
-                    continue
-                count = self._share(request, count, step)
+            if count > 1 and not (count := self._share(request, count, step)):
+                continue
             end = start + count
             if end > len(request.block_ids) * block_size and not self._grow(request, end, step):
                 continue
@@ -130,7 +128,7 @@ class StepPlanner:
         """
         if step.plan.num_preempted:
             return
-        while step.budget and not step.is_full and self._running.num_free_rows:
+        while step.budget and step.room != 0 and self._running.num_free_rows:
             request = self._waiting.peek()
             if request is None or request.num_in_flight:
                 return  # a preempted one still awaits its token
@@ -147,15 +145,29 @@ class StepPlanner:
             self._blocks.register(request)
 
     def _share(self, request: Request, missing: int, step: StepBuilder) -> int:
-        """How many of its `missing` tokens a request computes in `step`; it may be full then."""
+        """How many of its `missing` tokens a request computes in `step`; 0 if that is full."""
+        if missing == 1:
+            return 1
+        if step.room is None:
+            step.room = self._room(request, missing, step.budget)
+        share = min(missing, step.room, step.budget)
+        step.room -= share
+        return share
+
+    def _room(self, request: Request, missing: int, budget: int) -> int:
+        """Tokens of prompts that a step had better compute, the first of them of `request`.
+
+        What waits counts in full, though some of it may be cached, or find no blocks.
+        """
+        if request.computes_whole_prompt:
+            return budget  # no graph runs such a step
+        decodes = sum(map(_is_decoding, self._running.requests))
         waiting, free_rows = self._waiting, self._running.num_free_rows
         lacking = missing + (waiting.num_prompt_tokens if free_rows else 0)
-        batch = step.num_going_on + request.decodes + min(waiting.num_to_decode, free_rows)
-        taken = step.num_tokens
-        end = self._times.end(taken, lacking, step.budget, step.num_going_on, batch)
-        room = min(max(end - taken, request.num_computed_tokens // MAX_CONTEXTS), step.budget)
-        step.is_full = room <= missing and room < min(lacking, step.budget)
-        return min(missing, room)
+        batch = decodes + request.decodes + min(waiting.num_to_decode, free_rows)
+        least = max(1, request.num_computed_tokens // MAX_CONTEXTS)
+        end = self._times.end(decodes, lacking, budget, batch, least)
+        return end - decodes if end < decodes + lacking else budget
 
     def _count_prefix(self, request: Request) -> None:
         if request.num_preemptions or not self._blocks.can_share(request):
@@ -167,3 +179,8 @@ class StepPlanner:
 
 def _is_prefilling(request: Request) -> bool:
     return request.num_tokens - request.num_computed_tokens > 1
+
+
+def _is_decoding(request: Request) -> bool:
+    num_tokens = request.num_tokens
+    return num_tokens - request.num_computed_tokens == 1 and num_tokens < request.max_total_tokens

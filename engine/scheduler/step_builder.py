@@ -24,12 +24,8 @@ class StepBuilder:
 
     def __init__(self, step: int, token_budget: int) -> None:
         self.plan = StepPlan(step)
-        self.num_tokens = 0
-        """Tokens that the step computes so far."""
-        self.num_going_on = 0
-        """Rows that sample, and not their last token."""
-        self.is_full = False
-        """Whether what is left of prompts had better go to the next step."""
+        self.room: int | None = None
+        """Tokens of prompts that it had better not exceed; None before the first prompt."""
         self.budget = token_budget
         """Tokens that the step may still compute."""
         self._decodes: list[Request] = []
@@ -55,9 +51,7 @@ class StepBuilder:
             self._prefills.append((request, start, count, sample))
         request.num_computed_tokens = end
         request.num_in_flight += sample
-        self.num_going_on += sample and end + 1 < request.max_total_tokens
         request.last_step = plan.step
-        self.num_tokens += count
         self.budget -= count
 
     def add_new_row(self, request: Request) -> None:

@@ -17,7 +17,7 @@ from tests.engine.scheduler_harness import EOS, VOCAB, Driver, sampled_token
 MAX_LEN = 24
 BASES = [[(7 * i + k) % VOCAB for i in range(MAX_LEN)] for k in (0, 0, 1)]
 
-UNEVEN = StepTimes({6: 1.0}, {3: 1.0, 8: 1.1, 24: 9.0, 40: 9.1}, token_s=0.5)
+UNEVEN = StepTimes({6: 1.0}, {3: 1.0, 8: 1.1, 24: 9.0, 40: 9.1}, token_s=0.5, max_rows=5)
 """Times by which many a step ends early."""
 
 

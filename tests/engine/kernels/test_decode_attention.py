@@ -57,12 +57,23 @@ def test_many_sequences_take_one_span_each(device):
     check([30 + 9 * i for i in range(12)], device, heads=2, kv_heads=1)
 
 
-@pytest.mark.parametrize("processors", [1, 6, 40])
-def test_as_many_spans_as_the_sequences_with_keys_leave_room_for(processors, device, monkeypatch):
-    monkeypatch.setattr(kernels, "num_processors", lambda _: processors)
-    rows = [(0, 1, 699), (1, 1, 299), (2, 1, 4), (3, 60, 0)]
-    for num_rows in (4, 9, 40):
-        step = RandomStep(TritonAttention(), rows, 16, 4, 2, 64, device=device)
-        step.layout = padded(step.layout, num_rows)
-        assert step.error(step.attend()) < TOLERANCE[torch.float32]
-        assert not kernels._arrivals(device).any()
+@pytest.mark.parametrize(("sequences", "spans"), [(3, 3), (16, 3), (20, 2), (30, 1)])
+def test_the_device_counts_who_has_keys(sequences, spans, device, monkeypatch):
+    monkeypatch.setattr(kernels, "num_processors", lambda _: 48)
+    marked = []
+
+    def scratch(count, *sizes):
+        marked.append(scratch_of(count, *sizes))
+        marked[-1][1].fill_(torch.nan)
+        return marked[-1]
+
+    scratch_of = kernels._scratch
+    monkeypatch.setattr(kernels, "_scratch", scratch)
+    rows = [*((row, 1, 599) for row in range(sequences)), (sequences, 60, 0)]
+    step = RandomStep(TritonAttention(), rows, 16, 4, 2, 32, device=device)
+    step.layout = padded(step.layout, 40)
+    assert step.error(step.attend()) < TOLERANCE[torch.float32]
+    written = ~marked[0][1].view(40 * 2, 3, -1).isnan().any(2)  # by pair and span
+    assert (written.sum(1)[: 2 * sequences] == (spans if spans > 1 else 0)).all()
+    assert not written[2 * sequences :].any()
+    assert not kernels._arrivals(device).any()
