@@ -127,6 +127,14 @@ class InputBatch:
             inputs.attention.block_table = self._spread(inputs.attention.block_table)
         return inputs
 
+    def _slots(self, layout: Layout, table: np.ndarray) -> np.ndarray:
+        """Cache slot of each token, int64 [T]; padding writes to the null block."""
+        blocks = np.zeros(len(layout.positions), dtype=np.int64)
+        of_token = layout.positions[: len(layout.owners)] // self.block_size
+        blocks[: len(layout.owners)] = table[layout.owners, of_token]
+        slots: np.ndarray = blocks * self.block_size + layout.positions % self.block_size
+        return slots
+
     def _spread(self, table: torch.Tensor) -> torch.Tensor:
         """Copy the columns in use to where graphs look for them, rows far apart.
 
@@ -147,9 +155,6 @@ class InputBatch:
         """Bring it all to the device."""
         rows, counts, seq_lens, ends = layout.rows, layout.counts, layout.seq_lens, layout.ends
         known, sources = _tokens(plan, len(layout.positions), ends - counts)
-        blocks = np.zeros(len(layout.positions), dtype=np.int64)
-        of_token = layout.positions[: len(layout.owners)] // self.block_size
-        blocks[: len(layout.owners)] = table[layout.owners, of_token]
         decodes = _num_decodes(counts)
         decode_lens = np.where(counts == 1, seq_lens, 0) if in_graph else seq_lens[:decodes]
         count = sum(plan.samples)
@@ -160,7 +165,7 @@ class InputBatch:
                 known,
                 sources,
                 layout.positions,
-                blocks * self.block_size + layout.positions % self.block_size,
+                self._slots(layout, table),
                 decode_lens.astype(np.int32),
                 _busy_order(decode_lens),
                 tiles,
