@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ pytest.importorskip("triton")
 
 from engine.kernels import wave_linear
 from engine.kernels.wave_linear import gated_wave_linear
+from engine.layers.mlp import GatedMLP
 from tests.engine.gpu import DOT_DTYPES
 from tests.engine.kernels.test_linear import operands, product_case
 
@@ -71,6 +74,38 @@ def test_the_result_may_lie_in_the_residual(device):
     out = wave_linear.wave_linear(x, weight, residual=residual, out=residual)
     assert out is residual
     assert torch.equal(out, wanted)
+
+
+@torch.inference_mode()
+def test_layers_use_it_for_just_so_many_rows(device, monkeypatch):
+    monkeypatch.setattr(wave_linear, "gains", lambda weight: True)
+    shape = SimpleNamespace(hidden_size=64, intermediate_size=40)
+    mlp = GatedMLP(shape, torch.float16, device)
+    for weight in (mlp.gate_up.weight, mlp.down.weight):
+        weight.normal_(std=0.2)
+    weights = mlp.gate_up.weight.double(), mlp.down.weight.double()
+    calls = []
+    for name in ("wave_linear", "gated_wave_linear"):
+        monkeypatch.setattr(wave_linear, name, noting(getattr(wave_linear, name), calls))
+    for linear in (mlp.gate_up, mlp.down):
+        linear._choose_kernels()  # `finalize` does, on a GPU
+    mlp._gated_wave = wave_linear.gated_wave_linear
+    for rows in (63, 64, 65):
+        x, residual = torch.randn(2, rows, 64, device=device, dtype=torch.float16) / 4
+        gate, up = (x.double() @ weights[0].T).chunk(2, dim=-1)
+        wanted = residual.double() + (torch.nn.functional.silu(gate) * up) @ weights[1].T
+        found = mlp(x, residual.clone())
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
+        assert calls == ([64, 64] if rows == 64 else [])
+        calls.clear()
+
+
+def noting(product, calls):
+    def noted(x, *others, **options):
+        calls.append(len(x))
+        return product(x, *others, **options)
+
+    return noted
 
 
 @pytest.fixture
