@@ -159,9 +159,10 @@ class StepPlanner:
 
         What waits counts in full, though some of it may be cached, or find no blocks.
         """
-        if request.computes_whole_prompt:
+        running = self._running.requests
+        if request.computes_whole_prompt or len(running) > self._times.max_rows:
             return budget  # no graph runs such a step
-        decodes = sum(map(_is_decoding, self._running.requests))
+        decodes = sum(map(_is_decoding, running))
         waiting, free_rows = self._waiting, self._running.num_free_rows
         lacking = missing + (waiting.num_prompt_tokens if free_rows else 0)
         batch = decodes + request.decodes + min(waiting.num_to_decode, free_rows)
