@@ -28,6 +28,13 @@ from tests.deployments.test_chat_messages import END, repeater
 from tests.deployments.test_logprobs import LogprobCore
 
 
+@pytest.fixture
+async def slow_plane():
+    """Tokens come one by one: those that come together are told and counted together."""
+    async with open_plane(tokenizer=repeater(), step_s=0.01) as plane:
+        yield plane
+
+
 async def test_a_text_is_answered(plane):
     body = saying("one two three", instructions="Be brief.", metadata={"k": "v"}, user="u")
     response = await whole(plane, body | {"temperature": 0.0, "top_p": 0.5, "store": True})
@@ -45,7 +52,8 @@ async def test_a_text_is_answered(plane):
     assert usage.output_tokens_details.reasoning_tokens == 0
 
 
-async def test_events_come_in_openais_order(plane):
+async def test_events_come_in_openais_order(slow_plane):
+    plane = slow_plane
     events = await streamed(plane, saying("one two three"))
     kinds = [event.type.removeprefix("response.") for event in events]
     num_deltas = kinds.count("output_text.delta")
@@ -79,25 +87,24 @@ async def test_an_answer_that_is_cut_off_is_incomplete(plane):
     assert last.response.incomplete_details.reason == "max_output_tokens"
 
 
-async def test_thinking_is_an_item_of_its_own():
-    # Slow enough for tokens to come one by one: those that come together are counted together.
-    async with open_plane(tokenizer=repeater(), step_s=0.01) as plane:
-        plane.model.style = MessageStyle.of(plane.model.tokenizer, None, "qwen3")
-        body = saying("<think>one two</think>three")
-        response = await whole(plane, body)
-        thought, message = response.output
-        assert thought.content[0].text == "one two" and message.content[0].text == "three"
-        details = response.usage.output_tokens_details
-        assert 2 <= details.reasoning_tokens < response.usage.output_tokens
-        events = await streamed(plane, body)
-        added = [e for e in events if e.type == "response.output_item.added"]
-        assert [(e.item.type, e.output_index) for e in added] == [("reasoning", 0), ("message", 1)]
-        deltas = [e.delta for e in events if e.type == "response.reasoning_text.delta"]
-        assert "".join(deltas) == "one two"
-        assert events[-1].response.output_text == "three"
-        response = await whole(plane, {**body, "max_output_tokens": 4})
-        assert [item.type for item in response.output] == ["reasoning"]  # it never got to a message
-        assert response.output[0].status == "incomplete"
+async def test_thinking_is_an_item_of_its_own(slow_plane):
+    plane = slow_plane
+    plane.model.style = MessageStyle.of(plane.model.tokenizer, None, "qwen3")
+    body = saying("<think>one two</think>three")
+    response = await whole(plane, body)
+    thought, message = response.output
+    assert thought.content[0].text == "one two" and message.content[0].text == "three"
+    details = response.usage.output_tokens_details
+    assert 2 <= details.reasoning_tokens < response.usage.output_tokens
+    events = await streamed(plane, body)
+    added = [e for e in events if e.type == "response.output_item.added"]
+    assert [(e.item.type, e.output_index) for e in added] == [("reasoning", 0), ("message", 1)]
+    deltas = [e.delta for e in events if e.type == "response.reasoning_text.delta"]
+    assert "".join(deltas) == "one two"
+    assert events[-1].response.output_text == "three"
+    response = await whole(plane, {**body, "max_output_tokens": 4})
+    assert [item.type for item in response.output] == ["reasoning"]  # it never got to a message
+    assert response.output[0].status == "incomplete"
 
 
 async def test_an_answer_that_is_held_to_a_form_has_no_thinking(plane):
