@@ -57,6 +57,7 @@ class EngineInfo:
     startup_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each stage of the start, in order."""
     step_times: StepTimes = UNKNOWN_TIMES
+    """Unknown without CUDA graphs."""
 
 
 def build_runner(
