@@ -23,7 +23,8 @@ _FEW_SEQUENCES = 16
 """Sequences that should fill the GPU, where the host cannot tell how many have keys."""
 _MAX_PAIRS = 1 << 12
 """Most pairs of a sequence and a kv head whose spans are joined."""
-_PROGRAMS_PER_PROCESSOR = 2
+_PROGRAMS_PER_PROCESSOR = 4
+"""Of which two run at a time."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -31,9 +32,12 @@ _LOG2_E = 1.4426950408889634
 def _attend(
     q, key_cache, value_cache, table, start, end, head_offset, scale, slot_stride,
     BLOCK_SIZE: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys from `start` to `end`: highest score, weight and sum."""
+    """Online softmax over the keys from `start` to `end`: highest score, weight and sum.
+
+    `ALIGNED`: the keys of a step of the loop lie in one block.
+    """
     dim = tl.arange(0, DIM_BLOCK)
     highest = tl.full((GROUP_BLOCK,), -1e30, tl.float32)
     weight = tl.zeros((GROUP_BLOCK,), tl.float32)
@@ -41,9 +45,14 @@ def _attend(
     for at in range(start, end, KEYS):
         key = at + tl.arange(0, KEYS)
         seen = key < end
-        block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0)
-        slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * slot_stride
-        place = slot[:, None] + head_offset + dim[None, :]
+        if ALIGNED:
+            block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+            place = (block * BLOCK_SIZE + at % BLOCK_SIZE) * slot_stride + head_offset
+            place += tl.arange(0, KEYS)[:, None] * slot_stride + dim[None, :]
+        else:
+            block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0)
+            slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * slot_stride
+            place = slot[:, None] + head_offset + dim[None, :]
         readable = seen[:, None] & (dim[None, :] < DIM)
         k = tl.load(key_cache + place, mask=readable, other=0.0)
         v = tl.load(value_cache + place, mask=readable, other=0.0)
@@ -81,29 +90,35 @@ def _join(partials, stats, first, num_spans, GROUP_BLOCK: tl.constexpr, DIM_BLOC
 
 
 @triton.jit(
-    do_not_specialize=["block_table", "seq_lens", "order", "busy", "window", "table_stride"]
-)
+    do_not_specialize=[
+        "block_table", "seq_lens", "order", "busy", "window", "table_stride",
+        "num_kv", "count", "max_spans",
+    ]
+)  # fmt: skip
 def _decode_kernel(
     query, key_cache, value_cache, block_table, seq_lens, order, busy, out, partials, stats,
-    arrivals, scale, window, query_stride, slot_stride, head_stride, table_stride, programs,
+    arrivals, scale, window, query_stride, slot_stride, head_stride, table_stride,
+    num_kv, count, max_spans, programs,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr, MIN_SPAN: tl.constexpr,
     WINDOW: tl.constexpr, COUNTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    kv_head, span = tl.program_id(0), tl.program_id(2)
-    num_kv, max_spans = tl.num_programs(0), tl.num_programs(2)
-    spans = max_spans
+    # What is read before the wait is the step's, not what the kernel ahead writes.
     if OVERLAP:
         gdc_launch_dependents()
-        gdc_wait()
-    sequence = tl.load(order + tl.program_id(1))
+    item, spans = tl.program_id(0), max_spans
+    if COUNTS:
+        count = tl.load(busy)
+        spans = programs // tl.maximum(count * num_kv, 1)
+        spans = tl.minimum(spans + (spans < 2), max_spans)  # as `_num_spans`
+    kv_head, span = item % num_kv, item // num_kv // tl.maximum(count, 1)
+    sequence = tl.load(order + item // num_kv % tl.maximum(count, 1))
     length = tl.load(seq_lens + sequence)
     first = tl.maximum(length - window, 0) if WINDOW else 0
-    if COUNTS:
-        pairs = tl.load(busy) * num_kv
-        spans = tl.minimum(tl.maximum(programs // tl.maximum(pairs, 1), 1), max_spans)
     size = tl.maximum(tl.cdiv(tl.cdiv(length - first, spans), KEYS) * KEYS, MIN_SPAN)
     num_spans = tl.cdiv(length - first, size)  # none where the length is 0
+    if OVERLAP:
+        gdc_wait()
     if span >= num_spans:
         return
     group, dim = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
@@ -116,7 +131,7 @@ def _decode_kernel(
     highest, weight, attended = _attend(
         q, key_cache, value_cache, block_table + row * table_stride,
         start, tl.minimum(start + size, length), kv_head * head_stride, scale, slot_stride,
-        BLOCK_SIZE, GROUP_BLOCK, DIM, DIM_BLOCK, KEYS,
+        BLOCK_SIZE, GROUP_BLOCK, DIM, DIM_BLOCK, KEYS, not WINDOW and BLOCK_SIZE % KEYS == 0,
     )  # fmt: skip
     place = out + (row * num_kv * GROUP + heads[:, None]) * DIM + dim[None, :]
     if num_spans == 1:
@@ -175,17 +190,20 @@ def decode_attention(
     max_len = block_table.shape[1] * block_size
     programs = _PROGRAMS_PER_PROCESSOR * num_processors(query.device)
     busy = count if num_busy is None else min(count, _FEW_SEQUENCES)
-    spans = max(1, min(_MAX_SPANS, programs // (busy * num_kv), -(-max_len // _MIN_SPAN)))
-    if count * num_kv > _MAX_PAIRS:
+    spans = max(1, min(_MAX_SPANS, _num_spans(busy * num_kv, programs), -(-max_len // _MIN_SPAN)))
+    pairs = count * num_kv
+    if pairs > _MAX_PAIRS:
         spans = 1
     partials, stats = _scratch(
-        count * num_kv * spans if spans > 1 else 1, group_block, dim_block, query.device
+        pairs * spans if spans > 1 else 1, group_block, dim_block, query.device
     )
     tile, stages = _tile(query.element_size() * dim_block, query.device)
-    _decode_kernel[(num_kv, count, spans)](
+    grid = pairs * spans if num_busy is None else max(pairs, min(pairs * spans, 2 * programs))
+    _decode_kernel[(grid,)](
         query, keys, values, block_table, seq_lens, order, num_busy, out, partials, stats,
         _arrivals(query.device), scale * _LOG2_E, window or 0,
-        query.stride(0), keys.stride(0), keys.stride(1), block_table.stride(0), programs,
+        query.stride(0), keys.stride(0), keys.stride(1), block_table.stride(0),
+        num_kv, count, spans, programs,
         BLOCK_SIZE=block_size, GROUP=heads // num_kv, GROUP_BLOCK=group_block,
         DIM=dim, DIM_BLOCK=dim_block, KEYS=tile, MIN_SPAN=_MIN_SPAN, WINDOW=window is not None,
         COUNTS=num_busy is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
@@ -193,10 +211,23 @@ def decode_attention(
     )  # fmt: skip
 
 
+def _num_spans(pairs: int, programs: int) -> int:
+    """Spans of a sequence, so that there are about so many programs.
+
+    There are two where one would just fill the GPU: sequences differ in length, and if all start at
+    once, many multiprocessors wait for the longest.
+    """
+    spans = programs // pairs
+    return spans + (spans < 2)
+
+
 @cache
 def _tile(row_bytes: int, device: torch.device) -> tuple[int, int]:
-    """Keys in a step of the loop and steps in flight: 32 KiB of keys a step, and as many values."""
-    return 2**15 // row_bytes, min(3, shared_memory(device) // 2**16)
+    """Keys in a step of the loop and steps in flight: 16 KiB of keys a step, and as many values.
+
+    Two programs then share a multiprocessor: while one begins or ends, the other reads.
+    """
+    return 2**14 // row_bytes, min(3, shared_memory(device) // 2**15)
 
 
 @cache

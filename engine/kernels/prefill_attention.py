@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from engine.kernels.launch import num_processors, overlaps_launches
+
+_PROGRAMS_PER_PROCESSOR = 2
+"""That go over the tiles in turns, where the host cannot tell how many there are."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -54,18 +59,16 @@ def _attend_keys(
     return highest, weight, attended
 
 
-@triton.jit(do_not_specialize=["block_table", "tiles", "window", "table_stride"])
-def _prefill_kernel(
-    query, key_cache, value_cache, block_table, tiles, out,
+@triton.jit
+def _attend_tile(
+    query, key_cache, value_cache, block_table, entry, head, out,
     scale, window, query_stride, slot_stride, head_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    entry, head = tiles + tl.program_id(0) * 4, tl.program_id(1)
+    """The queries of a tile, for one head."""
     row, first_token = tl.load(entry), tl.load(entry + 1)
     count, lowest = tl.load(entry + 2), tl.load(entry + 3)
-    if count == 0:
-        return
     index = tl.arange(0, QUERIES)
     dim = tl.arange(0, DIM_BLOCK)
     mine = (index[:, None] < count) & (dim[None, :] < DIM)
@@ -98,6 +101,34 @@ def _prefill_kernel(
     tl.store(place, attended / weight[:, None], mask=mine)
 
 
+@triton.jit(do_not_specialize=["block_table", "tiles", "num_tiles", "window", "table_stride"])
+def _prefill_kernel(
+    query, key_cache, value_cache, block_table, tiles, num_tiles, out,
+    scale, window, query_stride, slot_stride, head_stride, table_stride,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
+    COUNTS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if COUNTS:
+        count = tl.load(num_tiles)  # before the wait: the kernel ahead does not write it
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    if COUNTS:
+        for item in range(tl.program_id(0), count * HEADS, tl.num_programs(0)):
+            _attend_tile(
+                query, key_cache, value_cache, block_table, tiles + item // HEADS * 4, item % HEADS,
+                out, scale, window, query_stride, slot_stride, head_stride, table_stride,
+                BLOCK_SIZE, HEADS, GROUP, DIM, DIM_BLOCK, QUERIES, KEYS, WINDOW,
+            )  # fmt: skip
+    else:
+        _attend_tile(
+            query, key_cache, value_cache, block_table, tiles + tl.program_id(0) * 4,
+            tl.program_id(1), out, scale, window, query_stride, slot_stride, head_stride,
+            table_stride, BLOCK_SIZE, HEADS, GROUP, DIM, DIM_BLOCK, QUERIES, KEYS, WINDOW,
+        )  # fmt: skip
+
+
 def prefill_attention(
     query: torch.Tensor,
     caches: tuple[torch.Tensor, torch.Tensor],
@@ -108,6 +139,7 @@ def prefill_attention(
     scale: float,
     window: int | None,
     out: torch.Tensor,
+    num_tiles: torch.Tensor | None = None,
 ) -> None:
     """Attend with the new tokens of several sequences, each over its cached keys and its new ones.
 
@@ -121,17 +153,24 @@ def prefill_attention(
         scale: factor on the dot products.
         window: keys that a query sees, itself included; None sees all.
         out: contiguous, of the queries' shape; rows of tokens in no tile stay as they are.
+        num_tiles: how many of `tiles` count, int32 [1]; None if the host knows that all do.
     """
     keys, values = caches
     heads, dim = query.shape[1:]
     dim_block = max(16, triton.next_power_of_2(dim))
     keys_tile, stages = _keys_tile(query.element_size() == 4, dim_block)
-    _prefill_kernel[(len(tiles), heads)](
-        query, keys, values, block_table, tiles, out,
+    overlap = overlaps_launches(query.device)
+    grid: tuple[int, ...] = (len(tiles), heads)
+    if num_tiles is not None:
+        most = _PROGRAMS_PER_PROCESSOR * num_processors(query.device)
+        grid = (min(len(tiles) * heads, most),)
+    _prefill_kernel[grid](
+        query, keys, values, block_table, tiles, num_tiles, out,
         scale * _LOG2_E, window or 0, query.stride(0), keys.stride(0), keys.stride(1),
         block_table.stride(0), BLOCK_SIZE=block_size, HEADS=heads, GROUP=heads // keys.shape[1],
         DIM=dim, DIM_BLOCK=dim_block, QUERIES=tile_size, KEYS=keys_tile, WINDOW=window is not None,
-        num_warps=4, num_stages=stages,
+        COUNTS=num_tiles is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
+        num_stages=stages,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels.launch import overlaps_launches
 
-_HEADS = 4
+_HEADS = 16
 """Heads of a token that a program handles."""
 
 
@@ -26,26 +26,28 @@ def _rotate_and_store_kernel(
     total: tl.constexpr = NUM_Q + 2 * NUM_KV
     inside = (head < total) & (offset < HALF)
     here = qkv + (token * total + head) * 2 * HALF + offset
+    is_value = head >= NUM_Q + NUM_KV
+    # What is read before the wait is the step's, not what the kernel ahead writes.
     if OVERLAP:
         gdc_launch_dependents()
+    angle = table + tl.load(positions + token) * 2 * HALF + offset
+    cos = tl.load(angle, mask=inside & ~is_value, other=1.0)
+    sin = tl.load(angle + HALF, mask=inside & ~is_value, other=0.0)
+    slot = tl.load(slots + token).to(tl.int64) * slot_stride + offset
+    if OVERLAP:
         gdc_wait()
     left = tl.load(here, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(here + HALF, mask=inside, other=0.0).to(tl.float32)
-    is_value = head >= NUM_Q + NUM_KV
     if NORM:
         square = tl.sum(left * left + right * right, axis=1)[:, None]
         scale = tl.where(is_value, 1.0, tl.rsqrt(square / (2 * HALF) + eps))
         left *= scale * _norm_weight(q_norm, k_norm, head, offset, NUM_Q, is_value, inside)
         right *= scale * _norm_weight(q_norm, k_norm, head, offset + HALF, NUM_Q, is_value, inside)
-    angle = table + tl.load(positions + token) * 2 * HALF + offset
-    cos = tl.load(angle, mask=inside & ~is_value, other=1.0)
-    sin = tl.load(angle + HALF, mask=inside & ~is_value, other=0.0)
     turned_left = (left * cos - right * sin).to(qkv.dtype.element_ty)
     turned_right = (right * cos + left * sin).to(qkv.dtype.element_ty)
     is_query = inside & (head < NUM_Q)
     tl.store(here, turned_left, mask=is_query)
     tl.store(here + HALF, turned_right, mask=is_query)
-    slot = tl.load(slots + token).to(tl.int64) * slot_stride + offset
     key = key_cache + slot + (head - NUM_Q) * head_stride
     is_key = inside & (head >= NUM_Q) & ~is_value
     tl.store(key, turned_left, mask=is_key)
@@ -99,6 +101,6 @@ def rotate_and_store(
         qkv, positions, slots, table, q_norm, k_norm, keys, values,
         eps, keys.stride(0), keys.stride(1),
         NUM_Q=num_heads, NUM_KV=num_kv, HALF=half, HALF_BLOCK=triton.next_power_of_2(half),
-        HEADS=_HEADS, NORM=norms is not None, OVERLAP=overlap, num_warps=2, launch_pdl=overlap,
+        HEADS=_HEADS, NORM=norms is not None, OVERLAP=overlap, num_warps=8, launch_pdl=overlap,
     )  # fmt: skip
     return qkv.view(tokens, -1, head_dim)[:, :num_heads]

@@ -37,7 +37,8 @@ def padded_graph_sizes(max_num_tokens: int) -> list[int]:
 
     Larger steps compute for longer than it takes to launch their kernels one by one.
     """
-    sizes = [*range(64, 513, 64), *range(640, MAX_PADDED_TOKENS + 1, 128)]
+    sizes = [64, *range(128, 321, 32), *range(384, 513, 64)]
+    sizes += range(640, MAX_PADDED_TOKENS + 1, 128)
     return [size for size in sizes if size <= max_num_tokens]
 
 

@@ -167,7 +167,7 @@ class InputBatch:
                 layout.positions,
                 self._slots(layout, table),
                 decode_lens.astype(np.int32),
-                _busy_order(decode_lens),
+                _busy_order(decode_lens, tiles),
                 tiles,
                 rows[samples],
                 seq_lens[samples],
@@ -188,8 +188,8 @@ class InputBatch:
             decode_lens=tensors[4],
             query_starts=tensors[11],
             key_starts=tensors[12],
-            decode_order=tensors[5][:-1],
-            num_busy=tensors[5][-1:],
+            decode_order=tensors[5][:-2],
+            num_busy=tensors[5][-2:],
             tiles=tensors[6],
             padded=in_graph and len(tiles) > 0,
         )
@@ -239,11 +239,11 @@ def _tokens(plan: StepPlan, count: int, offsets: np.ndarray) -> tuple[np.ndarray
     return known, sources
 
 
-def _busy_order(lengths: np.ndarray) -> np.ndarray:
-    """Rows from the longest to the shortest, and how many have keys; int32 [len(lengths) + 1]."""
-    order = np.empty(len(lengths) + 1, dtype=np.int32)
-    order[:-1] = (-lengths).argsort(kind="stable")
-    order[-1] = np.count_nonzero(lengths)
+def _busy_order(lengths: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """Rows from the longest to the shortest, and `num_busy`; int32 [len(lengths) + 2]."""
+    order = np.empty(len(lengths) + 2, dtype=np.int32)
+    order[:-2] = (-lengths).argsort(kind="stable")
+    order[-2:] = np.count_nonzero(lengths), np.count_nonzero(tiles[:, 2])
     return order
 
 

@@ -36,6 +36,7 @@ def attention_batch(rows, tables, block_size: int, device="cpu") -> AttentionBat
     ]
     width = math.ceil(max(lens) / block_size)
     num_decodes = sum(count == 1 for _, count, _ in rows)
+    found = tiles([(count, start) for _, count, start in rows])
     return AttentionBatch(
         num_decodes=num_decodes,
         query_lens=[count for _, count, _ in rows],
@@ -47,8 +48,8 @@ def attention_batch(rows, tables, block_size: int, device="cpu") -> AttentionBat
         query_starts=starts([count for _, count, _ in rows if count > 1]).to(device),
         key_starts=starts([start + count for _, count, start in rows if count > 1]).to(device),
         decode_order=longest_first([start for _, count, start in rows if count == 1]).to(device),
-        num_busy=torch.tensor([num_decodes], dtype=torch.int32, device=device),
-        tiles=tiles([(count, start) for _, count, start in rows]).to(device),
+        num_busy=torch.tensor([num_decodes, len(found)], dtype=torch.int32, device=device),
+        tiles=found.to(device),
     )
 
 
@@ -66,7 +67,7 @@ def padded(batch: AttentionBatch, num_rows: int) -> AttentionBatch:
         block_table=pad(batch.block_table, (0, 0, 0, missing)),
         decode_lens=pad(batch.decode_lens, (0, num_rows - decodes)),
         decode_order=torch.cat([batch.decode_order, rest]),
-        tiles=pad(batch.tiles, (0, 0, 0, 3)),
+        tiles=pad(batch.tiles, (0, 0, 0, 3), value=1),
         padded=True,
     )
 

@@ -15,6 +15,7 @@ from engine.kernels import (
     decode_attention,
     linear,
     norm,
+    prefill_attention,
     rotary_cache,
     wave_linear,
 )
@@ -52,7 +53,8 @@ def compile_instead_of_launching():
 
 def choose_as_on(capability):
     """Kernels are called with tensors on the CPU; let them be launched as on the GPU."""
-    for module in (activation, decode_attention, linear, norm, rotary_cache, wave_linear):
+    chained = (activation, decode_attention, linear, norm, prefill_attention, rotary_cache)
+    for module in (*chained, wave_linear):
         module.overlaps_launches = lambda device: capability >= 90
     for module in (decode_attention, linear, wave_linear):
         module.shared_memory = lambda device: SHARED_MEMORY[capability]

@@ -57,9 +57,9 @@ def test_many_sequences_take_one_span_each(device):
     check([30 + 9 * i for i in range(12)], device, heads=2, kv_heads=1)
 
 
-@pytest.mark.parametrize(("sequences", "spans"), [(3, 3), (16, 3), (20, 2), (30, 1)])
+@pytest.mark.parametrize(("sequences", "spans"), [(3, 3), (16, 3), (20, 2), (30, 2), (50, 1)])
 def test_the_device_counts_who_has_keys(sequences, spans, device, monkeypatch):
-    monkeypatch.setattr(kernels, "num_processors", lambda _: 48)
+    monkeypatch.setattr(kernels, "num_processors", lambda _: 24)
     marked = []
 
     def scratch(count, *sizes):
@@ -71,9 +71,9 @@ def test_the_device_counts_who_has_keys(sequences, spans, device, monkeypatch):
     monkeypatch.setattr(kernels, "_scratch", scratch)
     rows = [*((row, 1, 599) for row in range(sequences)), (sequences, 60, 0)]
     step = RandomStep(TritonAttention(), rows, 16, 4, 2, 32, device=device)
-    step.layout = padded(step.layout, 40)
+    step.layout = padded(step.layout, 60)
     assert step.error(step.attend()) < TOLERANCE[torch.float32]
-    written = ~marked[0][1].view(40 * 2, 3, -1).isnan().any(2)  # by pair and span
+    written = ~marked[0][1].view(60 * 2, 3, -1).isnan().any(2)  # by pair and span
     assert (written.sum(1)[: 2 * sequences] == (spans if spans > 1 else 0)).all()
     assert not written[2 * sequences :].any()
     assert not kernels._arrivals(device).any()
