@@ -120,6 +120,10 @@ class ResponsesBody(TemplateFields, SamplingFields):
                 )
         if self.max_tokens is not None:
             raise InvalidRequest("max_tokens is called max_output_tokens here.", "max_tokens")
+        if self.max_output_tokens == 0:  # chats know a use for it, which there is none of here
+            raise InvalidRequest(
+                "max_output_tokens must be a positive integer, got 0.", "max_output_tokens"
+            )
         if self.top_logprobs is not None and self.top_logprobs > 0 and not self.wants_logprobs:
             raise InvalidRequest(f"top_logprobs needs {_LOGPROBS} in include.", "top_logprobs")
         if self.text is not None and self.text.verbosity not in (None, "medium"):

@@ -87,6 +87,11 @@ async def test_what_cannot_be_done_is_refused(plane, field, value):
     assert error["param"] == field and error["type"] == "invalid_request_error"
 
 
+async def test_no_hint_at_what_only_chats_have(plane):
+    error = await refused(plane, max_output_tokens=0)
+    assert error["message"] == "max_output_tokens must be a positive integer, got 0."
+
+
 async def test_what_asks_for_nothing_is_accepted(plane):
     more = {"background": False, "tools": [], "tool_choice": "auto", "truncation": "disabled"}
     more |= {"reasoning": None, "include": ["reasoning.encrypted_content"], "conversation": None}
