@@ -39,11 +39,13 @@ class AttentionBatch:
     decode_order: torch.Tensor
     """Decode rows from the longest sequence to the shortest, int32 [decodes]."""
     num_busy: torch.Tensor
-    """How many of the decode rows have keys, and how many of `tiles` count, int32 [2]."""
+    """How many of the decode rows have keys, int32 [1]."""
     tiles: torch.Tensor
     """Up to `QUERY_TILE` tokens of a row that computes several, int32 [tiles, 4]: the row, the
     first of the tokens, how many, and the first one's position. Those that see the most keys come
     first; if `padded`, others follow that do not count."""
+    num_tiles: torch.Tensor
+    """How many of these count, int32 [1]."""
     padded: bool = False
     """Shapes are those of a graph; `query_starts` and `key_starts` are not to be used."""
 

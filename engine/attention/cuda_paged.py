@@ -27,6 +27,8 @@ class PagedRows:
     """Of all rows, int32 [rows, blocks]."""
     tiles: torch.Tensor
     """See `AttentionBatch.tiles`."""
+    num_tiles: torch.Tensor
+    """See `AttentionBatch.num_tiles`."""
     padded: bool
     """See `AttentionBatch.padded`."""
     query_starts: torch.Tensor
@@ -64,6 +66,7 @@ class CudaPagedAttention(AttentionBackend):
             num_busy=batch.num_busy,
             table=batch.block_table,
             tiles=batch.tiles,
+            num_tiles=batch.num_tiles,
             padded=batch.padded,
             query_starts=batch.query_starts,
             key_starts=batch.key_starts,

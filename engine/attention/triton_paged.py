@@ -38,7 +38,7 @@ class TritonAttention(CudaPagedAttention):
                 scale,
                 sliding_window,
                 out[:count],
-                metadata.num_busy[:1] if metadata.padded else None,
+                metadata.num_busy if metadata.padded else None,
             )
         if len(metadata.tiles):
             prefill_attention(
@@ -51,6 +51,6 @@ class TritonAttention(CudaPagedAttention):
                 scale,
                 sliding_window,
                 out,
-                metadata.num_busy[1:] if metadata.padded else None,
+                metadata.num_tiles if metadata.padded else None,
             )
         return out

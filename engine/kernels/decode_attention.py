@@ -24,7 +24,6 @@ _FEW_SEQUENCES = 16
 _MAX_PAIRS = 1 << 12
 """Most pairs of a sequence and a kv head whose spans are joined."""
 _PROGRAMS_PER_PROCESSOR = 4
-"""Of which two run at a time."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -103,7 +102,7 @@ def _decode_kernel(
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr, MIN_SPAN: tl.constexpr,
     WINDOW: tl.constexpr, COUNTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    # What is read before the wait is the step's, not what the kernel ahead writes.
+    # What is read before the wait is the step's layout; see `overlaps_launches`.
     if OVERLAP:
         gdc_launch_dependents()
     item, spans = tl.program_id(0), max_spans
@@ -223,11 +222,12 @@ def _num_spans(pairs: int, programs: int) -> int:
 
 @cache
 def _tile(row_bytes: int, device: torch.device) -> tuple[int, int]:
-    """Keys in a step of the loop and steps in flight: 16 KiB of keys a step, and as many values.
+    """Keys in a step of the loop, and Triton's stages: 16 KiB of keys a step, and as many values.
 
-    Two programs then share a multiprocessor: while one begins or ends, the other reads.
+    So several programs share a multiprocessor: while one begins, computes or ends, others read.
+    As a page is looked up before its keys are read, three stages hold little more than one step.
     """
-    return 2**14 // row_bytes, min(3, shared_memory(device) // 2**15)
+    return max(16, 2**14 // row_bytes), min(3, shared_memory(device) // 2**15)
 
 
 @cache

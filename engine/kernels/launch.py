@@ -18,7 +18,10 @@ def overlaps_launches(device: torch.device) -> bool:
     """Whether a kernel may be set up while the one before it still runs.
 
     Programmatic dependent launch (CUDA C++ Programming Guide, section of that name) is there from
-    Hopper on. A kernel launched so must call `gdc_wait` before it touches what others wrote.
+    Hopper on. Several kernels launched so may run at a time, so each calls `gdc_wait` before it
+    ends, and before it touches what any of them writes. Sooner it may read only what they leave
+    alone: what copies, and kernels launched in the ordinary way, wrote before the first of them,
+    such as the layout of the step.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 

@@ -14,7 +14,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from engine.kernels.launch import num_processors, overlaps_launches
 
 _PROGRAMS_PER_PROCESSOR = 2
-"""That go over the tiles in turns, where the host cannot tell how many there are."""
+"""That go over the tiles in turns, where the host cannot tell how many there are: as many as have
+room on a Hopper's multiprocessor at heads of 128."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -109,10 +110,11 @@ def _prefill_kernel(
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
     COUNTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if COUNTS:
-        count = tl.load(num_tiles)  # before the wait: the kernel ahead does not write it
     if OVERLAP:
         gdc_launch_dependents()
+    if COUNTS:
+        count = tl.load(num_tiles)  # of the step's layout; see `overlaps_launches`
+    if OVERLAP:
         gdc_wait()
     if COUNTS:
         for item in range(tl.program_id(0), count * HEADS, tl.num_programs(0)):

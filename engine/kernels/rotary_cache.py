@@ -27,7 +27,7 @@ def _rotate_and_store_kernel(
     inside = (head < total) & (offset < HALF)
     here = qkv + (token * total + head) * 2 * HALF + offset
     is_value = head >= NUM_Q + NUM_KV
-    # What is read before the wait is the step's, not what the kernel ahead writes.
+    # What is read before the wait is the step's layout; see `overlaps_launches`.
     if OVERLAP:
         gdc_launch_dependents()
     angle = table + tl.load(positions + token) * 2 * HALF + offset

@@ -167,7 +167,7 @@ class InputBatch:
                 layout.positions,
                 self._slots(layout, table),
                 decode_lens.astype(np.int32),
-                _busy_order(decode_lens, tiles),
+                _order_and_counts(decode_lens, tiles),
                 tiles,
                 rows[samples],
                 seq_lens[samples],
@@ -189,8 +189,9 @@ class InputBatch:
             query_starts=tensors[11],
             key_starts=tensors[12],
             decode_order=tensors[5][:-2],
-            num_busy=tensors[5][-2:],
+            num_busy=tensors[5][-2:-1],
             tiles=tensors[6],
+            num_tiles=tensors[5][-1:],
             padded=in_graph and len(tiles) > 0,
         )
         chosen = samples[:count]
@@ -239,8 +240,8 @@ def _tokens(plan: StepPlan, count: int, offsets: np.ndarray) -> tuple[np.ndarray
     return known, sources
 
 
-def _busy_order(lengths: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """Rows from the longest to the shortest, and `num_busy`; int32 [len(lengths) + 2]."""
+def _order_and_counts(lengths: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """Rows from the longest to the shortest, `num_busy`, `num_tiles`; int32 [len(lengths) + 2]."""
     order = np.empty(len(lengths) + 2, dtype=np.int32)
     order[:-2] = (-lengths).argsort(kind="stable")
     order[-2:] = np.count_nonzero(lengths), np.count_nonzero(tiles[:, 2])

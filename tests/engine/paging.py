@@ -48,8 +48,9 @@ def attention_batch(rows, tables, block_size: int, device="cpu") -> AttentionBat
         query_starts=starts([count for _, count, _ in rows if count > 1]).to(device),
         key_starts=starts([start + count for _, count, start in rows if count > 1]).to(device),
         decode_order=longest_first([start for _, count, start in rows if count == 1]).to(device),
-        num_busy=torch.tensor([num_decodes, len(found)], dtype=torch.int32, device=device),
+        num_busy=torch.tensor([num_decodes], dtype=torch.int32, device=device),
         tiles=found.to(device),
+        num_tiles=torch.tensor([len(found)], dtype=torch.int32, device=device),
     )
 
 

@@ -27,7 +27,7 @@ from engine.kernels.tokens import take_tokens
 from engine.kernels.wave_linear import gated_wave_linear
 from tests.engine.kernels.compile_only import AbsentGPU
 from tests.engine.kernels.test_compile_model import PROCESSORS, SHARED_MEMORY
-from tests.engine.paging import RandomStep
+from tests.engine.paging import RandomStep, padded
 
 HALF = torch.bfloat16
 HEADS, KV_HEADS, HIDDEN, INNER = 28, 4, 3584, 18944
@@ -58,6 +58,7 @@ def choose_as_on(capability):
         module.overlaps_launches = lambda device: capability >= 90
     for module in (decode_attention, linear, wave_linear):
         module.shared_memory = lambda device: SHARED_MEMORY[capability]
+    for module in (decode_attention, linear, prefill_attention, wave_linear):
         module.num_processors = lambda device: PROCESSORS[capability]
 
 
@@ -91,6 +92,8 @@ def compile_waves():
 
 def compile_attention(head_dim, dtype, window):
     step = RandomStep(TritonAttention(), STEP, 64, HEADS, KV_HEADS, head_dim, dtype)
+    if window is None:
+        step.layout = padded(step.layout, 8)  # as in a graph
     step.backend.attend(step.query, step.cache, step.backend.prepare(step.layout), 1.0, window)
 
 
@@ -102,8 +105,10 @@ def main():
     compile_layer_kernels()
     if capability >= 90:
         compile_waves()
+        compile_attention(512, torch.float32, None)
     for head_dim, dtype, window in (
         (64, HALF, None),
+        (128, HALF, None),
         (128, HALF, 100),
         (256, HALF, None),
         (128, torch.float32, None),

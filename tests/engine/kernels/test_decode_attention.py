@@ -53,11 +53,19 @@ def test_one_sequence_is_split_and_its_counters_reset(length, window, device):
     assert not kernels._arrivals(device).any()
 
 
-def test_many_sequences_take_one_span_each(device):
-    check([30 + 9 * i for i in range(12)], device, heads=2, kv_heads=1)
+@pytest.mark.parametrize(("most_pairs", "processors"), [(4096, 2), (11, 48)])
+def test_many_sequences_take_one_span_each(most_pairs, processors, device, monkeypatch):
+    monkeypatch.setattr(kernels, "_MAX_PAIRS", most_pairs)
+    monkeypatch.setattr(kernels, "num_processors", lambda _: processors)
+    sizes, scratch_of = [], kernels._scratch
+    monkeypatch.setattr(kernels, "_scratch", lambda *n: sizes.append(n[0]) or scratch_of(*n))
+    check([120 + 9 * i for i in range(12)], device, heads=2, kv_heads=1)
+    assert set(sizes) == {1}
 
 
-@pytest.mark.parametrize(("sequences", "spans"), [(3, 3), (16, 3), (20, 2), (30, 2), (50, 1)])
+@pytest.mark.parametrize(
+    ("sequences", "spans"), [(3, 3), (16, 3), (20, 2), (30, 2), (48, 2), (50, 1)]
+)
 def test_the_device_counts_who_has_keys(sequences, spans, device, monkeypatch):
     monkeypatch.setattr(kernels, "num_processors", lambda _: 24)
     marked = []

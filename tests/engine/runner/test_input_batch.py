@@ -208,7 +208,8 @@ def test_a_padded_step_is_the_same_but_for_what_it_skips(make):
     assert not found.decode_lens[decodes:].any()
     assert found.decode_order[:decodes].tolist() == wanted.decode_order.tolist()
     assert sorted(found.decode_order.tolist()) == [*range(MAX_SEQS)]
-    assert found.num_busy.tolist() == wanted.num_busy.tolist() == [decodes, len(wanted.tiles)]
+    assert found.num_busy.tolist() == wanted.num_busy.tolist() == [decodes]
+    assert found.num_tiles.tolist() == wanted.num_tiles.tolist() == [len(wanted.tiles)]
     assert found.tiles[: len(wanted.tiles)].tolist() == wanted.tiles.tolist()
     assert not found.tiles[len(wanted.tiles) :, 2].any()
     width = wanted.block_table.shape[1]
@@ -223,6 +224,7 @@ def test_padded_shapes_depend_on_the_size_alone(most, monkeypatch):
     for plan in (StepPlan(0), decode_plan(), mixed_plan(), long_plan()):
         inputs = batch.build_padded(plan, 256)
         names = ("slot_mapping", "block_table", "decode_lens", "decode_order", "num_busy", "tiles")
+        names += ("num_tiles",)
         found = [getattr(inputs.attention, name).shape for name in names]
         names = ("known_tokens", "token_sources", "positions", "sample_indices")
         shapes.add((*found, *(getattr(inputs, name).shape for name in names)))
@@ -250,7 +252,7 @@ class TestOnGPU:
             attention = inputs.attention
             tensors = [inputs.known_tokens, inputs.token_sources, inputs.positions]
             tensors += [attention.slot_mapping, attention.block_table, attention.decode_lens]
-            tensors += [attention.decode_order, attention.num_busy]
+            tensors += [attention.decode_order, attention.num_busy, attention.num_tiles]
             places.append([(t.data_ptr(), t.shape, t.stride()) for t in tensors])
         assert places[0] == places[1] == places[2]
         assert attention.block_table[:2, :2].tolist() == [[9, 3], [7, 1]]
