@@ -68,15 +68,17 @@ def _attend(
 
 
 @triton.jit
-def _join(partials, stats, first, num_spans, GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr):
-    """Weight and sum over the spans of a pair, which lie from `first` on, in their order."""
+def _join(
+    partials, stats, pair, pairs, num_spans, GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr
+):
+    """Weight and sum over the spans of a pair, in their order, `pairs` apart."""
     group = tl.arange(0, GROUP_BLOCK)
     tile = group[:, None] * DIM_BLOCK + tl.arange(0, DIM_BLOCK)[None, :]
     highest = tl.full((GROUP_BLOCK,), -1e30, tl.float32)
     weight = tl.zeros((GROUP_BLOCK,), tl.float32)
     attended = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
     for span in range(num_spans):
-        theirs = (first + span) * GROUP_BLOCK
+        theirs = (pair + span * pairs).to(tl.int64) * GROUP_BLOCK
         their_highest = tl.load(stats + theirs * 2 + group, cache_modifier=".cg")
         their_weight = tl.load(stats + theirs * 2 + GROUP_BLOCK + group, cache_modifier=".cg")
         their_sum = tl.load(partials + theirs * DIM_BLOCK + tile, cache_modifier=".cg")
@@ -91,13 +93,13 @@ def _join(partials, stats, first, num_spans, GROUP_BLOCK: tl.constexpr, DIM_BLOC
 @triton.jit(
     do_not_specialize=[
         "block_table", "seq_lens", "order", "busy", "window", "table_stride",
-        "num_kv", "count", "max_spans",
+        "num_kv", "num_pairs", "max_spans",
     ]
 )  # fmt: skip
 def _decode_kernel(
     query, key_cache, value_cache, block_table, seq_lens, order, busy, out, partials, stats,
     arrivals, scale, window, query_stride, slot_stride, head_stride, table_stride,
-    num_kv, count, max_spans, programs,
+    num_kv, num_pairs, max_spans, programs,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr, MIN_SPAN: tl.constexpr,
     WINDOW: tl.constexpr, COUNTS: tl.constexpr, OVERLAP: tl.constexpr,
@@ -105,13 +107,13 @@ def _decode_kernel(
     # What is read before the wait is the step's layout; see `overlaps_launches`.
     if OVERLAP:
         gdc_launch_dependents()
-    item, spans = tl.program_id(0), max_spans
+    item, pairs, spans = tl.program_id(0), num_pairs, max_spans
     if COUNTS:
-        count = tl.load(busy)
-        spans = programs // tl.maximum(count * num_kv, 1)
+        pairs = tl.maximum(tl.load(busy), 1) * num_kv
+        spans = programs // pairs
         spans = tl.minimum(spans + (spans < 2), max_spans)  # as `_num_spans`
-    kv_head, span = item % num_kv, item // num_kv // tl.maximum(count, 1)
-    sequence = tl.load(order + item // num_kv % tl.maximum(count, 1))
+    pair, span = item % pairs, item // pairs
+    kv_head, sequence = pair % num_kv, tl.load(order + pair // num_kv)
     length = tl.load(seq_lens + sequence)
     first = tl.maximum(length - window, 0) if WINDOW else 0
     size = tl.maximum(tl.cdiv(tl.cdiv(length - first, spans), KEYS) * KEYS, MIN_SPAN)
@@ -137,9 +139,7 @@ def _decode_kernel(
         # Not by way of the store below: to meet the joined sums, these would change their layout.
         tl.store(place, attended / weight[:, None], mask=of_group)
         return
-    pair = sequence * num_kv + kv_head
-    first_span = (pair * max_spans).to(tl.int64)
-    mine = (first_span + span) * GROUP_BLOCK
+    mine = item.to(tl.int64) * GROUP_BLOCK
     tl.store(partials + (mine + group[:, None]) * DIM_BLOCK + dim[None, :], attended)
     tl.store(stats + mine * 2 + group, highest)
     tl.store(stats + mine * 2 + GROUP_BLOCK + group, weight)
@@ -147,7 +147,7 @@ def _decode_kernel(
     if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") < num_spans - 1:
         return
     tl.store(arrivals + pair, 0)
-    weight, attended = _join(partials, stats, first_span, num_spans, GROUP_BLOCK, DIM_BLOCK)
+    weight, attended = _join(partials, stats, pair, pairs, num_spans, GROUP_BLOCK, DIM_BLOCK)
     tl.store(place, attended / weight[:, None], mask=of_group)
 
 
@@ -193,16 +193,14 @@ def decode_attention(
     pairs = count * num_kv
     if pairs > _MAX_PAIRS:
         spans = 1
-    partials, stats = _scratch(
-        pairs * spans if spans > 1 else 1, group_block, dim_block, query.device
-    )
-    tile, stages = _tile(query.element_size() * dim_block, query.device)
     grid = pairs * spans if num_busy is None else max(pairs, min(pairs * spans, 2 * programs))
+    partials, stats = _scratch(grid if spans > 1 else 1, group_block, dim_block, query.device)
+    tile, stages = _tile(query.element_size() * dim_block, query.device)
     _decode_kernel[(grid,)](
         query, keys, values, block_table, seq_lens, order, num_busy, out, partials, stats,
         _arrivals(query.device), scale * _LOG2_E, window or 0,
         query.stride(0), keys.stride(0), keys.stride(1), block_table.stride(0),
-        num_kv, count, spans, programs,
+        num_kv, pairs, spans, programs,
         BLOCK_SIZE=block_size, GROUP=heads // num_kv, GROUP_BLOCK=group_block,
         DIM=dim, DIM_BLOCK=dim_block, KEYS=tile, MIN_SPAN=_MIN_SPAN, WINDOW=window is not None,
         COUNTS=num_busy is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
