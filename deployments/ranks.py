@@ -11,7 +11,7 @@ import ray
 from deployments.observability.logs import ProcessLog, configure_logging, current_setting
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.startup import start_engine
+from engine.startup import freeze_heap, start_engine
 
 if TYPE_CHECKING:
     from engine.core import EngineCore
@@ -24,7 +24,9 @@ def start_ranked_engine(config: EngineConfig) -> EngineCore:
     Raises:
         ConfigError: the model or an option cannot be used.
     """
-    return start_engine(config, RankActors)
+    core = start_engine(config, RankActors)
+    freeze_heap()
+    return core
 
 
 class EngineRank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -70,3 +71,13 @@ def start_engine(config: EngineConfig, launch: LaunchRanks | None = None) -> Eng
         info.max_model_len,
     )
     return core
+
+
+def freeze_heap() -> None:
+    """Spare the garbage collector what a start has made, in a process that only runs an engine.
+
+    Serve does so in its replicas. To go over the objects of torch and of the model would hold up
+    a step for a tenth of a second.
+    """
+    gc.collect()
+    gc.freeze()

@@ -17,7 +17,7 @@ from engine.parallel.meeting import Meeting
 from engine.parallel.messages import decode
 from engine.runner.build import build_runner, choose_device
 from engine.runner.model_runner import ModelRunner, PendingStep
-from engine.startup import Stopwatch
+from engine.startup import Stopwatch, freeze_heap
 from engine.step import StepPlan
 
 READY = b"ready"
@@ -39,6 +39,7 @@ def follow(meeting: Meeting, rank: int) -> None:
         link.send_bytes(READY)
         group = meeting.join(rank, device)
         runner, _ = build_runner(meeting.config, Stopwatch(), group)
+        freeze_heap()
         link.send_bytes(READY)
         _run(runner, messages)
     except BaseException as error:
