@@ -102,9 +102,9 @@ def _attend_tile(
     tl.store(place, attended / weight[:, None], mask=mine)
 
 
-@triton.jit(do_not_specialize=["block_table", "tiles", "num_tiles", "window", "table_stride"])
+@triton.jit(do_not_specialize=["block_table", "tiles", "count", "busy", "window", "table_stride"])
 def _prefill_kernel(
-    query, key_cache, value_cache, block_table, tiles, num_tiles, out,
+    query, key_cache, value_cache, block_table, tiles, count, busy, out,
     scale, window, query_stride, slot_stride, head_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
@@ -113,21 +113,14 @@ def _prefill_kernel(
     if OVERLAP:
         gdc_launch_dependents()
     if COUNTS:
-        count = tl.load(num_tiles)  # of the step's layout; see `overlaps_launches`
+        count = tl.load(busy)  # of the step's layout; see `overlaps_launches`
     if OVERLAP:
         gdc_wait()
-    if COUNTS:
-        for item in range(tl.program_id(0), count * HEADS, tl.num_programs(0)):
-            _attend_tile(
-                query, key_cache, value_cache, block_table, tiles + item // HEADS * 4, item % HEADS,
-                out, scale, window, query_stride, slot_stride, head_stride, table_stride,
-                BLOCK_SIZE, HEADS, GROUP, DIM, DIM_BLOCK, QUERIES, KEYS, WINDOW,
-            )  # fmt: skip
-    else:
+    for item in range(tl.program_id(0), count * HEADS, tl.num_programs(0)):
         _attend_tile(
-            query, key_cache, value_cache, block_table, tiles + tl.program_id(0) * 4,
-            tl.program_id(1), out, scale, window, query_stride, slot_stride, head_stride,
-            table_stride, BLOCK_SIZE, HEADS, GROUP, DIM, DIM_BLOCK, QUERIES, KEYS, WINDOW,
+            query, key_cache, value_cache, block_table, tiles + item // HEADS * 4, item % HEADS,
+            out, scale, window, query_stride, slot_stride, head_stride, table_stride,
+            BLOCK_SIZE, HEADS, GROUP, DIM, DIM_BLOCK, QUERIES, KEYS, WINDOW,
         )  # fmt: skip
 
 
@@ -162,12 +155,11 @@ def prefill_attention(
     dim_block = max(16, triton.next_power_of_2(dim))
     keys_tile, stages = _keys_tile(query.element_size() == 4, dim_block)
     overlap = overlaps_launches(query.device)
-    grid: tuple[int, ...] = (len(tiles), heads)
+    grid = len(tiles) * heads
     if num_tiles is not None:
-        most = _PROGRAMS_PER_PROCESSOR * num_processors(query.device)
-        grid = (min(len(tiles) * heads, most),)
-    _prefill_kernel[grid](
-        query, keys, values, block_table, tiles, num_tiles, out,
+        grid = min(grid, _PROGRAMS_PER_PROCESSOR * num_processors(query.device))
+    _prefill_kernel[(grid,)](
+        query, keys, values, block_table, tiles, len(tiles), num_tiles, out,
         scale * _LOG2_E, window or 0, query.stride(0), keys.stride(0), keys.stride(1),
         block_table.stride(0), BLOCK_SIZE=block_size, HEADS=heads, GROUP=heads // keys.shape[1],
         DIM=dim, DIM_BLOCK=dim_block, QUERIES=tile_size, KEYS=keys_tile, WINDOW=window is not None,
