@@ -11,7 +11,7 @@ from benchmarks.probes.flash import MISSING, PAGE, find_flash_attn
 from benchmarks.probes.pages import PagedSequences, draw_lengths, kv_bytes, place
 from benchmarks.probes.records import Record, record, skipped
 from benchmarks.roofline import Shape
-from engine.kernels.decode_attention import decode_attention
+from engine.kernels.decode_attention import decode_attention, spans_at_a_time
 
 
 def measure(
@@ -62,11 +62,13 @@ def flash_calls(flash: Any, bench: Bench, shape: Shape, cached: PagedSequences) 
 def kernel_calls(bench: Bench, shape: Shape, cached: PagedSequences) -> list[Call]:
     """One call of this engine's kernel for each block table."""
     query = bench.randn(len(cached.seq_lens), shape.heads, shape.head_dim)
-    order, scale, out = cached.longest_first(), shape.head_dim**-0.5, query.new_empty(query.shape)
+    scale, out = shape.head_dim**-0.5, query.new_empty(query.shape)
+    keys, _ = cached.caches
+    spans = cached.spans(spans_at_a_time(keys.shape[1], keys.device))
     return [
         partial(
             decode_attention,
-            query, cached.caches, table, cached.seq_lens, order, cached.page, scale, None, out,
+            query, cached.caches, table, spans, cached.page, scale, None, out,
         )
         for table in cached.tables
     ]  # fmt: skip

@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.probes.bench import Bench
 from benchmarks.roofline import Shape
+from engine.runner.layout import spans
 
 MAX_LEN = 4096
-"""Tokens that a block table has room for: its width decides how a kernel splits sequences."""
+"""Tokens that a block table has room for."""
 
 
 @dataclass
@@ -37,9 +38,10 @@ class PagedSequences:
         last = self.seq_lens.long() - 1
         return table.gather(1, (last // self.page)[:, None])[:, 0] * self.page + last % self.page
 
-    def longest_first(self) -> torch.Tensor:
-        """Sequences from the longest to the shortest, int32 [sequences]."""
-        return self.seq_lens.argsort(descending=True).int()
+    def spans(self, at_a_time: int) -> torch.Tensor:
+        """See `AttentionBatch.spans`."""
+        found = spans(self.seq_lens.cpu().long().numpy(), at_a_time)
+        return torch.from_numpy(found).to(self.seq_lens.device)
 
 
 def place(bench: Bench, shape: Shape, lengths: Sequence[int], page: int) -> PagedSequences:

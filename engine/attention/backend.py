@@ -36,10 +36,10 @@ class AttentionBatch:
     last; int32 [rows - decodes + 1]."""
     key_starts: torch.Tensor
     """The same sum over the keys of these rows; int32 [rows - decodes + 1]."""
-    decode_order: torch.Tensor
-    """Decode rows from the longest sequence to the shortest, int32 [decodes]."""
-    num_busy: torch.Tensor
-    """How many of the decode rows have keys, int32 [1]."""
+    spans: torch.Tensor
+    """Parts of the decode rows' keys for programs of their own, int32 [spans, 4]: the row, which of
+    its spans, how many it has, and its keys. Rows without keys have none. Those of the longest rows
+    come first; in a graph, others of no keys follow."""
     tiles: torch.Tensor
     """Up to `QUERY_TILE` tokens of a row that computes several, int32 [tiles, 4]: the row, the
     first of the tokens, how many, and the first one's position. Those that see the most keys come
@@ -64,6 +64,10 @@ class AttentionBackend(ABC):
     """Decode batches may be captured in a CUDA graph."""
     captures_prefill: ClassVar[bool] = False
     """And so may `padded` ones."""
+
+    def spans_at_a_time(self, num_kv_heads: int, device: torch.device) -> int:
+        """How many of `AttentionBatch.spans` fill the device; 1 if they are not used."""
+        return 1
 
     @abstractmethod
     def kv_cache_shape(

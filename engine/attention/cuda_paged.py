@@ -19,10 +19,8 @@ class PagedRows:
     """Block tables of the decode rows, int32 [decodes, blocks]."""
     decode_lens: torch.Tensor
     """Their keys, int32 [decodes]."""
-    decode_order: torch.Tensor
-    """See `AttentionBatch.decode_order`."""
-    num_busy: torch.Tensor
-    """See `AttentionBatch.num_busy`."""
+    spans: torch.Tensor
+    """See `AttentionBatch.spans`."""
     table: torch.Tensor
     """Of all rows, int32 [rows, blocks]."""
     tiles: torch.Tensor
@@ -62,8 +60,7 @@ class CudaPagedAttention(AttentionBackend):
             block_size=batch.block_size,
             decode_table=batch.block_table[:count],
             decode_lens=batch.decode_lens,
-            decode_order=batch.decode_order,
-            num_busy=batch.num_busy,
+            spans=batch.spans,
             table=batch.block_table,
             tiles=batch.tiles,
             num_tiles=batch.num_tiles,

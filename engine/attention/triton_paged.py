@@ -6,7 +6,7 @@ import torch
 
 from engine.attention.backend import QUERY_TILE
 from engine.attention.cuda_paged import CudaPagedAttention, PagedRows
-from engine.kernels.decode_attention import decode_attention
+from engine.kernels.decode_attention import decode_attention, spans_at_a_time
 from engine.kernels.prefill_attention import prefill_attention
 
 
@@ -15,6 +15,10 @@ class TritonAttention(CudaPagedAttention):
 
     block_size = 64  # a tile of the prefill kernel, which then looks up one page for each
     captures_prefill = True
+
+    def spans_at_a_time(self, num_kv_heads: int, device: torch.device) -> int:
+        """See `AttentionBackend.spans_at_a_time`."""
+        return spans_at_a_time(num_kv_heads, device)
 
     def attend(
         self,
@@ -32,13 +36,11 @@ class TritonAttention(CudaPagedAttention):
                 query[:count],
                 caches,
                 metadata.decode_table,
-                metadata.decode_lens,
-                metadata.decode_order,
+                metadata.spans,
                 metadata.block_size,
                 scale,
                 sliding_window,
                 out[:count],
-                metadata.num_busy if metadata.padded else None,
             )
         if len(metadata.tiles):
             prefill_attention(

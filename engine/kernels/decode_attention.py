@@ -1,8 +1,9 @@
-"""Paged attention of one new token a sequence, each sequence split over several programs.
+"""Paged attention of one new token a sequence, long sequences split over several programs.
 
 Flash-decoding (Dao et al. 2023, "Flash-Decoding for long-context inference"): programs attend over
 spans of the keys, and whichever ends last joins the results, in the spans' order. The query heads
-that share a key head are rows of one tile, so that keys and values are read once.
+that share a key head are rows of one tile, so that keys and values are read once. The host, which
+knows all lengths, says what the spans are: see `engine.runner.layout.spans`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels.launch import num_processors, overlaps_launches, shared_memory
 
-_MIN_SPAN = 128
-"""Fewest keys worth a program of their own."""
-_MAX_SPANS = 32
-_FEW_SEQUENCES = 16
-"""Sequences that should fill the GPU, where the host cannot tell how many have keys."""
-_MAX_PAIRS = 1 << 12
-"""Most pairs of a sequence and a kv head whose spans are joined."""
 _PROGRAMS_PER_PROCESSOR = 4
 _LOG2_E = 1.4426950408889634
 
@@ -69,16 +63,16 @@ def _attend(
 
 @triton.jit
 def _join(
-    partials, stats, pair, pairs, num_spans, GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr
+    partials, stats, first, num_kv, num_spans, GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr
 ):
-    """Weight and sum over the spans of a pair, in their order, `pairs` apart."""
+    """Weight and sum over the spans of a row and head, `num_kv` apart from `first` on, in order."""
     group = tl.arange(0, GROUP_BLOCK)
     tile = group[:, None] * DIM_BLOCK + tl.arange(0, DIM_BLOCK)[None, :]
     highest = tl.full((GROUP_BLOCK,), -1e30, tl.float32)
     weight = tl.zeros((GROUP_BLOCK,), tl.float32)
     attended = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
     for span in range(num_spans):
-        theirs = (pair + span * pairs).to(tl.int64) * GROUP_BLOCK
+        theirs = (first + span * num_kv) * GROUP_BLOCK
         their_highest = tl.load(stats + theirs * 2 + group, cache_modifier=".cg")
         their_weight = tl.load(stats + theirs * 2 + GROUP_BLOCK + group, cache_modifier=".cg")
         their_sum = tl.load(partials + theirs * DIM_BLOCK + tile, cache_modifier=".cg")
@@ -90,34 +84,24 @@ def _join(
     return weight, attended
 
 
-@triton.jit(
-    do_not_specialize=[
-        "block_table", "seq_lens", "order", "busy", "window", "table_stride",
-        "num_kv", "num_pairs", "max_spans",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["block_table", "spans", "window", "table_stride", "num_kv"])
 def _decode_kernel(
-    query, key_cache, value_cache, block_table, seq_lens, order, busy, out, partials, stats,
-    arrivals, scale, window, query_stride, slot_stride, head_stride, table_stride,
-    num_kv, num_pairs, max_spans, programs,
+    query, key_cache, value_cache, block_table, spans, out, partials, stats, arrivals,
+    scale, window, query_stride, slot_stride, head_stride, table_stride, num_kv,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr, MIN_SPAN: tl.constexpr,
-    WINDOW: tl.constexpr, COUNTS: tl.constexpr, OVERLAP: tl.constexpr,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # What is read before the wait is the step's layout; see `overlaps_launches`.
     if OVERLAP:
         gdc_launch_dependents()
-    item, pairs, spans = tl.program_id(0), num_pairs, max_spans
-    if COUNTS:
-        pairs = tl.maximum(tl.load(busy), 1) * num_kv
-        spans = programs // pairs
-        spans = tl.minimum(spans + (spans < 2), max_spans)  # as `_num_spans`
-    pair, span = item % pairs, item // pairs
-    kv_head, sequence = pair % num_kv, tl.load(order + pair // num_kv)
-    length = tl.load(seq_lens + sequence)
+    item = tl.program_id(0)
+    entry, kv_head = spans + item // num_kv * 4, item % num_kv
+    sequence, span = tl.load(entry), tl.load(entry + 1)
+    num_spans, length = tl.load(entry + 2), tl.load(entry + 3)
     first = tl.maximum(length - window, 0) if WINDOW else 0
-    size = tl.maximum(tl.cdiv(tl.cdiv(length - first, spans), KEYS) * KEYS, MIN_SPAN)
-    num_spans = tl.cdiv(length - first, size)  # none where the length is 0
+    size = tl.maximum(tl.cdiv(tl.cdiv(length - first, num_spans), KEYS), 1) * KEYS
+    num_spans = tl.cdiv(length - first, size)  # whole tiles may leave fewer; none of padding
     if OVERLAP:
         gdc_wait()
     if span >= num_spans:
@@ -139,15 +123,16 @@ def _decode_kernel(
         # Not by way of the store below: to meet the joined sums, these would change their layout.
         tl.store(place, attended / weight[:, None], mask=of_group)
         return
-    mine = item.to(tl.int64) * GROUP_BLOCK
+    mine = item * GROUP_BLOCK
     tl.store(partials + (mine + group[:, None]) * DIM_BLOCK + dim[None, :], attended)
     tl.store(stats + mine * 2 + group, highest)
     tl.store(stats + mine * 2 + GROUP_BLOCK + group, weight)
     tl.debug_barrier()
+    pair = item - span * num_kv  # where the first span of this row and head is
     if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") < num_spans - 1:
         return
     tl.store(arrivals + pair, 0)
-    weight, attended = _join(partials, stats, pair, pairs, num_spans, GROUP_BLOCK, DIM_BLOCK)
+    weight, attended = _join(partials, stats, pair, num_kv, num_spans, GROUP_BLOCK, DIM_BLOCK)
     tl.store(place, attended / weight[:, None], mask=of_group)
 
 
@@ -155,13 +140,11 @@ def decode_attention(
     query: torch.Tensor,
     caches: tuple[torch.Tensor, torch.Tensor],
     block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    order: torch.Tensor,
+    spans: torch.Tensor,
     block_size: int,
     scale: float,
     window: int | None,
     out: torch.Tensor,
-    num_busy: torch.Tensor | None = None,
 ) -> None:
     """Attend with one query a sequence over its cached keys.
 
@@ -171,51 +154,42 @@ def decode_attention(
         query: [sequences, heads, head_dim], the heads of a token side by side.
         caches: keys and values, each [slots, kv heads, head_dim].
         block_table: int32 [sequences, blocks].
-        seq_lens: keys of each sequence, int32 [sequences]; one without is left out.
-        order: sequences in the order in which they start, int32 [sequences]. The longest should
-            come first: then the GPU is busy to the end (Graham 1969, "Bounds on Multiprocessing
-            Timing Anomalies").
+        spans: int32 [spans, 4], see `AttentionBatch.spans`. Those of split sequences come first,
+            and are at most twice `spans_at_a_time`. The longest should come first: then the GPU is
+            busy to the end (Graham 1969, "Bounds on Multiprocessing Timing Anomalies").
         block_size: slots in a block.
         scale: factor on the dot products.
         window: keys that a query sees, itself included; None sees all.
-        out: contiguous, of the queries' shape.
-        num_busy: how many sequences have keys, int32 [1]; None if the host knows that all do.
+        out: contiguous, of the queries' shape; rows without a span stay as they are.
     """
     keys, values = caches
-    (count, heads, dim), num_kv = query.shape, keys.shape[1]
+    (_, heads, dim), num_kv = query.shape, keys.shape[1]
     overlap = overlaps_launches(query.device)
     group_block = max(16, triton.next_power_of_2(heads // num_kv))
     dim_block = max(16, triton.next_power_of_2(dim))
-    max_len = block_table.shape[1] * block_size
-    programs = _PROGRAMS_PER_PROCESSOR * num_processors(query.device)
-    busy = count if num_busy is None else min(count, _FEW_SEQUENCES)
-    spans = max(1, min(_MAX_SPANS, _num_spans(busy * num_kv, programs), -(-max_len // _MIN_SPAN)))
-    pairs = count * num_kv
-    if pairs > _MAX_PAIRS:
-        spans = 1
-    grid = pairs * spans if num_busy is None else max(pairs, min(pairs * spans, 2 * programs))
-    partials, stats = _scratch(grid if spans > 1 else 1, group_block, dim_block, query.device)
+    grid = len(spans) * num_kv
+    partials, stats = _scratch(
+        min(grid, _most_joined(query.device)), group_block, dim_block, query.device
+    )
     tile, stages = _tile(query.element_size() * dim_block, query.device)
     _decode_kernel[(grid,)](
-        query, keys, values, block_table, seq_lens, order, num_busy, out, partials, stats,
-        _arrivals(query.device), scale * _LOG2_E, window or 0,
-        query.stride(0), keys.stride(0), keys.stride(1), block_table.stride(0),
-        num_kv, pairs, spans, programs,
-        BLOCK_SIZE=block_size, GROUP=heads // num_kv, GROUP_BLOCK=group_block,
-        DIM=dim, DIM_BLOCK=dim_block, KEYS=tile, MIN_SPAN=_MIN_SPAN, WINDOW=window is not None,
-        COUNTS=num_busy is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
+        query, keys, values, block_table, spans, out, partials, stats, _arrivals(query.device),
+        scale * _LOG2_E, window or 0, query.stride(0), keys.stride(0), keys.stride(1),
+        block_table.stride(0), num_kv, BLOCK_SIZE=block_size, GROUP=heads // num_kv,
+        GROUP_BLOCK=group_block, DIM=dim, DIM_BLOCK=dim_block, KEYS=tile,
+        WINDOW=window is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
         num_stages=stages,
     )  # fmt: skip
 
 
-def _num_spans(pairs: int, programs: int) -> int:
-    """Spans of a sequence, so that there are about so many programs.
+def spans_at_a_time(num_kv_heads: int, device: torch.device) -> int:
+    """See `AttentionBackend.spans_at_a_time`: each takes a program for every kv head."""
+    return max(1, _PROGRAMS_PER_PROCESSOR * num_processors(device) // num_kv_heads)
 
-    There are two where one would just fill the GPU: sequences differ in length, and if all start at
-    once, many multiprocessors wait for the longest.
-    """
-    spans = programs // pairs
-    return spans + (spans < 2)
+
+def _most_joined(device: torch.device) -> int:
+    """Programs of split sequences at most, see `engine.runner.layout.spans`."""
+    return 2 * _PROGRAMS_PER_PROCESSOR * num_processors(device)
 
 
 @cache
@@ -230,13 +204,13 @@ def _tile(row_bytes: int, device: torch.device) -> tuple[int, int]:
 
 @cache
 def _arrivals(device: torch.device) -> torch.Tensor:
-    """How many spans of a pair have ended; each call leaves zeros behind."""
-    return torch.zeros(_MAX_PAIRS, dtype=torch.int32, device=device)
+    """How many spans of a sequence and head have ended; each call leaves zeros behind."""
+    return torch.zeros(_most_joined(device), dtype=torch.int32, device=device)
 
 
 def _scratch(
-    spans: int, group_block: int, dim_block: int, device: torch.device
+    programs: int, group_block: int, dim_block: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of the spans, and their statistics."""
-    partials = torch.empty(spans * group_block * dim_block, dtype=torch.float32, device=device)
-    return partials, torch.empty(spans * group_block * 2, dtype=torch.float32, device=device)
+    """Sums of the programs' spans, and their statistics."""
+    partials = torch.empty(programs * group_block * dim_block, dtype=torch.float32, device=device)
+    return partials, torch.empty(programs * group_block * 2, dtype=torch.float32, device=device)

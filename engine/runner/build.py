@@ -91,10 +91,14 @@ def build_runner(
     backend = select_backend(
         config.attention_backend, device, dtype, shape.head_dim, config.kvcache_block_size
     )
-    layout = CacheLayout.of(config, share_of(shape, group.size), backend, dtype)
+    share = share_of(shape, group.size)
+    layout = CacheLayout.of(config, share, backend, dtype)
+    spans = backend.spans_at_a_time(share.num_kv_heads, device)
     row_blocks = math.ceil(max_model_len / layout.block_size)
     with _memory_for("the requests' rows", "lower max_num_seqs or max_model_len"):
-        batch = InputBatch(config.max_num_seqs, row_blocks, layout.block_size, step_tokens, device)
+        batch = InputBatch(
+            config.max_num_seqs, row_blocks, layout.block_size, step_tokens, device, spans
+        )
         sampler = Sampler(config.max_num_seqs, shape.vocab_size, device, shape.eos_token_ids)
         runner = ModelRunner(model, backend, layout.allocate(1, device), batch, sampler)
     if device.type == "cuda":

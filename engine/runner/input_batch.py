@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from engine.attention.backend import AttentionBatch
-from engine.runner.layout import Layout, most_tiles
+from engine.runner.layout import Layout, most_spans, most_tiles, spans
 from engine.runner.staging import Staging
 from engine.sampling.rows import Batch
 from engine.step import StepPlan
@@ -47,6 +47,14 @@ class InputBatch:
 
     The last sampled tokens live on the device, so that a step can be launched before the host
     knows what the step before it sampled.
+
+    Args:
+        max_num_seqs: rows.
+        max_blocks_per_seq: of the block table.
+        block_size: tokens in a block.
+        max_tokens: of a step.
+        device: where the model runs.
+        spans_at_a_time: see `AttentionBackend`.
     """
 
     def __init__(
@@ -56,15 +64,19 @@ class InputBatch:
         block_size: int,
         max_tokens: int,
         device: torch.device,
+        spans_at_a_time: int = 1,
     ) -> None:
         self.block_size = block_size
         self.device = device
+        self._spans_at_a_time = spans_at_a_time
         self.block_table = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._graph_table = torch.zeros(self.block_table.shape, dtype=torch.int32, device=device)
         tokens = max(max_tokens, max_num_seqs)
         row_bytes = _BYTES_PER_ROW + 4 * max_blocks_per_seq
-        self._staging = Staging(tokens * _BYTES_PER_TOKEN + max_num_seqs * row_bytes + 1024, device)
+        other_bytes = 16 * spans_at_a_time + 1024
+        capacity = tokens * _BYTES_PER_TOKEN + max_num_seqs * row_bytes + other_bytes
+        self._staging = Staging(capacity, device)
 
     def build(self, plan: StepPlan) -> StepInputs:
         """Take in the plan's new blocks and lay out its tokens."""
@@ -144,6 +156,16 @@ class InputBatch:
         self._graph_table[:rows, :columns] = table
         return self._graph_table[:rows]
 
+    def _spans(self, lengths: np.ndarray, in_graph: bool) -> np.ndarray:
+        """Spans of decode rows; in a graph as many as so many rows may have."""
+        found = spans(lengths, self._spans_at_a_time)
+        if not in_graph:
+            return found
+        padded = np.zeros((most_spans(len(lengths), self._spans_at_a_time), 4), dtype=np.int32)
+        padded[:, 2] = 1
+        padded[: len(found)] = found
+        return padded
+
     def _upload(
         self,
         plan: StepPlan,
@@ -167,8 +189,9 @@ class InputBatch:
                 layout.positions,
                 self._slots(layout, table),
                 decode_lens.astype(np.int32),
-                _order_and_counts(decode_lens, tiles),
+                self._spans(decode_lens, in_graph),
                 tiles,
+                np.array([np.count_nonzero(tiles[:, 2])], dtype=np.int32),
                 rows[samples],
                 seq_lens[samples],
                 ends[samples] - 1,
@@ -182,16 +205,15 @@ class InputBatch:
             num_decodes=len(decode_lens),
             query_lens=counts.tolist(),
             seq_lens=seq_lens.tolist(),
-            block_table=tensors[10],
+            block_table=tensors[11],
             slot_mapping=tensors[3],
             block_size=self.block_size,
             decode_lens=tensors[4],
-            query_starts=tensors[11],
-            key_starts=tensors[12],
-            decode_order=tensors[5][:-2],
-            num_busy=tensors[5][-2:-1],
+            query_starts=tensors[12],
+            key_starts=tensors[13],
+            spans=tensors[5],
             tiles=tensors[6],
-            num_tiles=tensors[5][-1:],
+            num_tiles=tensors[7],
             padded=in_graph and len(tiles) > 0,
         )
         chosen = samples[:count]
@@ -200,8 +222,8 @@ class InputBatch:
             token_sources=tensors[1],
             positions=tensors[2],
             attention=attention,
-            samples=_batch(rows[chosen], seq_lens[chosen], tensors[7][:count], tensors[8][:count]),
-            sample_indices=tensors[9],
+            samples=_batch(rows[chosen], seq_lens[chosen], tensors[8][:count], tensors[9][:count]),
+            sample_indices=tensors[10],
         )
 
 
@@ -238,14 +260,6 @@ def _tokens(plan: StepPlan, count: int, offsets: np.ndarray) -> tuple[np.ndarray
         else:
             known[offset : offset + len(ids)] = ids
     return known, sources
-
-
-def _order_and_counts(lengths: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """Rows from the longest to the shortest, `num_busy`, `num_tiles`; int32 [len(lengths) + 2]."""
-    order = np.empty(len(lengths) + 2, dtype=np.int32)
-    order[:-2] = (-lengths).argsort(kind="stable")
-    order[-2:] = np.count_nonzero(lengths), np.count_nonzero(tiles[:, 2])
-    return order
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

@@ -105,7 +105,7 @@ def test_pages_of_sequences_are_distinct(page):
     assert cached.last_slots(cached.tables[0]).tolist() == [
         used[row][-1] * page + (length - 1) % page for row, length in enumerate(lengths)
     ]
-    assert cached.longest_first().tolist() == [3, 2, 1, 0]
+    assert cached.spans(1)[:, 0].tolist() == [3, 2, 1, 0]
 
 
 def test_lengths_are_the_same_every_time_and_around_the_mean():

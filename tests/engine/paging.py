@@ -4,11 +4,13 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
 from engine.attention.backend import AttentionBatch
 from engine.attention.torch_sdpa import TorchAttention
+from engine.runner.layout import spans
 
 MAX_BLOCKS = 32
 BATCHES = {
@@ -27,7 +29,9 @@ def random_tables(num_rows: int, max_len: int, block_size: int) -> torch.Tensor:
     return (torch.randperm(num_rows * width) + 1).view(num_rows, width).int()
 
 
-def attention_batch(rows, tables, block_size: int, device="cpu") -> AttentionBatch:
+def attention_batch(
+    rows, tables, block_size: int, device="cpu", spans_at_a_time: int = 1
+) -> AttentionBatch:
     lens = [start + count for _, count, start in rows]
     slots = [
         int(tables[row, p // block_size]) * block_size + p % block_size
@@ -47,8 +51,7 @@ def attention_batch(rows, tables, block_size: int, device="cpu") -> AttentionBat
         decode_lens=torch.tensor(lens[:num_decodes], dtype=torch.int32, device=device),
         query_starts=starts([count for _, count, _ in rows if count > 1]).to(device),
         key_starts=starts([start + count for _, count, start in rows if count > 1]).to(device),
-        decode_order=longest_first([start for _, count, start in rows if count == 1]).to(device),
-        num_busy=torch.tensor([num_decodes], dtype=torch.int32, device=device),
+        spans=torch.from_numpy(spans(np.array(lens[:num_decodes]), spans_at_a_time)).to(device),
         tiles=found.to(device),
         num_tiles=torch.tensor([len(found)], dtype=torch.int32, device=device),
     )
@@ -61,13 +64,12 @@ def starts(lengths) -> torch.Tensor:
 def padded(batch: AttentionBatch, num_rows: int) -> AttentionBatch:
     """The batch as a graph gets it, with rows of padding that compute nothing."""
     decodes, missing = batch.num_decodes, num_rows - len(batch.seq_lens)
-    rest = torch.arange(decodes, num_rows, device=batch.decode_order.device).int()
     return dataclasses.replace(
         batch,
         num_decodes=num_rows,
         block_table=pad(batch.block_table, (0, 0, 0, missing)),
         decode_lens=pad(batch.decode_lens, (0, num_rows - decodes)),
-        decode_order=torch.cat([batch.decode_order, rest]),
+        spans=torch.cat([batch.spans, batch.spans.new_tensor([[0, 0, 1, 0]] * missing)]),
         tiles=pad(batch.tiles, (0, 0, 0, 3), value=1),
         padded=True,
     )
@@ -83,10 +85,6 @@ def tiles(rows) -> torch.Tensor:
             ]
         first += count
     return torch.tensor(found, dtype=torch.int32).view(-1, 4)
-
-
-def longest_first(lengths) -> torch.Tensor:
-    return torch.tensor(lengths).argsort(descending=True, stable=True).int()
 
 
 def attend_in_float64(query, keys, values, window=None):
@@ -120,7 +118,8 @@ class RandomStep:
         lens = [start + count for _, count, start in rows]
         self.backend, self.rows, self.scale = backend, rows, head_dim**-0.5
         self.tables = random_tables(1 + max(row for row, _, _ in rows), max(lens), block_size)
-        self.layout = attention_batch(rows, self.tables, block_size, device)
+        at_a_time = backend.spans_at_a_time(kv_heads, torch.device(device))
+        self.layout = attention_batch(rows, self.tables, block_size, device, at_a_time)
         shape = backend.kv_cache_shape(self.tables.numel() + 1, block_size, kv_heads, head_dim)
         self.cache = torch.randn(shape, generator=generator).to(device, dtype)
         # As the model gives them: a part of what the merged projection made.

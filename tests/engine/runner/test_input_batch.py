@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.runner import input_batch
 from engine.runner.input_batch import InputBatch
-from engine.runner.layout import Layout, most_tiles
+from engine.runner.layout import Layout, most_spans, most_tiles, spans
 from engine.step import StepPlan
 from tests.engine.gpu import needs_gpu
 
@@ -74,7 +77,7 @@ def test_mixed_steps_know_their_decodes_and_samples(batch):
     assert attention.num_decodes == 2
     assert attention.query_starts.tolist() == [0, 9, 14]
     assert attention.key_starts.tolist() == [0, 11, 16]
-    assert attention.decode_order.tolist() == [1, 0]
+    assert attention.spans.tolist() == [[1, 0, 1, 14], [0, 0, 1, 7]]
     assert inputs.samples.rows == inputs.samples.row_index.tolist() == [2, 5, 0]
     assert inputs.samples.positions == inputs.samples.position_index.tolist() == [7, 14, 11]
     assert inputs.sample_indices.tolist() == [0, 1, 10]
@@ -105,8 +108,9 @@ def test_blocks_stay_and_grow(batch):
 def fields(inputs):
     """Tensors of a step by name, and of the block table what its sequences use."""
     attention = inputs.attention
-    names = ("slot_mapping", "decode_lens", "query_starts", "key_starts", "decode_order")
+    names = ("slot_mapping", "decode_lens", "query_starts", "key_starts")
     found = {name: getattr(attention, name).tolist() for name in names}
+    found["spans"] = [span for span in attention.spans.tolist() if span[3]]
     found |= {name: getattr(inputs, name).tolist() for name in ("known_tokens", "token_sources")}
     found["positions"] = inputs.positions.tolist()
     found["sample_indices"] = inputs.sample_indices[: len(inputs.samples.rows)].tolist()
@@ -137,7 +141,7 @@ def test_padding_reads_and_writes_the_null_block_alone(batch, known):
     assert padded.attention.decode_lens[3:].tolist() == [1, 1, 1]
     assert not padded.attention.block_table[3:, :1].any()
     assert padded.positions[3:].tolist() == [0, 0, 0]
-    assert sorted(padded.attention.decode_order.tolist()) == [*range(6)]
+    assert sorted(padded.attention.spans[:6, 0].tolist()) == [*range(6)]
     assert padded.attention.num_decodes == 6
     for name in ("rows", "sampled at", "sample_indices"):  # padding samples nothing
         assert fields(padded)[name] == fields(alone)[name]
@@ -148,7 +152,7 @@ def test_tensors_of_a_graph_depend_on_its_size_alone(batch):
     full, empty = batch.build_decode(decode_plan(), 4), batch.build_decode(StepPlan(2), 4)
     for name in ("known_tokens", "token_sources", "positions"):
         assert getattr(full, name).shape == getattr(empty, name).shape
-    for name in ("slot_mapping", "block_table", "decode_lens", "query_starts", "decode_order"):
+    for name in ("slot_mapping", "block_table", "decode_lens", "query_starts", "spans"):
         assert getattr(full.attention, name).shape == getattr(empty.attention, name).shape
 
 
@@ -206,9 +210,8 @@ def test_a_padded_step_is_the_same_but_for_what_it_skips(make):
     decodes = wanted.num_decodes
     assert found.decode_lens[:decodes].tolist() == wanted.decode_lens.tolist()
     assert not found.decode_lens[decodes:].any()
-    assert found.decode_order[:decodes].tolist() == wanted.decode_order.tolist()
-    assert sorted(found.decode_order.tolist()) == [*range(MAX_SEQS)]
-    assert found.num_busy.tolist() == wanted.num_busy.tolist() == [decodes]
+    assert found.spans[:decodes].tolist() == wanted.spans.tolist()
+    assert not found.spans[decodes:, 3].any()
     assert found.num_tiles.tolist() == wanted.num_tiles.tolist() == [len(wanted.tiles)]
     assert found.tiles[: len(wanted.tiles)].tolist() == wanted.tiles.tolist()
     assert not found.tiles[len(wanted.tiles) :, 2].any()
@@ -223,8 +226,7 @@ def test_padded_shapes_depend_on_the_size_alone(most, monkeypatch):
     shapes = set()
     for plan in (StepPlan(0), decode_plan(), mixed_plan(), long_plan()):
         inputs = batch.build_padded(plan, 256)
-        names = ("slot_mapping", "block_table", "decode_lens", "decode_order", "num_busy", "tiles")
-        names += ("num_tiles",)
+        names = ("slot_mapping", "block_table", "decode_lens", "spans", "tiles", "num_tiles")
         found = [getattr(inputs.attention, name).shape for name in names]
         names = ("known_tokens", "token_sources", "positions", "sample_indices")
         shapes.add((*found, *(getattr(inputs, name).shape for name in names)))
@@ -236,6 +238,41 @@ def test_tiles_of_any_rows_fit():
         layout = Layout.of(StepPlan(0, [0] * len(counts), [0] * len(counts), counts), 40, 256)
         assert sum(layout.tiles()[:, 2]) == sum(n for n in counts if n > 1)
         assert len(layout.tiles()) <= most_tiles(sum(counts), len(counts))
+
+
+@given(
+    st.lists(st.integers(0, 300) | st.integers(0, 40_000), max_size=40),
+    st.integers(1, 200),
+)
+def test_spans_cover_the_keys_and_fit_where_they_go(lengths, at_a_time):
+    found = spans(np.array(lengths, dtype=np.int64), at_a_time)
+    assert len(found) <= most_spans(len(lengths), at_a_time)
+    by_row = {row: found[found[:, 0] == row] for row in range(len(lengths))}
+    for row, of_row in by_row.items():
+        assert of_row[:, 1].tolist() == [*range(len(of_row))]
+        assert (of_row[:, 2] == len(of_row)).all() and len(of_row) <= 32
+        assert (of_row[:, 3] == lengths[row]).all()
+        assert bool(lengths[row]) == bool(len(of_row))
+    assert (np.diff(found[:, 3]) <= 0).all()
+    split = found[:, 2] > 1
+    assert split.sum() <= 2 * at_a_time and not split[split.sum() :].any()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts"),
+    [
+        ([480] * 4, [4] * 4),  # no span is shorter than 128
+        ([500] * 64, [2] * 64),  # all fit at a time
+        ([500] * 200, [1] * 200),
+        ([800, 160], [7, 2]),
+        ([8000, 300, 300], [32, 3, 3]),
+        ([8000, *[300] * 64], [25, *[1] * 64]),  # about as long as the others
+        ([30_000, *[500] * 200], [30, *[1] * 200]),
+    ],
+)
+def test_long_rows_have_more_spans(lengths, counts):
+    found = spans(np.array(lengths), 132)
+    assert [(found[:, 0] == row).sum() for row in range(len(lengths))] == counts
 
 
 class TestOnGPU:
@@ -252,7 +289,7 @@ class TestOnGPU:
             attention = inputs.attention
             tensors = [inputs.known_tokens, inputs.token_sources, inputs.positions]
             tensors += [attention.slot_mapping, attention.block_table, attention.decode_lens]
-            tensors += [attention.decode_order, attention.num_busy, attention.num_tiles]
+            tensors += [attention.spans, attention.num_tiles]
             places.append([(t.data_ptr(), t.shape, t.stride()) for t in tensors])
         assert places[0] == places[1] == places[2]
         assert attention.block_table[:2, :2].tolist() == [[9, 3], [7, 1]]
