@@ -78,12 +78,11 @@ def build_runner(
     device = choose_device(config)
     _check_stream(device)
     if device.type == "cpu":
-        # Not torch's default: launchers such as Ray set OMP_NUM_THREADS to what they account for.
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.cpu_threads or max(1, cores // group.size))
+        _set_threads(config, group)
     dtype = choose_dtype(config, shape, device)
     max_model_len = config.resolve_max_model_len(shape.max_position_embeddings)
     step_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
+    max_seqs = config.max_num_seqs
     group.share_memory(shape.hidden_size, dtype, device)
     with _memory_for(f"the weights of {config.model}", "take a smaller model or dtype"):
         model = load_model(config, source, shape, dtype, device, max_model_len, group)
@@ -91,23 +90,20 @@ def build_runner(
     backend = select_backend(
         config.attention_backend, device, dtype, shape.head_dim, config.kvcache_block_size
     )
-    share = share_of(shape, group.size)
-    layout = CacheLayout.of(config, share, backend, dtype)
-    spans = backend.spans_at_a_time(share.num_kv_heads, device)
+    layout = CacheLayout.of(config, share_of(shape, group.size), backend, dtype)
+    spans = backend.spans_at_a_time(layout.num_kv_heads, device)
     row_blocks = math.ceil(max_model_len / layout.block_size)
     with _memory_for("the requests' rows", "lower max_num_seqs or max_model_len"):
-        batch = InputBatch(
-            config.max_num_seqs, row_blocks, layout.block_size, step_tokens, device, spans
-        )
-        sampler = Sampler(config.max_num_seqs, shape.vocab_size, device, shape.eos_token_ids)
+        batch = InputBatch(max_seqs, row_blocks, layout.block_size, step_tokens, device, spans)
+        sampler = Sampler(max_seqs, shape.vocab_size, device, shape.eos_token_ids)
         runner = ModelRunner(model, backend, layout.allocate(1, device), batch, sampler)
     if device.type == "cuda":
         calls = [*model.warm_ups(), *sampling_warm_ups(shape.vocab_size, device, dtype)]
         lower = f"lower max_num_batched_tokens (now {step_tokens}) or max_num_seqs"
         with _memory_for("the activations of the largest step", lower):
-            _compile(runner, calls, config.max_num_seqs, step_tokens, max_model_len)
+            _compile(runner, calls, max_seqs, step_tokens, max_model_len)
             stopwatch.lap("kernels")
-            _run_largest_step(runner, config.max_num_seqs, step_tokens, max_model_len)
+            _run_largest_step(runner, max_seqs, step_tokens, max_model_len)
         stopwatch.lap("largest step")
     num_blocks = _fill_memory(runner, config, layout, step_tokens, max_model_len, stopwatch)
     return runner, EngineInfo(
@@ -148,6 +144,12 @@ def choose_device(config: EngineConfig) -> torch.device:
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _set_threads(config: EngineConfig, group: TensorGroup) -> None:
+    """Not torch's default: launchers such as Ray set OMP_NUM_THREADS to what they account for."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.cpu_threads or max(1, cores // group.size))
 
 
 def _check_stream(device: torch.device) -> None:
@@ -215,7 +217,9 @@ def _compile(
     max_model_len: int,
 ) -> None:
     """Compile all kernels: those of the largest step, and meanwhile those that `calls` need."""
-    with ThreadPoolExecutor(_COMPILERS) as pool:
+    # A tensor map can only be made in a thread that has a CUDA context, and of what a thread does
+    # here, where kernels have been loaded before, nothing may make one.
+    with ThreadPoolExecutor(_COMPILERS, initializer=torch.cuda.synchronize) as pool:
         compiled = [pool.submit(call) for call in calls]
         _run_largest_step(runner, max_num_seqs, step_tokens, max_model_len)
         for each in compiled:

@@ -51,10 +51,14 @@ def attention_batch(
         decode_lens=torch.tensor(lens[:num_decodes], dtype=torch.int32, device=device),
         query_starts=starts([count for _, count, _ in rows if count > 1]).to(device),
         key_starts=starts([start + count for _, count, start in rows if count > 1]).to(device),
-        spans=torch.from_numpy(spans(np.array(lens[:num_decodes]), spans_at_a_time)).to(device),
+        spans=decode_spans(lens[:num_decodes], spans_at_a_time).to(device),
         tiles=found.to(device),
         num_tiles=torch.tensor([len(found)], dtype=torch.int32, device=device),
     )
+
+
+def decode_spans(lengths, at_a_time: int) -> torch.Tensor:
+    return torch.from_numpy(spans(np.array(lengths, dtype=np.int64), at_a_time))
 
 
 def starts(lengths) -> torch.Tensor:
