@@ -21,26 +21,30 @@ def measure(
     batches: Sequence[int] = (1, 16, 64, 256),
     contexts: Sequence[int] = (450, 1000),
     pages: Sequence[int] = (64, 16),
+    uneven: Sequence[int] = (4000, 2000, *30 * (450,)),
 ) -> Iterator[Record]:
-    """Every model, mean context and batch; bytes are those of the keys and values."""
+    """Every model, mean context and batch, and a batch of the lengths `uneven`, if any.
+
+    Bytes are those of the keys and values.
+    """
     flash = find_flash_attn()
     if flash is None:
         yield skipped("flash_attn_with_kvcache", MISSING)
+    cases = [draw_lengths(batch, context) for context in contexts for batch in batches]
     for model, shape in shapes.items():
-        for context in contexts:
-            for batch in batches:
-                lengths = draw_lengths(batch, context)
-                sizes = {"model": model, "batch": batch, "tokens": sum(lengths)}
-                moved = kv_bytes(shape, lengths)
-                if flash is not None:
-                    calls = flash_calls(flash, bench, shape, place(bench, shape, lengths, PAGE))
-                    entry = sizes | {"page": PAGE}
-                    time = bench.time(calls)
-                    yield record("flash_attn_with_kvcache", entry, time, nbytes=moved)
-                for page in pages:
-                    calls = kernel_calls(bench, shape, place(bench, shape, lengths, page))
-                    entry = sizes | {"page": page}
-                    yield record("decode_attention", entry, bench.time(calls), nbytes=moved)
+        for lengths in [*cases, list(uneven)] if uneven else cases:
+            sizes = {"model": model, "batch": len(lengths), "tokens": sum(lengths)}
+            sizes["longest"] = max(lengths)
+            moved = kv_bytes(shape, lengths)
+            if flash is not None:
+                calls = flash_calls(flash, bench, shape, place(bench, shape, lengths, PAGE))
+                entry = sizes | {"page": PAGE}
+                time = bench.time(calls)
+                yield record("flash_attn_with_kvcache", entry, time, nbytes=moved)
+            for page in pages:
+                calls = kernel_calls(bench, shape, place(bench, shape, lengths, page))
+                entry = sizes | {"page": page}
+                yield record("decode_attention", entry, bench.time(calls), nbytes=moved)
 
 
 def flash_calls(flash: Any, bench: Bench, shape: Shape, cached: PagedSequences) -> list[Call]:

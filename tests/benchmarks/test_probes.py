@@ -118,11 +118,13 @@ def test_lengths_are_the_same_every_time_and_around_the_mean():
 def test_decode_attention(flash_attn):
     bench = ToyBench()
     found = list(
-        decode_attention.measure(bench, SHAPES, batches=(1, 3), contexts=(40,), pages=(64, 16))
+        decode_attention.measure(
+            bench, SHAPES, batches=(1, 3), contexts=(40,), pages=(64, 16), uneven=(300, 9)
+        )
     )
     assert [(r["method"], r["shape"]["batch"], r["shape"]["page"]) for r in found] == [
         (method, batch, page)
-        for batch in (1, 3)
+        for batch in (1, 3, 2)
         for method, page in (
             ("flash_attn_with_kvcache", 256),
             ("decode_attention", 64),
@@ -132,7 +134,8 @@ def test_decode_attention(flash_attn):
     tokens = sum(pages.draw_lengths(3, 40))
     assert found[5]["shape"]["tokens"] == tokens
     assert found[5]["gb_s"] == round(tokens * 2 * 2 * 16 * 2 / 6 / 1e3, 1)
-    assert {entry[1:3] for entry in flash_attn} == {(1, False), (3, False)}
+    assert [r["shape"]["longest"] for r in found[6:]] == [300] * 3
+    assert {entry[1:3] for entry in flash_attn} == {(1, False), (3, False), (2, False)}
 
 
 def test_decode_attention_attends():
@@ -186,7 +189,7 @@ def test_rotary_writes_where_the_attention_reads():
 @pytest.mark.parametrize("probe", [decode_attention, prefill_attention, rotary])
 def test_without_flash_attn_its_part_is_skipped_with_a_sentence(probe, no_flash_attn):
     small = {
-        decode_attention: {"batches": (1,), "contexts": (20,), "pages": (16,)},
+        decode_attention: {"batches": (1,), "contexts": (20,), "pages": (16,), "uneven": ()},
         prefill_attention: {"cases": ((1, 20, 0),)},
         rotary: {"batches": (1,), "context": 20},
     }
