@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.probes.bench import Bench
 from benchmarks.roofline import Shape
-from engine.runner.layout import spans
+from engine.attention.spans import SpanPlan
 
 MAX_LEN = 4096
 """Tokens that a block table has room for."""
@@ -40,7 +40,7 @@ class PagedSequences:
 
     def spans(self, at_a_time: int) -> torch.Tensor:
         """See `AttentionBatch.spans`."""
-        found = spans(self.seq_lens.cpu().long().numpy(), at_a_time)
+        found = SpanPlan(at_a_time).divide(self.seq_lens.cpu().long().numpy())
         return torch.from_numpy(found).to(self.seq_lens.device)
 
 

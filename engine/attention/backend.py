@@ -38,8 +38,9 @@ class AttentionBatch:
     """The same sum over the keys of these rows; int32 [rows - decodes + 1]."""
     spans: torch.Tensor
     """Parts of the decode rows' keys for programs of their own, int32 [spans, 4]: the row, which of
-    its spans, how many it has, and its keys. Rows without keys have none. Those of the longest rows
-    come first; in a graph, others of no keys follow."""
+    its spans, how many it has, and its keys. Rows that see the most keys come first, those without
+    any have none; in a graph, spans of no keys follow. Spans of rows that have several are at most
+    twice `AttentionBackend.spans_at_a_time`: kernels have no room for more."""
     tiles: torch.Tensor
     """Up to `QUERY_TILE` tokens of a row that computes several, int32 [tiles, 4]: the row, the
     first of the tokens, how many, and the first one's position. Those that see the most keys come
@@ -66,8 +67,8 @@ class AttentionBackend(ABC):
     """And so may `padded` ones."""
 
     def spans_at_a_time(self, num_kv_heads: int, device: torch.device) -> int:
-        """How many of `AttentionBatch.spans` fill the device; 1 if they are not used."""
-        return 1
+        """How many of `AttentionBatch.spans` fill the device; 0 if they are not used."""
+        return 0
 
     @abstractmethod
     def kv_cache_shape(

@@ -3,7 +3,7 @@
 Flash-decoding (Dao et al. 2023, "Flash-Decoding for long-context inference"): programs attend over
 spans of the keys, and whichever ends last joins the results, in the spans' order. The query heads
 that share a key head are rows of one tile, so that keys and values are read once. The host, which
-knows all lengths, says what the spans are: see `engine.runner.layout.spans`.
+knows all lengths, says what the spans are: see `engine.attention.spans`.
 """
 
 from __future__ import annotations
@@ -154,9 +154,8 @@ def decode_attention(
         query: [sequences, heads, head_dim], the heads of a token side by side.
         caches: keys and values, each [slots, kv heads, head_dim].
         block_table: int32 [sequences, blocks].
-        spans: int32 [spans, 4], see `AttentionBatch.spans`. Those of split sequences come first,
-            and are at most twice `spans_at_a_time`. The longest should come first: then the GPU is
-            busy to the end (Graham 1969, "Bounds on Multiprocessing Timing Anomalies").
+        spans: int32 [spans, 4], see `AttentionBatch.spans`. Long sequences come first: then the GPU
+            is busy to the end (Graham 1969, "Bounds on Multiprocessing Timing Anomalies").
         block_size: slots in a block.
         scale: factor on the dot products.
         window: keys that a query sees, itself included; None sees all.
@@ -188,7 +187,7 @@ def spans_at_a_time(num_kv_heads: int, device: torch.device) -> int:
 
 
 def _most_joined(device: torch.device) -> int:
-    """Programs of split sequences at most, see `engine.runner.layout.spans`."""
+    """Programs of split sequences at most, see `engine.attention.spans`."""
     return 2 * _PROGRAMS_PER_PROCESSOR * num_processors(device)
 
 

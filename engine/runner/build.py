@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from engine.attention import select_backend
+from engine.attention.spans import SpanPlan
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.failures import Failure, classify
@@ -91,7 +92,7 @@ def build_runner(
         config.attention_backend, device, dtype, shape.head_dim, config.kvcache_block_size
     )
     layout = CacheLayout.of(config, share_of(shape, group.size), backend, dtype)
-    spans = backend.spans_at_a_time(layout.num_kv_heads, device)
+    spans = SpanPlan(backend.spans_at_a_time(layout.num_kv_heads, device), shape.sliding_window)
     row_blocks = math.ceil(max_model_len / layout.block_size)
     with _memory_for("the requests' rows", "lower max_num_seqs or max_model_len"):
         batch = InputBatch(max_seqs, row_blocks, layout.block_size, step_tokens, device, spans)
@@ -217,8 +218,8 @@ def _compile(
     max_model_len: int,
 ) -> None:
     """Compile all kernels: those of the largest step, and meanwhile those that `calls` need."""
-    # A tensor map can only be made in a thread that has a CUDA context, and of what a thread does
-    # here, where kernels have been loaded before, nothing may make one.
+    # TMA descriptors need a current CUDA context. Where all kernels have been loaded already,
+    # nothing else that these threads do makes one current.
     with ThreadPoolExecutor(_COMPILERS, initializer=torch.cuda.synchronize) as pool:
         compiled = [pool.submit(call) for call in calls]
         _run_largest_step(runner, max_num_seqs, step_tokens, max_model_len)

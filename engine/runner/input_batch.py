@@ -8,13 +8,17 @@ import numpy as np
 import torch
 
 from engine.attention.backend import AttentionBatch
-from engine.runner.layout import Layout, most_spans, most_tiles, spans
+from engine.attention.spans import SpanPlan
+from engine.runner.layout import Layout, most_tiles
 from engine.runner.staging import Staging
 from engine.sampling.rows import Batch
 from engine.step import StepPlan
 
 _BYTES_PER_TOKEN = 4 * 8 + 1
-_BYTES_PER_ROW = 8 * 8
+_BYTES_PER_ROW = 9 * 8
+_OTHER_BYTES = 1024
+"""What comes once in a step, and what aligns its arrays."""
+_NO_SPANS = SpanPlan(0)
 WHOLE_TABLE_BYTES = 1 << 18
 """Up to so many bytes, a graph's block table is uploaded whole: that takes no longer than a launch.
 
@@ -54,7 +58,7 @@ class InputBatch:
         block_size: tokens in a block.
         max_tokens: of a step.
         device: where the model runs.
-        spans_at_a_time: see `AttentionBackend`.
+        spans: divides the keys of decode rows.
     """
 
     def __init__(
@@ -64,17 +68,17 @@ class InputBatch:
         block_size: int,
         max_tokens: int,
         device: torch.device,
-        spans_at_a_time: int = 1,
+        spans: SpanPlan = _NO_SPANS,
     ) -> None:
         self.block_size = block_size
         self.device = device
-        self._spans_at_a_time = spans_at_a_time
+        self._span_plan = spans
         self.block_table = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._graph_table = torch.zeros(self.block_table.shape, dtype=torch.int32, device=device)
         tokens = max(max_tokens, max_num_seqs)
         row_bytes = _BYTES_PER_ROW + 4 * max_blocks_per_seq
-        other_bytes = 16 * spans_at_a_time + 1024
+        other_bytes = 16 * spans.at_a_time + _OTHER_BYTES
         capacity = tokens * _BYTES_PER_TOKEN + max_num_seqs * row_bytes + other_bytes
         self._staging = Staging(capacity, device)
 
@@ -158,10 +162,10 @@ class InputBatch:
 
     def _spans(self, lengths: np.ndarray, in_graph: bool) -> np.ndarray:
         """Spans of decode rows; in a graph as many as so many rows may have."""
-        found = spans(lengths, self._spans_at_a_time)
+        found = self._span_plan.divide(lengths)
         if not in_graph:
             return found
-        padded = np.zeros((most_spans(len(lengths), self._spans_at_a_time), 4), dtype=np.int32)
+        padded = np.zeros((self._span_plan.most(len(lengths)), 4), dtype=np.int32)
         padded[:, 2] = 1
         padded[: len(found)] = found
         return padded

@@ -9,15 +9,6 @@ import numpy as np
 from engine.attention.backend import QUERY_TILE
 from engine.step import StepPlan
 
-_SHORTEST_SPAN = 128
-"""Fewest keys worth a program of their own, unless a row has no more."""
-_SPAN_STEP = 64
-"""Spans are of so many keys or a multiple, as far as kernels go over them in tiles of so many."""
-_MAX_SPANS = 32
-"""Of one row, as their results are joined one after the other."""
-_SHARES = np.array([1, 1.125, 1.25, 1.375, 1.5])
-"""Lengths of spans to choose among, in parts of what an even division of all keys would give."""
-
 
 @dataclass(slots=True, frozen=True)
 class Layout:
@@ -73,36 +64,3 @@ class Layout:
 def most_tiles(num_tokens: int, num_rows: int) -> int:
     """Tiles that any `num_tokens` tokens of up to `num_rows` rows fit into."""
     return num_tokens // QUERY_TILE + min(num_rows, num_tokens // 2)
-
-
-def spans(lengths: np.ndarray, at_a_time: int) -> np.ndarray:
-    """See `AttentionBatch.spans`.
-
-    Where a row is long beside the others it has many, so that no program works on when all others
-    have ended. Spans of rows that have several are at most twice `at_a_time`.
-
-    Args:
-        lengths: keys of each decode row, int64 [decodes].
-        at_a_time: spans that fill the device.
-    """
-    order = (-lengths).argsort(kind="stable")[: np.count_nonzero(lengths)]
-    keys = lengths[order]
-    of_row = np.minimum(-(-keys // _span_length(keys, at_a_time)), _MAX_SPANS)
-    before = (of_row.cumsum() - of_row).repeat(of_row)
-    columns = (order.repeat(of_row), np.arange(len(before)) - before)
-    counts = (of_row.repeat(of_row), keys.repeat(of_row))
-    return np.stack((*columns, *counts), axis=1).astype(np.int32)
-
-
-def _span_length(keys: np.ndarray, at_a_time: int) -> int:
-    """The shortest length at which all spans are computed at a time, if there is such a one not
-    much longer than an even division; else that of an even division."""
-    lengths = np.maximum(keys.sum() * _SHARES / at_a_time, _SHORTEST_SPAN)
-    lengths = -(-lengths // _SPAN_STEP) * _SPAN_STEP
-    counts = np.ceil(keys / lengths[:, None]).sum(1)
-    return int(lengths[(counts <= at_a_time).argmax()])
-
-
-def most_spans(num_rows: int, at_a_time: int) -> int:
-    """Spans that any `num_rows` rows have at most."""
-    return min(num_rows * _MAX_SPANS, num_rows + at_a_time)

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import pad
 
 from engine.attention.backend import AttentionBatch
+from engine.attention.spans import SpanPlan
 from engine.attention.torch_sdpa import TorchAttention
-from engine.runner.layout import spans
 
 MAX_BLOCKS = 32
 BATCHES = {
@@ -30,7 +30,7 @@ def random_tables(num_rows: int, max_len: int, block_size: int) -> torch.Tensor:
 
 
 def attention_batch(
-    rows, tables, block_size: int, device="cpu", spans_at_a_time: int = 1
+    rows, tables, block_size: int, device="cpu", spans_at_a_time: int = 0
 ) -> AttentionBatch:
     lens = [start + count for _, count, start in rows]
     slots = [
@@ -58,7 +58,7 @@ def attention_batch(
 
 
 def decode_spans(lengths, at_a_time: int) -> torch.Tensor:
-    return torch.from_numpy(spans(np.array(lengths, dtype=np.int64), at_a_time))
+    return torch.from_numpy(SpanPlan(at_a_time).divide(np.array(lengths, dtype=np.int64)))
 
 
 def starts(lengths) -> torch.Tensor:

@@ -14,4 +14,5 @@ if not torch.cuda.is_available():
 
 @pytest.fixture
 def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """With its index, as tensors have it: what kernels keep by device is found so."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,17 +1,17 @@
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from engine.attention.spans import SpanPlan
 from engine.runner import input_batch
 from engine.runner.input_batch import InputBatch
-from engine.runner.layout import Layout, most_spans, most_tiles, spans
+from engine.runner.layout import Layout, most_tiles
+from engine.runner.staging import Staging
 from engine.step import StepPlan
 from tests.engine.gpu import needs_gpu
 
 BLOCK_SIZE, MAX_SEQS, MAX_BLOCKS = 4, 6, 5
 CPU = torch.device("cpu")
+SPANS = SpanPlan(1)
 BLOCKS = {2: [9, 3], 0: [7, 1, 8], 5: [2, 4, 6, 5]}
 """Row → its blocks."""
 
@@ -20,7 +20,7 @@ BLOCKS = {2: [9, 3], 0: [7, 1, 8], 5: [2, 4, 6, 5]}
 def batch(request, monkeypatch):
     if request.param == "columns in use":
         monkeypatch.setattr(input_batch, "WHOLE_TABLE_BYTES", 0)
-    return InputBatch(MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, 64, CPU)
+    return InputBatch(MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, 64, CPU, SPANS)
 
 
 def new_blocks():
@@ -170,7 +170,7 @@ def uploaded_columns(batch, monkeypatch, plan, size):
 @pytest.mark.parametrize(("most", "columns"), [(4 * MAX_BLOCKS * 4, MAX_BLOCKS), (0, 4)])
 def test_of_large_tables_only_the_columns_in_use_are_uploaded(most, columns, monkeypatch):
     monkeypatch.setattr(input_batch, "WHOLE_TABLE_BYTES", most)
-    batch = InputBatch(MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, 64, CPU)
+    batch = InputBatch(MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, 64, CPU, SPANS)
     assert uploaded_columns(batch, monkeypatch, decode_plan(), 4) == columns
 
 
@@ -193,7 +193,7 @@ def long_plan():
 
 @pytest.mark.parametrize("make", [decode_plan, mixed_plan, long_plan])
 def test_a_padded_step_is_the_same_but_for_what_it_skips(make):
-    batch = InputBatch(MAX_SEQS, 64, BLOCK_SIZE, 256, CPU)
+    batch = InputBatch(MAX_SEQS, 64, BLOCK_SIZE, 256, CPU, SPANS)
     batch.last_tokens[:] = 99
     alone, padded = batch.build(make()), batch.build_padded(make(), 256)
     tokens, count = len(alone.positions), len(alone.samples.rows)
@@ -222,7 +222,7 @@ def test_a_padded_step_is_the_same_but_for_what_it_skips(make):
 @pytest.mark.parametrize("most", [0, 1 << 18])
 def test_padded_shapes_depend_on_the_size_alone(most, monkeypatch):
     monkeypatch.setattr(input_batch, "WHOLE_TABLE_BYTES", most)
-    batch = InputBatch(MAX_SEQS, 64, BLOCK_SIZE, 256, CPU)
+    batch = InputBatch(MAX_SEQS, 64, BLOCK_SIZE, 256, CPU, SPANS)
     shapes = set()
     for plan in (StepPlan(0), decode_plan(), mixed_plan(), long_plan()):
         inputs = batch.build_padded(plan, 256)
@@ -240,39 +240,30 @@ def test_tiles_of_any_rows_fit():
         assert len(layout.tiles()) <= most_tiles(sum(counts), len(counts))
 
 
-@given(
-    st.lists(st.integers(0, 300) | st.integers(0, 40_000), max_size=40),
-    st.integers(1, 200),
-)
-def test_spans_cover_the_keys_and_fit_where_they_go(lengths, at_a_time):
-    found = spans(np.array(lengths, dtype=np.int64), at_a_time)
-    assert len(found) <= most_spans(len(lengths), at_a_time)
-    by_row = {row: found[found[:, 0] == row] for row in range(len(lengths))}
-    for row, of_row in by_row.items():
-        assert of_row[:, 1].tolist() == [*range(len(of_row))]
-        assert (of_row[:, 2] == len(of_row)).all() and len(of_row) <= 32
-        assert (of_row[:, 3] == lengths[row]).all()
-        assert bool(lengths[row]) == bool(len(of_row))
-    assert (np.diff(found[:, 3]) <= 0).all()
-    split = found[:, 2] > 1
-    assert split.sum() <= 2 * at_a_time and not split[split.sum() :].any()
+class MeasuredStaging(Staging):
+    """Fails where the GPU's would have no room."""
+
+    def __init__(self, capacity, device):
+        super().__init__(capacity, device)
+        self.capacity = capacity
+
+    def upload(self, arrays):
+        assert sum(-(-array.nbytes // 16) * 16 for array in arrays) <= self.capacity
+        return super().upload(arrays)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "counts"),
-    [
-        ([480] * 4, [4] * 4),  # no span is shorter than 128
-        ([500] * 64, [2] * 64),  # all fit at a time
-        ([500] * 200, [1] * 200),
-        ([800, 160], [7, 2]),
-        ([8000, 300, 300], [32, 3, 3]),
-        ([8000, *[300] * 64], [25, *[1] * 64]),  # about as long as the others
-        ([30_000, *[500] * 200], [30, *[1] * 200]),
-    ],
-)
-def test_long_rows_have_more_spans(lengths, counts):
-    found = spans(np.array(lengths), 132)
-    assert [(found[:, 0] == row).sum() for row in range(len(lengths))] == counts
+@pytest.mark.parametrize("rows", [1, 255, 512])
+@pytest.mark.parametrize("tokens", [512, 1024])
+def test_the_largest_steps_have_room(rows, tokens, monkeypatch):
+    monkeypatch.setattr(input_batch, "MAX_PADDED_ROWS", 512)
+    monkeypatch.setattr(input_batch, "Staging", MeasuredStaging)
+    batch = InputBatch(rows, 8, 256, tokens, CPU, SpanPlan(132))
+    every = [*range(rows)]
+    batch.build_decode(StepPlan(1, every, [0] * rows, [1] * rows, [True] * rows), rows)
+    for count in {1, tokens // rows}:
+        plan = StepPlan(1, every, [0] * rows, [count] * rows, [True] * rows)
+        batch.build(plan)
+        batch.build_padded(plan, tokens)
 
 
 class TestOnGPU:
@@ -281,7 +272,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("most", [0, 1 << 18])
     def test_what_a_graph_reads_keeps_its_address(self, most, monkeypatch):
         monkeypatch.setattr(input_batch, "WHOLE_TABLE_BYTES", most)
-        batch = InputBatch(MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, 64, torch.device("cuda"))
+        batch = InputBatch(MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, 64, torch.device("cuda"), SPANS)
         short = StepPlan(2, [2, 0], [7, 11], [1, 1], [True, True])
         places = []
         for plan in (StepPlan(0), decode_plan(), short):
