@@ -164,6 +164,7 @@ class PagedModel:
             8 * MAX_BLOCKS + 1, block_size, shape.num_kv_heads, shape.head_dim
         )
         self.kv_caches = [torch.randn(cache) for _ in range(shape.num_layers)]
+        self.at_a_time = self.backend.spans_at_a_time(shape.num_kv_heads, torch.device("cpu"))
         shuffled = torch.randperm(8 * MAX_BLOCKS, generator=torch.Generator().manual_seed(seed)) + 1
         self.tables = shuffled.view(8, MAX_BLOCKS).int()
 
@@ -174,7 +175,10 @@ class PagedModel:
         """
         rows = sorted(rows, key=lambda row: len(row[1]) > 1)
         batch = attention_batch(
-            [(row, len(ids), start) for row, ids, start in rows], self.tables, self.block_size
+            [(row, len(ids), start) for row, ids, start in rows],
+            self.tables,
+            self.block_size,
+            spans_at_a_time=self.at_a_time,
         )
         token_ids = torch.tensor([i for _, ids, _ in rows for i in ids])
         positions = torch.tensor([s + i for _, ids, s in rows for i in range(len(ids))])
