@@ -102,9 +102,11 @@ def _attend_tile(
     tl.store(place, attended / weight[:, None], mask=mine)
 
 
-@triton.jit(do_not_specialize=["block_table", "tiles", "count", "busy", "window", "table_stride"])
+@triton.jit(
+    do_not_specialize=["block_table", "tiles", "count", "num_tiles", "window", "table_stride"]
+)
 def _prefill_kernel(
-    query, key_cache, value_cache, block_table, tiles, count, busy, out,
+    query, key_cache, value_cache, block_table, tiles, count, num_tiles, out,
     scale, window, query_stride, slot_stride, head_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
@@ -113,7 +115,7 @@ def _prefill_kernel(
     if OVERLAP:
         gdc_launch_dependents()
     if COUNTS:
-        count = tl.load(busy)  # of the step's layout; see `overlaps_launches`
+        count = tl.load(num_tiles)  # of the step's layout; see `overlaps_launches`
     if OVERLAP:
         gdc_wait()
     for item in range(tl.program_id(0), count * HEADS, tl.num_programs(0)):
