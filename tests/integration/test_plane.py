@@ -27,8 +27,10 @@ pytestmark = pytest.mark.integration
 FREED_WITHIN_S = 10.0
 """A second is what an idle machine needs; the request would run for 30."""
 
-TOLD_WITHIN_S = 1.0
-"""`/ready` tells within this time that the last engine is lost, or that there is one again."""
+TOLD_WITHIN_S = 3.0
+"""`/ready` tells within this time that the last engine is lost, or that there is one again.
+
+A second is what an idle machine needs; this one starts engines meanwhile."""
 
 ARGS = {
     "models": {
@@ -344,7 +346,7 @@ async def test_streams_of_a_killed_engine_go_on_elsewhere(server):
     assert name not in server.call("engine_pids")
 
 
-async def test_ready_tells_the_truth_within_a_second(server):
+async def test_ready_soon_tells_the_truth(server):
     """Beside the last test: here no engine is left for a while."""
     async with connect(server) as client:
         for pid in server.call("engine_pids").values():
