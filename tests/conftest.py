@@ -1,4 +1,6 @@
 import os
+import subprocess
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -8,9 +10,19 @@ from engine.startup import SPIN_COUNT
 # As `start_engine` does; torch may be imported before it here.
 os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
+_lost_workers: list[str] = []
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """Tell how a worker of xdist ended that was lost: a status, or a signal below zero."""
+    """Note how a worker of xdist that was lost has ended; by itself it may say nothing."""
     if error:
-        print(f"\n{node.gateway.id} ended with {node.gateway._io.popen.wait(10)}")
+        process = node.gateway._io.popen
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        _lost_workers.append(f"{node.gateway.id} was lost; its status: {process.returncode}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in _lost_workers:
+        terminalreporter.write_line(line)
