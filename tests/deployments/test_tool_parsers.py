@@ -157,7 +157,7 @@ arguments = st.dictionaries(st.text(), json_values)
 calls = st.lists(st.tuples(st.sampled_from(NAMES), arguments), min_size=1, max_size=3)
 
 
-@settings(QUIET)
+@settings(QUIET, max_examples=40)
 @given(calls, st.booleans(), cuts)
 def test_every_call_is_found(calls: list[tuple[str, Any]], indented: bool, cuts: list[int]):
     layout = {"indent": 2 if indented else None, "ensure_ascii": indented}

@@ -63,11 +63,9 @@ def test_a_long_sequence_is_split_more_than_others(window, device):
     assert not kernels._arrivals(device).any()
 
 
-@pytest.mark.parametrize(
-    ("sequences", "spans"), [(3, 4), (12, 4), (20, 2), (24, 2), (40, 1), (60, 1)]
-)
+@pytest.mark.parametrize(("sequences", "spans"), [(1, 4), (3, 4), (5, 2), (6, 2), (10, 1), (15, 1)])
 def test_padding_in_a_graph_writes_nothing(sequences, spans, device, monkeypatch):
-    monkeypatch.setattr(kernels, "num_processors", lambda _: 24)
+    monkeypatch.setattr(kernels, "num_processors", lambda _: 6)
     counters = torch.zeros(kernels._most_joined(device), dtype=torch.int32, device=device)
     monkeypatch.setattr(kernels, "_arrivals", lambda _: counters)
     marked = []
@@ -81,10 +79,10 @@ def test_padding_in_a_graph_writes_nothing(sequences, spans, device, monkeypatch
     monkeypatch.setattr(kernels, "_scratch", scratch)
     rows = [*((row, 1, 511) for row in range(sequences)), (sequences, 60, 0)]
     step = RandomStep(TritonAttention(), rows, 16, 4, 2, 32, device=device)
-    step.layout = padded(step.layout, 100)
+    step.layout = padded(step.layout, 25)
     assert step.error(step.attend()) < TOLERANCE[torch.float32]
     stats = marked[0][1]
-    assert len(stats) <= 2 * 4 * 24 * 32  # 4 programs a multiprocessor, twice; 16 heads of a group
+    assert len(stats) <= 2 * 4 * 6 * 32  # 4 programs a multiprocessor, twice; 16 heads of a group
     written = ~stats.view(-1, 32).isnan().any(1)  # by program
     busy = 2 * sequences * spans if spans > 1 else 0
     assert written[:busy].all() and not written[busy:].any()

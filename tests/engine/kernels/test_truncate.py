@@ -43,8 +43,10 @@ def threshold(device, logits, temperature, options):
     return found.cpu().flip(0)[:, None]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spread", [0.3, 20.0])
+@pytest.mark.parametrize(
+    ("spread", "dtype"),
+    [(0.3, torch.float32), (0.3, torch.bfloat16), (20.0, torch.float32), (20.0, torch.float16)],
+)
 def test_keeps_what_the_reference_keeps(spread, dtype, capacity, device):
     generator = torch.manual_seed(1)
     shape = (len(OPTIONS), 300)
