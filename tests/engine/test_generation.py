@@ -15,7 +15,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "greedy.json").read_
 TIE = 1e-4
 """Logits closer than this may change places between machines."""
 MOST_KINDS = [row for row in GOLDEN[::3] if len(row["prompt"]) <= 300 or row is GOLDEN[60]]
-SHORT = [row for row in GOLDEN[::6] if len(row["prompt"]) <= 300]
+SHORT = [row for row in GOLDEN[::6] if len(row["prompt"]) <= 128]
 WAYS = {
     "one at a time": {"max_num_seqs": 1, "enable_prefix_caching": False},
     "batches of 4": {"max_num_seqs": 4},
@@ -27,7 +27,7 @@ WAYS = {
     "sjf": {"scheduling_policy": "sjf", "max_num_seqs": 8},
     "starved": {"num_kvcache_blocks": 140, "max_model_len": 2100},
 }
-FEW_BLOCKS = {"num_kvcache_blocks": 50, "max_model_len": 600}
+FEW_BLOCKS = {"num_kvcache_blocks": 30, "max_model_len": 400}
 """Starve the short prompts."""
 
 

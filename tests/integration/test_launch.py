@@ -172,7 +172,7 @@ def parse_among_neighbours(client: openai.OpenAI, seeds: Sequence[int]) -> list[
 
 
 def test_openai_client_parses_answers_of_a_form(client):
-    people = parse_among_neighbours(client, range(6))
+    people = parse_among_neighbours(client, range(4))
     assert len({person.model_dump_json() for person in people}) > 1
 
 

@@ -88,7 +88,7 @@ KINDS = ["equal", "one", "half banned", "outliers", "around zero", "zeros of bot
 
 @pytest.mark.parametrize("kind", [*KINDS, "not numbers", "crowded lane"])
 def test_unusual_lines(kind, capacity, device):
-    options = OPTIONS[1::2]
+    options = [OPTIONS[i] for i in (1, 5, 7, 9)]
     logits = line(kind).repeat(len(options), 1)
     ones = torch.ones(len(options), 1)
     numbers = logits.where(~logits.isnan(), -torch.inf)
