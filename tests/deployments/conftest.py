@@ -1,6 +1,7 @@
 """An engine actor without Ray, around a core whose steps take a millisecond; and a plane around
 a real engine with tiny weights."""
 
+import threading
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from deployments import crash_dump, watchdog
 from deployments.engine_actor import EngineActor
+from deployments.engine_client import Generation
 from engine.config import EngineConfig
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
@@ -41,6 +43,27 @@ async def actor():
 async def plane():
     async with open_plane() as opened:
         yield opened
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """A core steps when the reader asks for more, however slow the machine: no tokens are merged.
+
+    For one request at a time.
+    """
+    asked = threading.Semaphore(0)
+    ask, step = Generation.__anext__, FakeCore.step
+
+    def ask_and_tell(generation):
+        asked.release()
+        return ask(generation)
+
+    def step_when_asked(core):
+        told = asked.acquire(timeout=0.1)  # else the actor may want to abort the request
+        return step(core) if told else []
+
+    monkeypatch.setattr(Generation, "__anext__", ask_and_tell)
+    monkeypatch.setattr(FakeCore, "step", step_when_asked)
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def named(calls: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     return [(call["name"], json.loads(call["arguments"])) for call in calls]
 
 
-async def test_calls_are_taken_from_the_text(plane):
+async def test_calls_are_taken_from_the_text(one_by_one, plane):
     body = saying(f"I look.\n{CALL_1}\n{CALL_2}")
     choice = await whole(plane, body)
     calls = choice["message"]["tool_calls"]

@@ -29,9 +29,9 @@ from tests.deployments.test_logprobs import LogprobCore
 
 
 @pytest.fixture
-async def slow_plane():
-    """Tokens come one by one: those that come together are told and counted together."""
-    async with open_plane(tokenizer=repeater(), step_s=0.01) as plane:
+async def slow_plane(one_by_one):
+    """Tokens that come together would be told and counted together."""
+    async with open_plane(tokenizer=repeater()) as plane:
         yield plane
 
 
@@ -197,8 +197,8 @@ def vars_of(params: Any) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(params, name)) is not None}
 
 
-async def test_an_engine_that_is_lost_ends_the_stream_with_an_event(monkeypatch):
-    async with open_plane(tokenizer=repeater(), step_s=0.002) as plane:
+async def test_an_engine_that_is_lost_ends_the_stream_with_an_event(one_by_one, monkeypatch):
+    async with open_plane(tokenizer=repeater()) as plane:
         run = plane.model.client.start
 
         def break_off(*args: Any) -> Any:
