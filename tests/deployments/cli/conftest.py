@@ -48,7 +48,9 @@ def serve_fake(**fake: float) -> Iterator[str]:
         thread.join(30)
 
 
-@pytest.fixture(scope="session")
+# Not for the session: tests elsewhere change what its engine's idle loop and watchdogs go by, and
+# then these end the process. And it logs of a slow machine where others count lines.
+@pytest.fixture(scope="package")
 def url() -> Iterator[str]:
     with serve_fake() as address:
         yield address

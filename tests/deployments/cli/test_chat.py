@@ -158,7 +158,7 @@ class Terminal:
         # A shell's `&` has everything below it ignore the signal; a terminal does not.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
-            [*COMMAND, "chat", "--url", url, "--max-tokens", "400"],
+            [*COMMAND, "chat", "--url", url, "--max-tokens", "3000"],
             stdin=child,
             stdout=child,
             stderr=child,
