@@ -126,6 +126,7 @@ class EngineActor:
         core = await asyncio.to_thread(self._start_core, self._config)
         info = asdict(core.info)
         self._load = core.load()
+        self._meter.follow(self._load, time.monotonic())  # so that the first requests count
         events = asyncio.get_running_loop()
         self._loop = EngineLoop(
             core,
