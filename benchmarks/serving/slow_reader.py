@@ -28,7 +28,7 @@ from benchmarks.serving.beside import Record, median_itl, run_streams
 from benchmarks.serving.client import Exchange
 from benchmarks.serving.conversations import Mix, count_words, echo
 from benchmarks.serving.fake_server import fake_target, serve_fake
-from benchmarks.serving.leaving import seconds_until_free
+from benchmarks.serving.leaving import END, seconds_until_free
 from benchmarks.serving.load import Target
 
 _PAUSE_S = 1.0
@@ -69,10 +69,12 @@ class SlowReader:
         """Read at full speed, at most for this long."""
         self._hurry.set()
         self._thread.join()
-        self._socket.settimeout(1.0)
+        self._socket.settimeout(0.2)
         deadline = time.monotonic() + seconds
-        with contextlib.suppress(TimeoutError):
-            while time.monotonic() < deadline and (data := self._socket.recv(65536)):
+        while time.monotonic() < deadline and not b"".join(self._received[-5:]).endswith(END):
+            with contextlib.suppress(TimeoutError):
+                if not (data := self._socket.recv(65536)):
+                    break
                 self._received.append(data)
 
     def leave(self) -> None:

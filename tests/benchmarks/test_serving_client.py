@@ -39,16 +39,22 @@ async def test_reads_a_stream_that_comes_byte_by_byte():
 
 async def test_an_event_counts_from_its_last_byte():
     first, second, *rest = events([" a", " b"], 1)
-    completed = []
+    begun, completed = asyncio.Event(), []
 
     async def pause(body, writer):
         writer.write(HEAD + chunk(first) + chunk(second[:9]))
-        await writer.drain()
-        await asyncio.sleep(0.05)
+        await begun.wait()
         completed.append(time.monotonic())
         writer.write(chunk(second[9:]) + chunk(b"".join(rest)) + b"0\r\n\r\n")
 
-    result = await ask(pause)
+    async with serve(pause) as target:
+        with Receiver() as receiver:
+            connection = await Connection.open(receiver, target.host, target.port)
+            answer = asyncio.ensure_future(connection.exchange(target.request(" a b", 2), 5.0))
+            while not (answer.done() or connection._exchange.pieces):
+                await asyncio.sleep(0.001)
+            begun.set()
+            result = read_answer(" a b", 2, await answer)
     assert result.events[0][0] < completed[0] <= result.events[1][0]
 
 

@@ -93,6 +93,7 @@ def test_table_has_a_cell_for_each_head():
 
 def test_cpu_time_goes_to_the_role_that_the_title_says():
     burn = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    before = read_cpu(os.getpid())["others"] - time.process_time()  # children of other tests
     titles = ("ray::ServeReplica:app:Ingress.x", "ray::EngineActor.step", "python")
     children = [
         subprocess.Popen(
@@ -114,4 +115,4 @@ def test_cpu_time_goes_to_the_role_that_the_title_says():
         for child in children:
             child.communicate(b"\n")
     assert spent["ingress"] >= 0.25 and spent["engine_actor"] >= 0.25
-    assert spent["others"] == pytest.approx(0.3 + time.process_time(), abs=0.3)
+    assert spent["others"] == pytest.approx(before + 0.3 + time.process_time(), abs=0.3)

@@ -8,6 +8,7 @@ import instructor
 import openai
 import pytest
 from forms import INVENT, Person
+from pydantic import BaseModel, Field
 
 MODES = [instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA]
 
@@ -29,11 +30,18 @@ def test_extraction(plain, options, mode):
     assert isinstance(person, Person)
 
 
+class Crowd(BaseModel):
+    """People, too many for their tokens to come all at once, however slow the machine."""
+
+    people: list[Person] = Field(min_length=5, max_length=5)
+
+
 def test_partial_answers(plain, options):
+    options["max_tokens"] = 800
     client = instructor.from_openai(plain, mode=instructor.Mode.TOOLS)
-    parts = list(client.chat.completions.create_partial(**options, response_model=Person))
+    parts = list(client.chat.completions.create_partial(**options, response_model=Crowd))
     assert len(parts) > 2
-    Person.model_validate(parts[-1].model_dump())
+    Crowd.model_validate(parts[-1].model_dump())
 
 
 async def test_async(server, options):

@@ -1,6 +1,7 @@
 """An engine actor without Ray, around a core whose steps take a millisecond; and a plane around
 a real engine with tiny weights."""
 
+import math
 import threading
 from functools import partial
 from typing import Any
@@ -55,7 +56,8 @@ def one_by_one(monkeypatch):
     ask, step = Generation.__anext__, FakeCore.step
 
     def ask_and_tell(generation):
-        asked.release()
+        if generation._flights:
+            asked.release()
         return ask(generation)
 
     def step_when_asked(core):
@@ -64,6 +66,30 @@ def one_by_one(monkeypatch):
 
     monkeypatch.setattr(Generation, "__anext__", ask_and_tell)
     monkeypatch.setattr(FakeCore, "step", step_when_asked)
+
+
+@pytest.fixture
+def most(monkeypatch) -> dict[str, int]:
+    """So many tokens a core brings of a request, by its id ("" for any other), until told anew.
+
+    So that a request still runs when a test comes to what it does meanwhile, however slow the
+    machine. Tries elsewhere count with the first one's tokens. Needs a `step_s`, or the core spins.
+    """
+    most: dict[str, int] = {}
+    step = FakeCore.step
+
+    def is_held(core, request_id):
+        limit = most.get(request_id.partition("~")[0], most.get("", math.inf))
+        return core._done[request_id] >= limit
+
+    def step_others(core):
+        held = {i: core._requests.pop(i) for i in list(core._requests) if is_held(core, i)}
+        deltas = step(core)
+        core._requests |= held
+        return deltas
+
+    monkeypatch.setattr(FakeCore, "step", step_others)
+    return most
 
 
 @pytest.fixture(scope="session")

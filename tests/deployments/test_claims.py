@@ -40,6 +40,7 @@ def ask(plane: Any, **body: Any) -> Exchange:
 @pytest.mark.parametrize("many", [{"n": 3}, {"prompt": ["a", "b", "c"]}])
 async def test_a_key_is_limited_by_completions(limited, many):
     stream = ask(limited, **many, max_tokens=200, stream=True)
+    stream.may_send.clear()
     await limited.until(lambda: stream.sent)
     refused = ask(limited, n=2)
     await asyncio.wait_for(refused.task, 5)

@@ -123,6 +123,7 @@ class Drained:
 
     def _drain(self, limit_s: float) -> None:
         assert limit_s == LIMIT_S
+        self.thread = threading.current_thread()
         self.begun.set()
         self.end.wait(LIMIT_S)
 
@@ -159,9 +160,8 @@ def test_end_of_the_drain_does_not_interrupt_what_the_second_signal_began(
     with pytest.raises(KeyboardInterrupt):
         send(second)
         wait_until(lambda: False)
-    number_of_threads = threading.active_count()
     drained.end.set()
-    wait_until(lambda: threading.active_count() < number_of_threads)
+    wait_until(lambda: not drained.thread.is_alive())
     time.sleep(0.01)  # a signal would come now
     with pytest.raises(KeyboardInterrupt):  # while the user's third does
         send(first)

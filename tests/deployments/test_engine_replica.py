@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -112,15 +113,23 @@ async def test_an_engine_that_stops_while_it_starts_is_given_up(local, monkeypat
     async def stopped(_: EngineActor) -> None:
         await asyncio.Event().wait()
 
+    def load(config: EngineConfig) -> FakeCore:
+        may_end.wait()
+        return FakeCore(config)
+
+    may_end = threading.Event()
     killed: list[Any] = []
     monkeypatch.setattr(engine_replica, "START_SILENCE_LIMIT_S", 0.1)
     monkeypatch.setattr(EngineActor, "live", stopped)
     monkeypatch.setattr(engine_replica.ray, "kill", killed.append)
     replica = Replica.__new__(Replica)
-    with pytest.raises(EngineDead, match="showed no life"):
-        await replica.__init__("m", EngineConfig(), {}, partial(load_slowly, seconds=1.0))
-    assert killed == [replica._actor]
-    await EngineReplica.__del__(replica)
+    try:
+        with pytest.raises(EngineDead, match="showed no life"):
+            await replica.__init__("m", EngineConfig(), {}, load)
+        assert killed == [replica._actor]
+        await EngineReplica.__del__(replica)
+    finally:
+        may_end.set()
 
 
 async def test_report_that_cannot_be_read_ends_the_replica(local, monkeypatch):
@@ -244,10 +253,11 @@ async def test_a_call_that_comes_after_the_end_of_its_request_ends_at_once(local
 
 
 async def test_a_call_that_is_cancelled_ends_its_request(local):
-    replica = await start()
+    replica = await start(partial(FakeCore, step_s=0.01))
     call = asyncio.ensure_future(run(replica, "a", 10**6))
     await until(lambda: replica._ends)
     call.cancel()
+    await asyncio.wait([call])
     core = replica._actor.actor._loop._core
     await until(lambda: not core.has_work)
     assert not replica._ends
@@ -277,7 +287,7 @@ async def test_of_two_calls_for_a_request_the_later_one_hears_of_the_end(local):
 
 async def test_calls_for_requests_that_the_engine_does_not_have_end(local, monkeypatch):
     monkeypatch.setattr(engine_replica, "LOST_CALLS_S", 0.05)
-    replica = await start()
+    replica = await start(partial(FakeCore, step_s=0.01))
     running = asyncio.ensure_future(run(replica, "a", 10**6))
     async with asyncio.timeout(5):
         assert await replica.generate(Booking("lost on the way", 2)) == "abort"

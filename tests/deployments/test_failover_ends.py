@@ -32,7 +32,7 @@ async def test_it_waits_for_a_new_engine():
 
 async def test_without_an_engine_it_ends_with_an_error_in_time():
     async with open_plane(num_engines=1, step_s=0.005) as plane:
-        with plane.client.start([request("r"), request("s")]) as generation:
+        with plane.client.start([request("r", 4000), request("s", 4000)]) as generation:
             await anext(generation)
             await plane.cut("e0", for_good=True)
             with pytest.raises(EngineDead, match="no engine could go on"):
@@ -86,12 +86,13 @@ async def test_few_tokens_are_no_success():
             assert flight._over
 
 
-async def test_calls_that_fail_in_odd_ways_hang_nobody(monkeypatch):
+async def test_calls_that_fail_in_odd_ways_hang_nobody(monkeypatch, most):
     def cancel(call: LocalCall) -> None:
         call.task.cancel()
         raise BackPressureError(num_queued_requests=1, max_queued_requests=1)
 
     monkeypatch.setattr(LocalCall, "cancel", cancel)
+    most["r"] = 10
     async with open_plane(num_engines=2, step_s=0.005) as plane:
         plane.handle.set_limit(0)
         plane.handle.failure = BackPressureError(num_queued_requests=1, max_queued_requests=1)
@@ -104,19 +105,23 @@ async def test_calls_that_fail_in_odd_ways_hang_nobody(monkeypatch):
         with plane.client.start([request("r")]) as generation:
             await take(generation, tokens, 10)
             await plane.cut(plane.table.engine_of("r"))
+            most.clear()
             await take(generation, tokens, 60)
         assert tokens["r"] == expected_tokens(PROMPT, 60)
 
 
 async def test_a_long_wait_in_line_is_no_loss():
     async with open_plane(num_engines=1, step_s=0.005) as plane:
-        plane.client.failover = FailoverLimits(timeout_s=1.0)
+        plane.client.failover = FailoverLimits(timeout_s=1000)
         plane.handle.set_limit(0)  # it takes nothing for a while
-        asyncio.get_running_loop().call_later(2.0, plane.handle.set_limit, 1000)
         tokens: dict[str, list[int]] = {}
         with plane.client.start([request("r")]) as generation:
-            await asyncio.sleep(0.05)
-            await plane.cut("e0")  # for half a second; the limit is one
+            await plane.cut("e0")
+            await plane.until(lambda: plane.hub.connected(DEPLOYMENT))
+            flight = generation._flights["r"]
+            assert flight._expiry is not None
+            flight._expire()  # it stands in line again
+            plane.handle.set_limit(1000)
             await take(generation, tokens, 60)
         assert tokens["r"] == expected_tokens(PROMPT, 60)
 
@@ -171,7 +176,8 @@ async def test_serve_sends_nothing_on_for_a_client_that_has_left():
             plane.table.book(dict.fromkeys(plane.actors, 1000), Booking("r", 5))
 
 
-async def test_a_full_queue_of_calls_does_not_end_what_an_engine_runs():
+async def test_a_full_queue_of_calls_does_not_end_what_an_engine_runs(most):
+    most["r"] = 5
     async with open_plane(num_engines=1, step_s=0.005) as plane:
         calls, tokens = [], dict[str, list[int]]()
         remote = plane.handle.generate.remote
@@ -184,6 +190,8 @@ async def test_a_full_queue_of_calls_does_not_end_what_an_engine_runs():
 
         plane.handle.generate = SimpleNamespace(remote=full_at_first)
         with plane.client.start([request("r", 100)]) as generation:
+            await plane.until(lambda: len(calls) == 3)
+            most.clear()
             await take(generation, tokens, 100)
         assert tokens["r"] == expected_tokens(PROMPT, 100)
         assert len(calls) == 3

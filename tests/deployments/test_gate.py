@@ -114,6 +114,8 @@ async def test_requests_under_way_of_a_key_are_bounded(tmp_path, common):
 
 
 async def test_the_rate_of_a_key_is_bounded(monkeypatch):
+    take = KeyUse.take_token  # at a time that stands still
+    monkeypatch.setattr(KeyUse, "take_token", lambda use, rate, now: take(use, rate, 100.0))
     monkeypatch.setenv("TRUNKLINE_API_KEYS", f"{SECRET},b")
     options = IngressOptions(requests_per_minute_per_key=3)
     async with open_plane(options=options) as plane:
@@ -214,6 +216,7 @@ async def test_bodies_of_answers_that_have_begun_take_no_room():
         body = {**COMPLETION, "max_tokens": 200, "stream": True, "user": "x" * 600}
         streams = [Exchange(plane.app, {}) for _ in range(3)]
         for stream in streams:
+            stream.may_send.clear()
             stream.feed(json.dumps(body).encode(), more=False)
             await plane.until(lambda: stream.sent)  # noqa: B023
             assert stream.status == 200 and not stream.task.done()
@@ -282,10 +285,10 @@ async def test_browsers_ask_without_a_key_and_then_send_it(monkeypatch):
 
 
 @pytest.mark.parametrize("origins", [[], ["*"]])
-async def test_every_step_of_a_stream_is_sent_on_its_own(origins):
+async def test_every_step_of_a_stream_is_sent_on_its_own(one_by_one, origins):
     """Nothing in front of the routes may hold back what they write."""
     options = IngressOptions(cors_allow_origins=origins)
-    async with open_plane(options=options, step_s=0.002) as plane:
+    async with open_plane(options=options) as plane:
         exchange = Exchange(plane.app, {"Origin": "https://a.example"})
         body = {**COMPLETION, "max_tokens": 20, "stream": True}
         exchange.feed(json.dumps(body).encode(), more=False)
@@ -293,4 +296,4 @@ async def test_every_step_of_a_stream_is_sent_on_its_own(origins):
             await asyncio.sleep(0)
         assert not exchange.task.done() and exchange.status == 200
         await asyncio.wait_for(exchange.task, 10)
-        assert len(exchange.sent) > 5
+        assert len(exchange.sent) == 22  # the status, each token, and the end

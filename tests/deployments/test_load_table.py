@@ -114,7 +114,7 @@ def test_request_of_a_lost_engine_goes_only_where_life_was_shown_since():
 
 
 def test_requests_of_a_lost_engine_are_spread_over_all_that_live():
-    table = LoadTable()
+    table = LoadTable(clock=Clock())
     rooms: list[None] = []
     table.on_room(lambda: rooms.append(None))
     moved = [Booking(f"r{i}", 100, resumed=True) for i in range(4)]

@@ -51,7 +51,8 @@ async def running(plane: Plane, engine_id: str, count: int) -> None:
     await plane.until(are_there)
 
 
-async def test_streams_of_an_engine_that_stops_go_on_elsewhere_and_free_it():
+async def test_streams_of_an_engine_that_stops_go_on_elsewhere_and_free_it(most):
+    most[""] = 8
     async with open_plane(num_engines=2, step_s=0.01) as plane:
         mover, journey = Mover(plane.hub, plane.table), Journey()
         set_members(plane, e0=SMALL)
@@ -62,6 +63,7 @@ async def test_streams_of_an_engine_that_stops_go_on_elsewhere_and_free_it():
             set_members(plane, e1=SMALL)
             await plane.until(lambda: plane.actors["e0"]._load.num_running == 0)
             assert all(len(wire.output_token_ids) < 200 for wire in wires)
+            most.clear()
             assert await answers == {f"r{i}": expected_tokens(PROMPT, 200) for i in range(4)}
         assert journey.engines == ["e0", "e1"] and not journey.moved_at  # nothing was lost
         use = plane.actors["e1"]._meter.read(time.monotonic())
@@ -74,7 +76,8 @@ async def test_streams_of_an_engine_that_stops_go_on_elsewhere_and_free_it():
 @pytest.mark.parametrize(
     "others", [{}, {"e1": OTHER}, {"e1": Traits("these", 0)}], ids=["none", "others", "full"]
 )
-async def test_they_end_where_they_are_if_nobody_can_go_on(others):
+async def test_they_end_where_they_are_if_nobody_can_go_on(others, most):
+    most["r"] = 5
     async with open_plane(num_engines=2, step_s=0.005) as plane:
         mover, journey = Mover(plane.hub, plane.table), Journey()
         set_members(plane, e0=SMALL)
@@ -82,12 +85,14 @@ async def test_they_end_where_they_are_if_nobody_can_go_on(others):
             answers = asyncio.ensure_future(collect(generation))
             await running(plane, "e0", 1)
             set_members(plane, **others)
+            most.clear()
             assert await answers == {"r": expected_tokens(PROMPT, 60)}
         assert journey.engines == ["e0"]
         assert mover._task is not None
 
 
-async def test_they_move_as_soon_as_there_is_space():
+async def test_they_move_as_soon_as_there_is_space(most):
+    most |= {"short": 5, "long": 5}
     async with open_plane(num_engines=2, step_s=0.01) as plane:
         mover, journey = Mover(plane.hub, plane.table), Journey()
         set_members(plane, e0=Traits("these", 1), e1=Traits("these", 1))
@@ -100,8 +105,11 @@ async def test_they_move_as_soon_as_there_is_space():
             own = plane.table.engine_of("long")
             other = "e1" if own == "e0" else "e0"
             set_members(plane, **{other: Traits("these", 1)})
+            del most["short"]
             await collect(first)
             assert journey.engines == [own]
+            await plane.until(lambda: plane.table.engine_of("long~2") is not None)
+            most.clear()
             assert await answers == {"long": expected_tokens(PROMPT, 250)}
         assert journey.engines == [own, other]
         assert mover._task is not None
@@ -192,7 +200,8 @@ def test_what_has_begun_goes_on_with_the_same_options_while_there_are_any():
     assert table.book({"same": 9, "other": 9}, booking) == "other"
 
 
-async def test_after_a_loss_it_goes_on_with_the_same_options():
+async def test_after_a_loss_it_goes_on_with_the_same_options(most):
+    most["r"] = 5
     async with open_plane(num_engines=3, step_s=0.01) as plane:
         set_members(plane, e0=SMALL)
         journey = Journey()
@@ -203,7 +212,8 @@ async def test_after_a_loss_it_goes_on_with_the_same_options():
             for number in range(4):  # e1 is the idlest
                 plane.table.expect(DEPLOYMENT, f"new{number}", 100)
                 plane.table.book({"e2": 9}, Booking(f"new{number}", 100))
-            await plane.cut("e0")
+            await plane.cut("e0", for_good=True)
+            most.clear()
             assert await answers == {"r": expected_tokens(PROMPT, 100)}
         assert journey.engines == ["e0", "e2"]
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.prefix_index import ROUTING_BLOCK, PrefixIndex, request_blocks
@@ -61,6 +61,7 @@ def test_smaller_cache_forgets_at_once():
     assert len(index) == 2 and index.overlap(chain(1, 2, 3)) == capacity(2)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=30),
     st.integers(0, 8),

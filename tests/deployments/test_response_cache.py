@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.config import ModelOptions
@@ -262,7 +262,7 @@ async def test_keys_never_hear_of_one_another(monkeypatch):
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_what_was_broken_off_is_not_kept(monkeypatch, stream):
-    async with open_plane(step_s=0.005) as plane:
+    async with open_plane(step_s=0.05) as plane:
         plane.model.cache = ResponseCache(2**20)
         exchange = Exchange(plane.app, {"content-type": "application/json"})
         body = BODY | {"max_tokens": MAX_MODEL_LEN - len(PROMPT), "stream": stream}
@@ -309,6 +309,7 @@ ENTRIES = st.lists(st.binary(max_size=600), max_size=4).map(tuple)
 CALLS = st.lists(st.tuples(st.integers(0, 9), st.none() | ENTRIES), max_size=60)
 
 
+@settings(deadline=None)
 @given(max_bytes=st.integers(0, 8000), calls=CALLS)
 def test_no_more_is_kept_than_may_be_and_the_oldest_goes_first(max_bytes, calls):
     cache, model = ResponseCache(max_bytes), {}

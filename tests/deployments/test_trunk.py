@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from functools import partial
 
 import pytest
@@ -26,6 +27,7 @@ from engine.request import EngineRequest
 from engine.sampling_params import SamplingParams
 from tests.deployments.fake_core import FakeCore, expected_tokens
 from tests.deployments.plane import open_plane
+from tests.deployments.test_trunk_news import SteppedCore, be_quiet
 
 
 def request(request_id: str, max_tokens: int = 5) -> EngineRequest:
@@ -110,18 +112,34 @@ async def test_trunk_that_nobody_reads_holds_one_delta_a_request(actor):
     assert [len(d.token_ids) for d in messages.deltas] == [200]
 
 
-async def test_trunk_merges_steps_until_its_reader_acknowledges(actor):
+async def test_trunk_merges_steps_until_its_reader_acknowledges(monkeypatch):
+    be_quiet(monkeypatch)
+    began, end = threading.Semaphore(0), threading.Semaphore(0)
+    actor = EngineActor(EngineConfig(), partial(SteppedCore, began=began, end=end))
+    await actor.start()
     trunk = actor.subscribe("x")
-    await submit(actor, "x", request("r", 100_000))
-    for _ in range(UNREAD_MESSAGES):
-        await anext(trunk)
+    await anext(trunk)  # it is open
+    await submit(actor, "x", request("r", 100))
+    for _ in range(UNREAD_MESSAGES - 1):
+        end.release()
+        assert num_tokens(await anext(trunk)) == 1
     late = asyncio.ensure_future(anext(trunk))
+    end.release(5)
+    while actor._num_tokens["r"] < UNREAD_MESSAGES - 1 + 5:
+        await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
     assert not late.done()
     await actor.acknowledge("x", UNREAD_MESSAGES)
-    (delta,) = decode_trunk_message(await late).deltas
-    assert len(delta.token_ids) > 3
-    assert len(decode_trunk_message(await anext(trunk)).deltas[0].token_ids) < len(delta.token_ids)
+    assert num_tokens(await late) == 5
+    end.release()
+    assert num_tokens(await anext(trunk)) == 1
+    end.release(100)
+    await actor.drain()
+
+
+def num_tokens(data: bytes) -> int:
+    (delta,) = decode_trunk_message(data).deltas
+    return len(delta.token_ids)
 
 
 async def test_reader_that_does_not_acknowledge_has_its_requests_aborted(actor, monkeypatch):
@@ -144,12 +162,14 @@ async def test_reader_gives_way_to_a_newer_one_of_the_same_subscriber(actor):
     second = actor.subscribe("x")
     await anext(second)
     assert await asyncio.wait_for(stuck, 5) is None
-    assert decode_trunk_message(await anext(second)).deltas
+    async with asyncio.timeout(10):
+        while not decode_trunk_message(await anext(second)).deltas:
+            pass  # a heartbeat
 
 
 async def test_load_and_reflected_requests_ride_the_trunk(actor):
     trunk = actor.subscribe("x")
-    await submit(actor, "x", request("r", 100))
+    await submit(actor, "x", request("r", 100_000))
     async for data in trunk:
         message = decode_trunk_message(data)
         if "r" in message.reflected:
@@ -200,15 +220,26 @@ async def upto(watch, count: int):
 
 
 async def test_ends_that_follow_a_report_wait_for_the_next(actor, monkeypatch):
-    monkeypatch.setattr(engine_actor, "REPORT_INTERVAL_S", 1.0)
+    sleep, over = asyncio.sleep, asyncio.Event()
+
+    async def sleep_until_over(seconds: float) -> None:
+        await (over.wait() if seconds == 1000 else sleep(seconds))
+
+    monkeypatch.setattr(engine_actor, "REPORT_INTERVAL_S", 1000)
+    monkeypatch.setattr(asyncio, "sleep", sleep_until_over)
+    over.set()
     watch = actor.watch()
     await submit(actor, "x", request("a", 1))
-    assert [notice.request_id for notice in decode_report(await anext(watch)).ended] == ["a"]
+    while not (ended := decode_report(await anext(watch)).ended):
+        pass  # a heartbeat
+    assert [notice.request_id for notice in ended] == ["a"]
+    over.clear()
     report = asyncio.ensure_future(anext(watch))
     for request_id in ("b", "c"):
         await submit(actor, "x", request(request_id, 1))
         while actor._owners:
             await asyncio.sleep(0.001)
+    over.set()
     assert [notice.request_id for notice in decode_report(await report).ended] == ["b", "c"]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from deployments import engine_actor, subscriber
 from deployments.engine_actor import EngineActor
+from deployments.journey import Journey
 from deployments.wire import Submission, TrunkMessage, decode_trunk_message, encode
 from engine import loop
 from engine.config import EngineConfig
@@ -83,8 +84,8 @@ async def test_all_learn_at_once_that_an_engine_has_become_idle(monkeypatch):
     actor = EngineActor(EngineConfig(max_num_seqs=8), partial(SteppedCore, began=began, end=end))
     await actor.start()
     trunk = actor.subscribe("x")
-    await submit(actor, "x", request("mine", max_tokens=1))
-    await submit(actor, "y", request("of another", max_tokens=2))
+    mine, other = request("mine", max_tokens=1), request("of another", max_tokens=2)
+    await actor.submit(encode([Submission("x", mine), Submission("y", other)]))
     end.release()
     assert (await next_step(trunk, 1)).load.num_running == 1
     end.release()
@@ -165,11 +166,11 @@ async def test_what_a_slow_reader_hears_is_bounded(actor, monkeypatch):
 
 async def generate(plane, request_id: str, prompt: list[int], answer: int) -> tuple[str, list[int]]:
     """The engine that ran it, and all tokens in the end."""
-    wire = request(request_id, prompt, answer)
-    with plane.client.start([wire]) as generation:
-        engine_id = ""
+    wire, journey = request(request_id, prompt, answer), Journey()
+    with plane.client.start([wire], journey) as generation:
         async for _ in generation:
-            engine_id = engine_id or plane.table.engine_of(request_id)
+            pass
+    (engine_id,) = journey.engines
     return engine_id, prompt + wire.output_token_ids
 
 

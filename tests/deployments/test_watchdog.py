@@ -27,7 +27,7 @@ from deployments.watchdog import (
 )
 from deployments.wire import Submission, decode_report, decode_trunk_message, encode
 from engine.config import EngineConfig
-from engine.loop import EngineLoop
+from engine.loop import IDLE_WAKEUP_S, EngineLoop
 from engine.outputs import TokenDelta
 from engine.request import EngineRequest
 from engine.sampling_params import SamplingParams
@@ -58,8 +58,9 @@ class HangingCore(FakeCore):
 
 @pytest.fixture
 def hang(monkeypatch):
-    """Events of a `HangingCore`, whose engine is given up after 0.2 s."""
-    monkeypatch.setattr(watchdog, "CPU_STALL_LIMIT_S", 0.2)
+    """Events of a `HangingCore`, whose engine is given up after 1.5 s."""
+    monkeypatch.setattr(watchdog, "CPU_STALL_LIMIT_S", 1.5)
+    monkeypatch.setattr("engine.loop.IDLE_WAKEUP_S", 0.05)
     hangs, end = threading.Event(), threading.Event()
     hangs.set()
     yield hangs, end
@@ -164,6 +165,7 @@ def test_what_a_step_takes_at_the_start_is_not_overdue():
 def test_all_who_look_for_life_keep_one_promise():
     limits = {trunk.SILENCE_LIMIT_S, engine_replica.SILENCE_LIMIT_S, engine_guard.DEAF_LIMIT_S}
     assert limits == {watchdog.SILENCE_LIMIT_S} == {GPU_STALL_LIMIT_S}
+    assert IDLE_WAKEUP_S < watchdog.SILENCE_LIMIT_S / 2
     heartbeat_s = engine_actor.HEARTBEAT_S
     assert watchdog.SILENCE_LIMIT_S + heartbeat_s + watchdog.EXIT_DELAY_S + LOOK_S <= 10
 

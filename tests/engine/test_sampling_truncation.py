@@ -64,7 +64,7 @@ def test_thresholds_equal_the_reference(step, spread, candidate_counts):
     seed=st.integers(0, 2**31),
     vocab_size=st.integers(2, 40),
     top_k=st.integers(0, 45),
-    top_p=st.floats(0.01, 1.0),
+    top_p=st.floats(0.01, 0.999) | st.just(1.0),  # in float32 those between may be 1.0
     min_p=st.sampled_from([0.0, 0.03, 0.4]),
 )
 def test_random_rows_keep_what_the_reference_keeps(seed, vocab_size, top_k, top_p, min_p):

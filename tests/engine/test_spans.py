@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.attention.spans import SpanPlan
@@ -10,6 +10,7 @@ from engine.attention.spans import SpanPlan
 LENGTHS = st.lists(st.integers(0, 300) | st.integers(0, 40_000), max_size=40)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 600), st.integers(1, 64), st.none() | st.integers(1, 5000))
 def test_spans_cover_the_keys_and_fit_where_they_go(lengths, programs, num_kv, window):
     plan = SpanPlan(max(1, programs // num_kv), window)

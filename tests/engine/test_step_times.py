@@ -1,7 +1,7 @@
 """Where a step that prefills had better end."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.step_times import UNKNOWN_TIMES, StepTimes
@@ -53,6 +53,7 @@ rising = st.lists(st.integers(1, 700), min_size=1, max_size=9, unique=True).map(
 seconds = st.lists(st.floats(0.01, 30), min_size=9, max_size=9).map(sorted)
 
 
+@settings(deadline=None)
 @given(
     st.builds(lambda sizes, times: dict(zip(sizes, times, strict=False)), rising, seconds),
     st.builds(lambda sizes, times: dict(zip(sizes, times, strict=False)), rising, seconds),

@@ -9,20 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.serving.conversations import Mix
 from benchmarks.serving.failover import judge
 from benchmarks.serving.fake_server import fake_target, serve_fake
-from benchmarks.serving.leaving import seconds_until_free
-from benchmarks.serving.load import closed_loop
+from benchmarks.serving.leaving import read_health, seconds_until_free
+from benchmarks.serving.load import Target, closed_loop
 from benchmarks.serving.processes import find_processes
 
 pytestmark = pytest.mark.faults
 
 STREAMS = 40
 STRIKE_AFTER_S = 3.0
+"""After half of the streams have begun."""
 LIMIT_S = 90.0
 SETTINGS = ["engines=2", "nodes=3", "step-ms=20", f"drain-s={LIMIT_S}"]
 """A node more than engines."""
@@ -50,11 +52,23 @@ def drain_node_of(pid: int) -> None:
     subprocess.run(command, check=True, env={**os.environ, "RAY_AUTH_MODE": mode})
 
 
+async def streams_run(target: Target) -> None:
+    """Wait until the engines run half of the streams; a slow machine takes its time."""
+    async with asyncio.timeout(LIMIT_S):
+        while sum(e["running"] for e in (await health(target))["engines"]) < STREAMS // 2:
+            await asyncio.sleep(0.2)
+
+
+async def health(target: Target) -> dict[str, Any]:
+    return await asyncio.to_thread(read_health, target)
+
+
 async def test_no_stream_is_cut(server):
     target = fake_target(server)
     load = asyncio.create_task(
         closed_loop(target, Mix((16, 64), (300, 500)).draw(0), STREAMS, 3 * STREAMS)
     )
+    await streams_run(target)
     await asyncio.sleep(STRIKE_AFTER_S)
     before = await asyncio.to_thread(find_processes, server["pid"], "engine_actor")
     drained_at = time.monotonic()

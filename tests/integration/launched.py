@@ -37,7 +37,7 @@ class Launched:
         )
 
     def wait_until_ready(self) -> None:
-        for _ in range(600):
+        for _ in range(1200):
             if "trunkline: ready in" in self.log.read_text():
                 return
             if self.process.poll() is not None:

@@ -31,7 +31,7 @@ STEP_S = 0.005
 LATEST_S = 1.0
 FREE_LIMIT_S = 10.0
 """The next report of an idle engine is a second away; 3,000 tokens would go on for 15."""
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 """For all that a slow reader is sent."""
 CHOICES = STREAMS // 2
 TOKENS = {False: 1000, True: 3000}

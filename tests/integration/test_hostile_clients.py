@@ -23,7 +23,7 @@ HEAD = (
     f"Authorization: Bearer {SECRET}\r\n"
 )
 ARGS = {"model": "smollm2-135m-instruct"}
-LIMITS = {"body_timeout_s": 1, "max_body_bytes": 2**20, "cors_allow_origins": ["https://a.example"]}
+LIMITS = {"body_timeout_s": 3, "max_body_bytes": 2**20, "cors_allow_origins": ["https://a.example"]}
 GRPC_METHODS = ("/ray.serve.ASGIService/HandleRequest", "/ray.rpc.CoreWorkerService/PushTask")
 """What takes pickled arguments: of Serve's replicas, and of any actor."""
 

@@ -260,7 +260,7 @@ def complete_stream(client: openai.OpenAI, prompt: str) -> str:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_disconnect_frees_blocks_soon(launched, stream):
-    body = {"model": MODEL, "prompt": "Tell me a long story.", "max_tokens": 2000}
+    body = {"model": MODEL, "prompt": "Tell me a long story.", "max_tokens": 3000}
     body |= {"stream": stream, "ignore_eos": True}
     async with httpx.AsyncClient(timeout=60) as client:
         request = asyncio.ensure_future(client.post(f"{launched.url}/v1/completions", json=body))
@@ -270,9 +270,9 @@ async def test_disconnect_frees_blocks_soon(launched, stream):
         wait_for_engine,
         launched,
         lambda e: e["running"] == 0 and e["free_blocks"] == e["total_blocks"],
-        5,
+        10,
     )
-    assert freed, "an idle machine frees the blocks within a second, this one not within five"
+    assert freed, "an idle machine frees the blocks within a second"
 
 
 def wait_for_engine(launched: Launched, condition: Any, timeout_s: float) -> bool:

@@ -27,10 +27,12 @@ pytestmark = pytest.mark.integration
 FREED_WITHIN_S = 10.0
 """A second is what an idle machine needs; the request would run for 30."""
 
-TOLD_WITHIN_S = 3.0
-"""`/ready` tells within this time that the last engine is lost, or that there is one again.
+LOST_WITHIN_S = 6.0
+"""`/ready` tells within this time that the last engine is lost; Serve itself would take longer.
 
 A second is what an idle machine needs; this one starts engines meanwhile."""
+BACK_WITHIN_S = 4.5
+"""And so long after requests are served again, or before; Serve looks every 5 s."""
 
 ARGS = {
     "models": {
@@ -80,7 +82,7 @@ def all_connected(state: dict[str, Any]) -> bool:
     return state["status"] == "ok" and all(e["age_s"] is not None for e in state["engines"])
 
 
-def wait_for(server: Server, condition: Any, timeout_s: float = 60) -> float:
+def wait_for(server: Server, condition: Any, timeout_s: float = 120) -> float:
     """Poll /health until several answers in a row (of either ingress) agree; returns seconds."""
     begin, agreed = time.monotonic(), 0
     while agreed < 4:
@@ -323,13 +325,13 @@ async def test_killed_ingress_has_its_requests_aborted(server):
             os.kill(pid, signal.SIGKILL)
         answers = await asyncio.gather(*requests, return_exceptions=True)
     assert all(isinstance(a, Exception) or a.status_code >= 500 for a in answers)
-    await asyncio.to_thread(wait_for, server, idle, 60)
+    await asyncio.to_thread(wait_for, server, idle)
 
 
 async def test_streams_of_a_killed_engine_go_on_elsewhere(server):
     async with connect(server) as client:
         streams = [
-            asyncio.ensure_future(read_stream(client, completion("tenacious", 600)))
+            asyncio.ensure_future(read_stream(client, completion("tenacious", 1200)))
             for _ in range(8)
         ]
         await asyncio.to_thread(
@@ -341,8 +343,8 @@ async def test_streams_of_a_killed_engine_go_on_elsewhere(server):
         assert 0 < lost < 8
         os.kill(pid, signal.SIGKILL)
         answers = await asyncio.gather(*streams)
-    assert answers == [(echo("tenacious", 600), [])] * 8
-    await asyncio.to_thread(wait_for, server, idle, 60)
+    assert answers == [(echo("tenacious", 1200), [])] * 8
+    await asyncio.to_thread(wait_for, server, idle)
     assert name not in server.call("engine_pids")
 
 
@@ -360,8 +362,8 @@ async def test_ready_soon_tells_the_truth(server):
             seconds_until(lambda: answers(client, "GET", "/ready", 200)),
         )
     print(f"lost after {lost:.2f} s, served after {served:.2f} s, ready after {ready:.2f} s")
-    assert lost < TOLD_WITHIN_S
-    assert abs(served - ready) < TOLD_WITHIN_S
+    assert lost < LOST_WITHIN_S
+    assert abs(served - ready) < BACK_WITHIN_S
 
 
 async def answers(client: httpx.AsyncClient, method: str, path: str, status: int) -> bool:

@@ -104,7 +104,8 @@ async def test_what_is_not_sampled_makes_no_spans(collector, ratio, flag):
         assert await spans() == []
 
 
-async def test_failures_and_failovers_are_in_the_trace(collector):
+async def test_failures_and_failovers_are_in_the_trace(collector, most):
+    most[""] = 1
     async with traced(collector, num_engines=2, step_s=0.005) as (plane, spans):
         asked = asyncio.ensure_future(
             plane.http.post("/v1/completions", json={**BODY, "max_tokens": 50})
@@ -112,6 +113,7 @@ async def test_failures_and_failovers_are_in_the_trace(collector):
         await plane.until(lambda: any(view.load.num_running for view in plane.view()))
         (busy,) = (view.engine_id for view in plane.view() if view.load.num_running)
         plane.links[busy].broken.set()
+        most.clear()
         await asked
         plane.handle.failure = KeyError("no such thing")
         assert (await ask(plane)).status_code == 500
