@@ -2,7 +2,7 @@
 a real engine with tiny weights."""
 
 import math
-import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -50,18 +50,20 @@ async def plane():
 def one_by_one(monkeypatch):
     """A core steps when the reader asks for more, however slow the machine: no tokens are merged.
 
-    For one request at a time.
+    For one request at a time, or more that are read together.
     """
-    asked = threading.Semaphore(0)
+    asked: set[str] = set()
     ask, step = Generation.__anext__, FakeCore.step
 
     def ask_and_tell(generation):
-        if generation._flights:
-            asked.release()
+        asked.update(generation._flights)
         return ask(generation)
 
     def step_when_asked(core):
-        told = asked.acquire(timeout=0.1)  # else the actor may want to abort the request
+        due = time.monotonic() + 0.1  # then the actor may want to abort what nobody asks for
+        while not (told := asked.intersection(core._requests)) and time.monotonic() < due:
+            time.sleep(0.001)
+        asked.difference_update(told)
         return step(core) if told else []
 
     monkeypatch.setattr(Generation, "__anext__", ask_and_tell)
