@@ -28,9 +28,10 @@ FREED_WITHIN_S = 10.0
 """A second is what an idle machine needs; the request would run for 30."""
 
 LOST_WITHIN_S = 6.0
-"""`/ready` tells within this time that the last engine is lost; Serve itself would take longer.
+"""`/ready` tells within this time that the last engine is lost.
 
-A second is what an idle machine needs; this one starts engines meanwhile."""
+A second is what an idle machine needs, and 2.5 s of silence tell as well; this one starts engines
+meanwhile."""
 BACK_WITHIN_S = 4.5
 """And so long after requests are served again, or before; Serve looks every 5 s."""
 
