@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from deployments.load_meter import LATELY_S, EngineUse, LoadMeter
 from engine.outputs import EngineLoad
+from tests.deployments.test_trunk import collect, request, submit
 
 
 def test_nothing_is_known_before_the_first_report():
@@ -53,6 +56,15 @@ def test_what_is_refused_stands_for_nothing_that_comes_later():
     meter.follow(EngineLoad(num_received=2), 0.0)
     meter.follow(EngineLoad(num_received=3, waiting_tokens=300), 0.0)
     assert meter.read(0.0).arriving_tokens_s == pytest.approx(300 / LATELY_S)
+
+
+async def test_the_first_requests_of_an_engine_count(actor):
+    trunk, moved = actor.subscribe("x"), request("moved")
+    moved.output_token_ids = [1]
+    await submit(actor, "x", request("new"), moved)
+    await collect(trunk, 2)
+    use = actor._meter.read(time.monotonic())
+    assert 0 < use.arriving_requests_s <= 1 / LATELY_S
 
 
 def test_speed_is_unknown_without_a_queue():

@@ -60,6 +60,7 @@ class Output:
         """As the grammar counts it: to xgrammar a surrogate that is encoded is one character."""
         of_token = self.tokenizer.token_bytes(skip_special_tokens=True)
         data = b"".join(of_token[token] for token in self.tokens)
+        assert self.tokenizer.decode(self.tokens) == data.decode(errors="replace")
         return data.decode(errors="surrogatepass")
 
 
