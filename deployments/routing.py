@@ -7,8 +7,8 @@ shared is imported inside the methods.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from typing import Any
+from collections import deque
+from typing import Any, NamedTuple
 
 from ray.serve.request_router import (
     FIFOMixin,
@@ -21,11 +21,18 @@ from deployments.engine_state import Traits
 from deployments.placement import AFFINITY_MARGIN, POLICIES, Booking
 
 RECHECK_S = 0.1
-"""The request at the head of the line looks for room this often even if nothing told of any: what
+"""The request at the head of a line looks for room this often even if nothing told of any: what
 those of lost engines need, which wait for a time at most for answers of the others."""
 REFUSED_PAUSE_S = 2.0
 """A call that a replica turned away is made again after this long. Nobody waits for it: the engine
 has its request."""
+
+
+class Waiting(NamedTuple):
+    """A request for which no engine has had room yet."""
+
+    booking: Booking
+    placed: asyncio.Future[None]
 
 
 class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
@@ -40,9 +47,11 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         from deployments.load_table import load_table
 
         super().__init__(*args, **kwargs)
-        self._line = asyncio.Lock()
-        self._room = asyncio.Event()
-        self._room_loop: asyncio.AbstractEventLoop | None = None
+        self._interrupted: deque[Waiting] = deque()
+        """What an engine's loss interrupted: clients have been reading it for a while."""
+        self._line: deque[Waiting] = deque()
+        self._own_loop: asyncio.AbstractEventLoop | None = None
+        self._recheck: asyncio.TimerHandle | None = None
         self.initialize_state()
         load_table().on_room(self._tell_of_room)
 
@@ -81,17 +90,12 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
             # Its replica turned the call away, as calls of other ingress replicas had come first
             # and all are counted, or Serve does not know whether the call came.
             await asyncio.sleep(REFUSED_PAUSE_S)
-            return await self._follow(booking.request_id)
-        if load_table().engine_of(booking.request_id) is not None:
-            return await self._follow(booking.request_id)
-        ended = not load_table().is_wanted(booking.request_id)
-        if ended or booking.resumed:  # whose client has been reading for a while
-            return await self._place(booking)
-        async with self._line:  # free, it does not give up control either
-            return await self._place(booking)
+        elif load_table().engine_of(booking.request_id) is None:
+            await self._place(booking)
+        return await self._follow(booking.request_id)
 
-    async def _place(self, booking: Booking) -> RunningReplica:
-        """Book as soon as there is room.
+    async def _place(self, booking: Booking) -> None:
+        """Book as soon as there is room, and none who came before waits for it.
 
         Raises:
             EngineDead: the request has ended.
@@ -99,14 +103,43 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         from deployments.load_table import load_table
         from engine.errors import EngineDead
 
-        self._room_loop = asyncio.get_running_loop()
-        while load_table().is_wanted(booking.request_id):
-            self._room.clear()
-            if load_table().book(self._limits(), booking, self._policy) is not None:
-                return await self._follow(booking.request_id)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._room.wait(), RECHECK_S)
-        raise EngineDead("the request has ended.")
+        if not load_table().is_wanted(booking.request_id):
+            raise EngineDead("the request has ended.")
+        self._own_loop = asyncio.get_running_loop()
+        waiting = Waiting(booking, self._own_loop.create_future())
+        line = self._interrupted if booking.resumed else self._line
+        line.append(waiting)
+        if len(line) == 1:
+            self._fill()
+        await waiting.placed
+
+    def _fill(self) -> None:
+        """Book those who wait, one after the other, until there is no room for the next."""
+        for line in (self._interrupted, self._line):
+            while line and self._settle(*line[0]):
+                line.popleft()
+        if self._recheck is not None:
+            self._recheck.cancel()
+        self._recheck = None
+        if self._own_loop is not None and (self._interrupted or self._line):
+            self._recheck = self._own_loop.call_later(RECHECK_S, self._fill)
+
+    def _settle(self, booking: Booking, placed: asyncio.Future[None]) -> bool:
+        """Try to book; returns whether the request need not wait any longer."""
+        from deployments.load_table import load_table
+        from engine.errors import EngineDead
+
+        if placed.done():
+            return True  # its caller has left
+        try:
+            if not load_table().is_wanted(booking.request_id):
+                raise EngineDead("the request has ended.")
+            if load_table().book(self._limits(), booking, self._policy) is None:
+                return False
+            placed.set_result(None)
+        except Exception as error:  # the caller's; those behind it go on
+            placed.set_exception(error)
+        return True
 
     async def _follow(self, request_id: str) -> RunningReplica:
         """The replica of the engine where a request was booked, and to which it was sent.
@@ -129,8 +162,8 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
 
     def _tell_of_room(self) -> None:
         """Called in whatever thread changed the load table."""
-        if self._room_loop is not None:
-            self._room_loop.call_soon_threadsafe(self._room.set)
+        if self._own_loop is not None:
+            self._own_loop.call_soon_threadsafe(self._fill)
 
     async def choose_replicas(
         self,

@@ -104,6 +104,45 @@ async def test_what_an_engine_s_loss_interrupted_goes_before_those_in_line(table
     assert placed.index("moved") < placed.index("r2")
 
 
+async def test_reports_cost_the_same_however_many_wait_for_room_after_a_loss(table):
+    router, full = make_router(a=2, b=2), EngineLoad(num_running=1, num_waiting=1)
+    table.set_members("m", "ab")
+    for engine_id in "ab":
+        table.report(engine_id, full)
+    tasks = [asyncio.ensure_future(place(router, f"r{i}", resumed=True)) for i in range(100)]
+    await turns()
+    table.tries = 0
+    for _ in range(10):
+        table.report("a", full)
+        await turns()
+    assert table.tries == 10
+    table.report("a", EngineLoad())
+    table.report("b", full)  # it lives, so nobody waits for its answer
+    await turns()
+    assert [task.done() for task in tasks] == [True] * 2 + [False] * 98
+    for task in tasks:
+        task.cancel()
+
+
+async def test_a_request_that_cannot_be_booked_fails_alone(table, monkeypatch):
+    router = make_router(a=1)
+    await place(router, "r0")
+    bad, good = (asyncio.ensure_future(place(router, name)) for name in ("bad", "good"))
+    await turns()
+    book = table.book
+
+    def fail(limits, booking, policy):
+        if booking.request_id == "bad":
+            raise ZeroDivisionError
+        return book(limits, booking, policy)
+
+    monkeypatch.setattr(table, "book", fail)
+    table.release("r0")
+    assert await good == "a"
+    with pytest.raises(ZeroDivisionError):
+        await bad
+
+
 async def test_a_call_that_was_turned_away_follows_its_request(table, monkeypatch):
     monkeypatch.setattr(routing, "REFUSED_PAUSE_S", 1000)
     router = make_router(a=2, b=2)
