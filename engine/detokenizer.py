@@ -70,10 +70,10 @@ class StopStringMatcher:
         matched: the stop string found, or None. Nothing may be pushed after a match.
     """
 
-    __slots__ = ("_held", "_include_stop", "_stop", "matched")
+    __slots__ = ("_held", "_include_stop", "_searches", "matched")
 
     def __init__(self, stop: Sequence[str], include_stop: bool = False) -> None:
-        self._stop = tuple(stop)
+        self._searches = [_Search(each) for each in stop]
         self._include_stop = include_stop
         self._held = ""
         self.matched: str | None = None
@@ -91,12 +91,15 @@ class StopStringMatcher:
             `include_stop`) when `matched` is set.
         """
         before = len(self._held)
+        ends = [(search.push(text, check), search.stop) for search in self._searches]
         text = self._held + text
-        if check and (found := self._find(text, before)) is not None:
-            start, self.matched = found
+        found = [(end, -len(stop), stop) for end, stop in ends if end]
+        if found:
+            end, _, self.matched = min(found)
+            end += before
             self._held = ""
-            return text[: start + len(self.matched)] if self._include_stop else text[:start]
-        cut = self._hold_from(text)
+            return text[:end] if self._include_stop else text[: end - len(self.matched)]
+        cut = len(text) - max((search.length for search in self._searches), default=0)
         self._held = text[cut:]
         return text[:cut]
 
@@ -105,27 +108,51 @@ class StopStringMatcher:
         held, self._held = self._held, ""
         return held
 
-    def _find(self, text: str, before: int) -> tuple[int, str] | None:
-        """Start and text of the winning match among those that end after `before` characters."""
-        found = None
-        first_end = len(text) + 1
-        for stop in self._stop:
-            start = text.find(stop, max(0, before + 1 - len(stop)), first_end)
-            if start < 0:
-                continue
-            end = start + len(stop)
-            if found is None or (end, start) < (first_end, found[0]):
-                found, first_end = (start, stop), end
-        return found
 
-    def _hold_from(self, text: str) -> int:
-        """Where the longest tail begins that a stop string might begin with."""
-        hold = len(text)
-        for stop in self._stop:
-            start = text.find(stop[0], max(0, len(text) + 1 - len(stop)), hold)
-            while start >= 0:
-                if stop.startswith(text[start:]):
-                    hold = start
-                    break
-                start = text.find(stop[0], start + 1, hold)
-        return hold
+class _Search:
+    """Finds one string in a text that comes in pieces, by Knuth, Morris and Pratt's algorithm
+    (Fast pattern matching in strings, 1977): whatever strings and texts clients think of, a
+    character costs the same.
+
+    Attributes:
+        stop: the string.
+        length: so many characters of its beginning does the text end with; less than all.
+    """
+
+    __slots__ = ("_borders", "length", "stop")
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.length = 0
+        self._borders = [0, 0]
+        """At i: how long the longest proper prefix of `stop[:i]` is that ends it as well. As far
+        as the text has come yet."""
+
+    def push(self, text: str, check: bool) -> int:
+        """Go on in the text; stops behind the first occurrence that ends here, under `check`.
+
+        Returns:
+            Where that ends in `text`, or 0.
+        """
+        stop, length = self.stop, self.length
+        if length == 0 and stop[0] not in text:
+            return 0
+        for end, character in enumerate(text, 1):
+            length = self._extend(length, character)
+            if length == len(stop):
+                if check:
+                    return end
+                length = self._borders[length]
+        self.length = length
+        return 0
+
+    def _extend(self, length: int, character: str) -> int:
+        """What becomes of a match of the first `length` characters with one more of the text."""
+        stop, borders = self.stop, self._borders
+        while length and stop[length] != character:
+            length = borders[length]
+        if stop[length] == character:
+            length += 1
+            if length == len(borders):
+                borders.append(self._extend(borders[-1], character))
+        return length

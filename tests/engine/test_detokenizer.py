@@ -1,4 +1,6 @@
 import itertools
+import sys
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -177,3 +179,17 @@ def test_a_stop_string_that_ended_unchecked_is_not_found_later():
     assert matcher.push("ab", check=False) == ""  # may begin "abc"
     assert matcher.push("x") == "abx"
     assert matcher.matched is None
+
+
+def test_no_stop_strings_make_a_character_dear():
+    """Strings that nearly begin at every character of what is held back."""
+    stop = [("a" + "b" * 1022 + str(i))[:1024] for i in range(31)] + ["a" * 1023 + "c"]
+    matcher, calls = StopStringMatcher(stop), Counter()
+    matcher.push("a" * 1100)
+    sys.setprofile(lambda frame, event, argument: calls.update([event]))
+    try:
+        for _ in range(10):
+            matcher.push("a")
+    finally:
+        sys.setprofile(None)
+    assert calls["call"] + calls["c_call"] < 10 * 10 * len(stop)
