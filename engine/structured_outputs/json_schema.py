@@ -100,7 +100,10 @@ def _look(schema: dict[str, Any]) -> Iterator[Any]:
     for name in _NOT_KEPT:
         if schema.get(name, False) is not False:
             raise ValueError(f"uses {name}, which is not supported; leave it out.")
-    if len(schema.get("allOf", ())) > 1:
+    together = schema.get("allOf", [])
+    if not isinstance(together, list):
+        raise ValueError("has an allOf that is no list; give a list of one schema.")
+    if len(together) > 1:
         raise ValueError("has several schemas in allOf, which is not supported; merge them.")
     reference = schema.get("$ref", "#")
     if not isinstance(reference, str) or not reference.startswith("#"):

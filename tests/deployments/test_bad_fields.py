@@ -77,6 +77,7 @@ async def test_simple_endpoints_refuse_outputs_without_room(plane, path):
         ({"structured_outputs": {"regex": "a", "json": "{}"}}, "structured_outputs"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),
         ({"guided_json": {"uniqueItems": True}}, "guided_json"),
+        ({"guided_json": {"allOf": None}}, "guided_json"),
         ({"guided_json": '{"type":'}, "guided_json"),
         ({"guided_regex": ""}, "guided_regex"),
         ({"guided_choice": [1]}, "guided_choice"),

@@ -1,12 +1,16 @@
 """What may be asked of an output's form, and what is refused before anything is compiled."""
 
+import itertools
 import json
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
+from engine.structured_outputs import json_schema
 from engine.structured_outputs.params import (
     MAX_CHOICES,
     MAX_GRAMMAR_LENGTH,
@@ -74,6 +78,8 @@ def test_refuses(options, words):
         ({"items": {"anyOf": [{"if": {}}]}}, "uses if"),
         ({"$defs": {"a": {"contains": {}}}}, "contains"),
         ({"allOf": [{}, {}]}, "allOf"),
+        ({"allOf": None}, "allOf that is no list"),
+        ({"items": {"allOf": 5}}, "allOf that is no list"),
         ({"$ref": "https://example.com/schema"}, "another document"),
         ({"type": "object", "anyOf": [{}]}, "type beside anyOf"),
         ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern beside"),
@@ -86,6 +92,41 @@ def test_refuses_schemas_that_would_not_be_kept(schema, words):
     text = schema if isinstance(schema, str) else json.dumps(schema)
     with pytest.raises(InvalidRequest, match=words):
         StructuredOutputsParams(json=text).check()
+
+
+KEYWORDS = sorted(
+    json_schema._LOOKED_AT
+    | json_schema._ASSERTIONS
+    | {"$schema", "$id", "$anchor", "default", "else", "then", "description", "examples", "title"}
+)
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(10**400)])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYWORDS) | st.text(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYWORDS), VALUES, min_size=1, max_size=3))
+def test_whatever_a_keyword_has_is_taken_or_refused_in_a_sentence(schema):
+    try:
+        json_schema.check_schema(json.dumps(schema))
+    except ValueError as error:
+        assert str(error).endswith(".")
+
+
+def test_no_keyword_has_a_value_that_breaks_the_check():
+    values = (None, True, 0, 1.5, "x", [], {}, [None], {"a": 5}, 10**400)
+    for keyword, value in itertools.product(KEYWORDS, values):
+        for schema in ({keyword: value}, {"items": {keyword: value}}):
+            try:
+                json_schema.check_schema(json.dumps(schema))
+            except ValueError as error:
+                assert str(error).endswith(".")
 
 
 def test_takes_what_pydantic_writes():
