@@ -80,8 +80,7 @@ class MessageStyle:
         """The sampling options of a request, with what reading its answer needs.
 
         Raises:
-            InvalidRequest: the answer must be calls, and the request asks for another form as well,
-                or tools contradict one another.
+            InvalidRequest: the answer must be calls, and the request asks for another form as well.
         """
         if tool_use is not None and tool_use.is_forced:
             schema = tool_use.schema()

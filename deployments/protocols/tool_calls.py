@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.errors import InvalidRequest
+from engine.structured_outputs.json_schema import rebase
 
 MAX_NAME_LENGTH = 256
 """In characters. (OpenAI takes 64.)"""
@@ -42,17 +43,18 @@ class ToolUse:
         return self.choice != "auto"
 
     def schema(self) -> dict[str, Any]:
-        """JSON schema of a list of calls, which `ListedCallsParser` reads.
-
-        Raises:
-            InvalidRequest: functions define different schemas under one name.
-        """
-        shared: dict[str, dict[str, Any]] = {}
-        calls = [_call_schema(tool["function"], shared) for tool in self.tools]
+        """JSON schema of a list of calls, which `ListedCallsParser` reads."""
+        parameters = [_parameters(tool["function"]) for tool in self.tools]
+        places = [f"#/$defs/{number}" for number in range(len(self.tools))]
+        moved = {str(i): rebase(parameters[i], place) for i, place in enumerate(places)}
+        calls = [
+            _call_schema(tool["function"]["name"], place)
+            for tool, place in zip(self.tools, places, strict=True)
+        ]
         schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
         if self.choice == "named" or not self.parallel:
             schema["maxItems"] = 1
-        return {**schema, **shared}
+        return schema | {"$defs": moved}
 
 
 def read_tool_use(
@@ -126,22 +128,17 @@ def _read_choice(
     )
 
 
-def _call_schema(function: dict[str, Any], shared: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Schema of a call; definitions that it refers to by `#/` move to `shared`."""
-    schema = dict(function.get("parameters") or _NO_PARAMETERS)
-    for place in ("$defs", "definitions"):
-        definitions = schema.pop(place, None)
-        for name, definition in (definitions if isinstance(definitions, dict) else {}).items():
-            if shared.setdefault(place, {}).setdefault(name, definition) != definition:
-                raise InvalidRequest(
-                    f"tools define different schemas as {place}/{name[:200]}; rename one of them.",
-                    "tools",
-                )
-    if _SAYS_WHAT.isdisjoint(schema):
-        schema["type"] = "object"
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """Schema of the arguments of a call."""
+    schema = function.get("parameters") or _NO_PARAMETERS
+    return {**schema, "type": "object"} if _SAYS_WHAT.isdisjoint(schema) else schema
+
+
+def _call_schema(name: str, parameters: str) -> dict[str, Any]:
+    """Schema of a call of a function; `parameters` points to that of its arguments."""
     return {
         "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": schema},
+        "properties": {"name": {"const": name}, "arguments": {"$ref": parameters}},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }

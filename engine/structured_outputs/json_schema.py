@@ -1,4 +1,5 @@
-"""Finds in a JSON schema what xgrammar would not keep, so that it is refused and not ignored."""
+"""Finds in a JSON schema what xgrammar would not keep, so that it is refused and not ignored; and
+lets schemas move."""
 
 from __future__ import annotations
 
@@ -86,6 +87,28 @@ def check_schema(text: str) -> None:
             if isinstance(parent, dict) and not _LOOKED_AT.isdisjoint(parent)
             for child in _look(parent)
         ]
+
+
+def rebase(schema: Any, pointer: str) -> Any:
+    """A copy of a schema for another place in a document: what it refers to in itself is there.
+
+    Args:
+        schema: a whole document until now, not deeper than Python's recursion.
+        pointer: JSON pointer of the new place, such as `#/$defs/a`.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    moved = dict(schema)
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = pointer + reference[1:]
+    for name in _SCHEMAS_BY_NAME:
+        if name in schema and (named := _mapping(schema, name)):
+            moved[name] = {key: rebase(each, pointer) for key, each in named.items()}
+    for name in _SCHEMA_LISTS:
+        if isinstance(listed := schema.get(name), list):
+            moved[name] = [rebase(each, pointer) for each in listed]
+    return moved | {name: rebase(schema[name], pointer) for name in _SCHEMAS if name in schema}
 
 
 def repeats_too_often(expression: str) -> bool:

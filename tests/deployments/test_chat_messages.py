@@ -13,11 +13,12 @@ from typing import Any
 import jsonschema
 import pytest
 import tokenizers
+import xgrammar
 
 from deployments.ingress.message_style import MessageStyle
 from deployments.protocols.tool_calls import read_tool_use
 from deployments.wire import decode_submissions
-from engine.errors import InvalidRequest
+from engine.structured_outputs.params import StructuredOutputsParams
 from engine.tokenizer import Tokenizer
 from tests.deployments.plane import Plane, bundled_tokenizer, open_plane
 
@@ -212,9 +213,53 @@ def test_the_form_of_calls_that_must_be():
     assert read_tool_use(tools, "required", False).schema()["maxItems"] == 1
     choice = {"type": "function", "function": {"name": "add"}}
     assert read_tool_use(tools, choice, None).schema()["maxItems"] == 1
-    other = {"name": "h", "parameters": {"$defs": {"X": {"type": "string"}}}}
-    with pytest.raises(InvalidRequest, match=r"\$defs/X"):
-        read_tool_use([*tools, {"type": "function", "function": other}], "required", None).schema()
+
+
+OTHER = {"$ref": "#/$defs/X"}
+TREE = {
+    "properties": {
+        "$ref": {"type": "integer"},
+        "child": {"$ref": "#"},
+        "same": {
+            "anyOf": [
+                {"$ref": "#/properties/$ref"},
+                {"type": "array", "items": {"$ref": "#/$defs/X"}},
+            ]
+        },
+        "is": {"const": {"$ref": "#"}},
+    },
+    "additionalProperties": OTHER,
+    "$defs": {"X": {"type": "string"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fits"),
+    [
+        ({"child": {"child": {"$ref": 1}}}, True),
+        ({"child": [{"name": "tree", "arguments": {}}]}, False),
+        ({"same": 1}, True),
+        ({"same": ["a"]}, True),
+        ({"same": "a"}, False),
+        ({"is": {"$ref": "#"}}, True),
+        ({"other": "a"}, True),
+        ({"other": 1}, False),
+    ],
+)
+def test_parameters_may_refer_to_themselves(arguments, fits):
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {**TREE, "$defs": {"X": x}}}}
+        for name, x in (("other", {"type": "integer"}), ("tree", {"type": "string"}))
+    ]
+    schema = read_tool_use(tools, "required", None).schema()
+    call = [{"name": "tree", "arguments": arguments}]
+    assert jsonschema.Draft202012Validator(schema).is_valid(call) == fits
+    text = json.dumps(call).replace(': "#"', ':"#"')  # xgrammar writes constants without spaces
+    StructuredOutputsParams(json=schema).check()
+    grammar = xgrammar.Grammar.from_json_schema(json.dumps(schema), any_whitespace=False)
+    letters = xgrammar.TokenizerInfo([*map(chr, range(32, 127)), "</s>"], stop_token_ids=[95])
+    matcher = xgrammar.GrammarMatcher(xgrammar.GrammarCompiler(letters).compile_grammar(grammar))
+    assert matcher.accept_string(text) == fits
 
 
 async def test_thinking_is_told_apart(plane):
