@@ -19,7 +19,7 @@ REPEATING = "one two one two one two one two one two one two one two one two"
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(max_num_seqs=16, cpu_threads=2)
+    return LLM(max_num_seqs=16, cpu_threads=1)
 
 
 def greedy(llm, prompt, **params):

@@ -204,11 +204,11 @@ def check_likely(alone, wire, outcome):
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_soak(tiny_model, ahead):
-    soak(tiny_model, 200, device="cpu", async_scheduling=ahead)
+    soak(tiny_model, 120, device="cpu", async_scheduling=ahead)
 
 
 def test_soak_in_half_precision(tiny_model):
-    soak(tiny_model, 200, device="cpu", dtype="bfloat16")
+    soak(tiny_model, 120, device="cpu", dtype="bfloat16")
 
 
 @pytest.mark.slow
