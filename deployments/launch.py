@@ -23,7 +23,7 @@ from deployments.api_keys import KEY_VARIABLES, keys_in_environment
 from deployments.flags import EVERY_NODE, ONE_MACHINE
 from deployments.haproxy import haproxy_binary, haproxy_settings
 from deployments.leftovers import adopt_orphans, end_descendants
-from deployments.ports import bind, pick_port
+from deployments.ports import address, bind, pick_port
 from deployments.serve_config import (
     PORT_VARIABLE,
     apply_environment,
@@ -47,6 +47,8 @@ LEFTOVERS_S = 5.0
 GIVEN_UP = (b"Failed to update the deployment", b"Deploying app ")
 """How Serve's controller begins the error that ends a start; `serve run` itself then waits on."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Hosts that stand for all addresses of a machine → how it calls itself."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -66,7 +68,7 @@ class Plan:
     @property
     def url(self) -> str:
         """Where this machine reaches the server."""
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+        return f"http://{address(ANY_ADDRESS.get(self.host, self.host), self.port)}"
 
 
 def main() -> int:
@@ -137,8 +139,8 @@ def check_port_free(plan: Plan) -> None:
         bind(plan.host, plan.port)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {plan.host}:{plan.port} ({error.strerror}). Stop what runs there "
-            f"(`ss -ltnp 'sport = :{plan.port}'` names it), or take another port: "
+            f"cannot listen on {address(plan.host, plan.port)} ({error.strerror}). Stop what runs "
+            f"there (`ss -ltnp 'sport = :{plan.port}'` names it), or take another port: "
             f"http_options.port of the configuration, or {PORT_VARIABLE} in the environment."
         ) from None
 
@@ -166,7 +168,7 @@ def _serve(plan: Plan, folder: Path) -> int:
     print(f"trunkline: starting {plan.model} with {plan.config} …", flush=True)
     if plan.host not in LOOPBACK and not plan.needs_key:
         print(
-            f"trunkline: whoever reaches {plan.host}:{plan.port} may use it; set "
+            f"trunkline: whoever reaches {address(plan.host, plan.port)} may use it; set "
             f"{KEY_VARIABLES[0]} or ingress.api_keys_file to ask for API keys.",
             flush=True,
         )

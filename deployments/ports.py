@@ -1,4 +1,4 @@
-"""Picks TCP ports for servers that will listen only in a while."""
+"""TCP ports of servers that will listen only in a while, and how an address is written."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def bind(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
         probe.listen()
+
+
+def address(host: str, port: int) -> str:
+    """A host and a port as one word, as in a URL: an IPv6 address has colons of its own."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _candidates(wanted: int | None) -> Iterator[int]:

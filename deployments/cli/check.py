@@ -11,6 +11,7 @@ from deployments.cli.settings import read_settings
 from deployments.config import AppArgs, DeploymentOptions, ModelOptions, deployment_name
 from deployments.ingress.app import check_plugin_paths
 from deployments.names import INGRESS
+from deployments.ports import address
 from deployments.serve_config import parse_values
 from engine.options import Options
 
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     knows_gpu = gpu_bytes is not None or has_gpus()  # asks this machine, and later the cluster
     nodes = None if options.address is None else free_resources(options.address)
     on_gpus = gpu_bytes is not None or has_gpus()
-    lines = [f"{path}: listens on {checked.host}:{checked.port}"]
+    lines = [f"{path}: listens on {address(checked.host, checked.port)}"]
     for name, model in args.models.items():
         needs = engine_resources(model.engine, model.deployment, on_gpus)
         lines += ["", name, *_model_lines(name, model, needs)]

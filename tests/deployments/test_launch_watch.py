@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import random
+import re
+import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
-from deployments.launch import SIDE_PORTS, Plan, _show, environment, is_ready
-from deployments.ports import PICKED
+from deployments.launch import (
+    SIDE_PORTS,
+    Plan,
+    _ready_text,
+    _show,
+    check_port_free,
+    environment,
+    is_ready,
+)
+from deployments.ports import PICKED, bind
+from engine.errors import ConfigError
 
 
 class Health(BaseHTTPRequestHandler):
@@ -38,6 +51,57 @@ def test_readiness_is_asked_without_a_proxy(monkeypatch):
         thread.join()
     assert ready
     assert not is_ready(plan)
+
+
+class Server6(HTTPServer):
+    address_family = socket.AF_INET6
+
+
+def has_ipv6() -> bool:
+    try:
+        bind("::1", 0)
+    except OSError:  # as in many containers
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_ipv6_hosts_give_a_url_that_can_be_asked(host):
+    with Server6((host, 0), Health) as server:
+        server.timeout = 5
+        plan = Plan(Path("serve_config.yaml"), host, server.server_port, "m")
+        assert plan.url == f"http://[::1]:{server.server_port}"
+        assert f"curl -N {plan.url}/v1/chat/completions " in _ready_text(plan, 1.0)
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert httpx.get(f"{plan.url}/health", trust_env=False).json() == {"status": "ok"}
+        thread.join()
+
+
+@needs_ipv6
+def test_ipv6_hosts_are_named_with_their_port():
+    plan = Plan(Path("serve_config.yaml"), "::1", 1, "m")
+    with Server6(("::1", 0), Health) as server:
+        plan = replace(plan, port=server.server_port)
+        with pytest.raises(ConfigError, match=re.escape(f"listen on [::1]:{plan.port} (")):
+            check_port_free(plan)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("llm.example.com", "http://llm.example.com:8000"),
+        ("fd00::1", "http://[fd00::1]:8000"),
+    ],
+)
+def test_url_of_other_hosts(host, url):
+    assert Plan(Path("serve_config.yaml"), host, 8000, "m").url == url
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,11 @@ def test_check_of_the_shipped_file(capsys):
         assert words in said
 
 
+def test_check_names_an_ipv6_host_as_a_url_would(capsys):
+    words = ["--set", "http_options.host=::1", "--set", "http_options.port=8123"]
+    assert "listens on [::1]:8123\n" in check(capsys, CONFIG, *words)
+
+
 def test_check_for_a_gpu(capsys):
     pytest.importorskip("triton")
     said = check(
