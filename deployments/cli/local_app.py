@@ -37,7 +37,8 @@ LOOK_S = 0.02
 async def open_local_app(
     name: str, model: ModelOptions, start_core: StartCore = start_engine
 ) -> AsyncIterator[ASGIApp]:
-    """Start an engine and the application that serves it.
+    """Start an engine and the application that serves it, to this process alone: API keys that the
+    environment holds for a server's clients are not asked for.
 
     Args:
         name: under which requests name the model.
@@ -60,7 +61,7 @@ async def open_local_app(
         served = await asyncio.to_thread(load_served_model, name, model, options, client)
         while not served.ready:
             await asyncio.sleep(0.01)
-        yield build_asgi_app(ServedModels({name: served}), options)
+        yield build_asgi_app(ServedModels({name: served}), options, asks_for_keys=False)
     finally:
         table.set_members(client.deployment, [])
         await engine.drain()

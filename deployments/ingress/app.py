@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp
 
+from deployments.api_keys import KeySource
 from deployments.ingress.bodies import Bodies
 from deployments.ingress.chat import handle_chat
 from deployments.ingress.completions import handle_completion
@@ -84,6 +85,7 @@ def build_asgi_app(
     host: str | None = None,
     plugins: Mapping[str, ServingEngine[Any]] | None = None,
     journal: Journal | None = None,
+    asks_for_keys: bool = True,
 ) -> Starlette:
     """Make the application that serves these models.
 
@@ -94,6 +96,7 @@ def build_asgi_app(
         host: that the server listens on, if it is known.
         plugins: served name → plug-in, of the models that have one.
         journal: tells of requests; by default of those alone that fail by the server's fault.
+        asks_for_keys: False lets everybody in, whatever API keys there are.
 
     Raises:
         ConfigError: there is something wrong with the API keys.
@@ -108,9 +111,10 @@ def build_asgi_app(
         routes.append(Route(path, endpoint, methods=[method]))
     for path, protocol in _plugged(models, plugins or {}).items():
         routes.append(Route(path, Endpoint(protocol, bodies, journal), methods=["POST"]))
+    keys = options.key_source() if asks_for_keys else None
     app = Starlette(
         routes=routes,
-        middleware=_middleware(options, draining or Draining(), host, models.answers),
+        middleware=_middleware(options, keys, draining or Draining(), host, models.answers),
         exception_handlers={HTTPException: handle_http_exception},
         lifespan=partial(_closing, journal),
     )
@@ -156,14 +160,17 @@ def _plugged(
 
 
 def _middleware(
-    options: IngressOptions, draining: Draining, host: str | None, answers: AnswerCounts
+    options: IngressOptions,
+    keys: KeySource | None,
+    draining: Draining,
+    host: str | None,
+    answers: AnswerCounts,
 ) -> list[Middleware]:
     """What a request passes first. Nothing here touches the messages of a stream, but what a
     browser gets, whose pages are named in the options."""
     key_limits = KeyLimits(
         options.max_concurrent_requests_per_key, options.requests_per_minute_per_key
     )
-    keys = options.key_source()
     # Elsewhere than on the loopback an open server is called by names that only its users know.
     hosts = options.allowed_hosts if keys is None and is_loopback(host or "") else None
     gates = [

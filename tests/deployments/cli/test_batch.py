@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.api_keys import KEY_VARIABLES
 from deployments.cli import batch, local_app
 from deployments.cli.batch_file import BatchRequest, open_output
 from deployments.cli.client import Answer
@@ -140,6 +141,15 @@ async def test_in_this_process_answers_are_the_same(url):
         assert answer.status == 200
         assert content(json.loads(answer.body)) == content(direct.json())
     assert refused.status == 404
+
+
+@pytest.mark.parametrize("keys", ["sk-of-a-server", ""])
+@pytest.mark.parametrize("variable", KEY_VARIABLES)
+async def test_in_this_process_no_key_is_asked_for(monkeypatch, variable, keys):
+    monkeypatch.setenv(variable, keys)
+    body = json.dumps({"model": "m", "prompt": "five six", "max_tokens": 6}).encode()
+    async with open_local_app("m", ModelOptions(), FakeCore) as app:
+        assert (await post_to(app, "/v1/completions", body)).status == 200
 
 
 class FailsOnce(FakeCore):
