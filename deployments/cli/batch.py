@@ -25,7 +25,7 @@ from deployments.cli.batch_file import (
     parse_line,
     read_lines,
 )
-from deployments.cli.client import Answer, Client
+from deployments.cli.client import KEY_VARIABLE, Answer, Client, error_message
 from deployments.cli.errors import CommandError
 
 Post = Callable[[str, bytes], Awaitable[Answer]]
@@ -34,6 +34,9 @@ Post = Callable[[str, bytes], Awaitable[Answer]]
 DEFAULT_CONCURRENCY = {"server": 32, "local": 256}
 BUSY = (429, 503)
 """Statuses that ask to come again later."""
+UNAUTHORIZED = 401
+"""Says that the key is wrong, and nothing of the request: no answer to keep."""
+GOES_ON = "what is answered is written, and to run this again goes on with the rest."
 LONGEST_PAUSE_S = 60.0
 MAX_BUSY = 100
 """So often is a request sent again; then the refusal is its answer."""
@@ -45,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     """Answer every request that has no answer yet; returns the exit status: 1 if any failed.
 
     Raises:
-        CommandError: the server was lost; to run the command again goes on.
+        CommandError: the server was lost, or takes the key no more; to run the command again goes
+            on.
         ConfigError: the model cannot be loaded.
     """
     if options.concurrency is not None and options.concurrency < 1:
@@ -137,7 +141,7 @@ class BatchRunner:
         """Answer all of them.
 
         Raises:
-            CommandError: the server was lost.
+            CommandError: the server was lost, or takes the key no more.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -160,13 +164,15 @@ class BatchRunner:
             except OSError as error:
                 num_lost += 1
                 if num_lost > MAX_LOST:
-                    raise CommandError(
-                        f"the server was lost ({error}); what is answered is written, and to run "
-                        "this again goes on with the rest."
-                    ) from None
+                    raise CommandError(f"the server was lost ({error}); {GOES_ON}") from None
                 await asyncio.sleep(2.0 ** (num_lost - 1))
                 continue
             num_lost = 0
+            if answer.status == UNAUTHORIZED:
+                raise CommandError(
+                    f"the server asks for another API key than that in {KEY_VARIABLE} (it answered "
+                    f"401 to '{request.custom_id}': {error_message(answer.body)}); {GOES_ON}"
+                )
             if answer.status not in BUSY or num_busy >= MAX_BUSY:
                 return answer
             num_busy += 1

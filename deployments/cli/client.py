@@ -135,14 +135,19 @@ def base_url(url: str) -> str:
     return full.rstrip("/").removesuffix("/v1")
 
 
+def error_message(body: bytes) -> str:
+    """What an answer that is an error says; empty where it says nothing in OpenAI's form."""
+    try:
+        return str(json.loads(body)["error"]["message"] or "")
+    except (ValueError, LookupError, TypeError):
+        return ""
+
+
 def describe(status: int, body: bytes) -> str:
     """A sentence about an answer that is an error."""
-    try:
-        message = json.loads(body)["error"]["message"]
-    except (ValueError, LookupError, TypeError):
-        message = ""
     if status == 401:
         return f"the server asks for an API key; put yours into {KEY_VARIABLE}."
+    message = error_message(body)
     return (
         f"the server answered {status}: {message}" if message else f"the server answered {status}."
     )

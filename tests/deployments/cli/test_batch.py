@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -262,6 +263,31 @@ async def test_a_lost_server_ends_the_run_and_answers_stay_open(pauses):
     assert len(await answer_all(back)) == 1
     with pytest.raises(CommandError, match="again goes on with the rest"):
         await answer_all(Stub(ConnectionError("refused")), count=3)
+
+
+def test_a_key_that_is_taken_no_more_ends_the_run_and_answers_stay_open(
+    tmp_path, write_lines, monkeypatch, capsys
+):
+    """Such an answer says nothing of the request, which is asked again with another key."""
+    refused = Answer(401, {}, b'{"error": {"message": "Incorrect API key provided."}}')
+    forbidden = Answer(403, {}, b'{"error": {"message": "Not this model."}}')
+
+    @asynccontextmanager
+    async def open_post(options):
+        yield stub.post
+
+    monkeypatch.setattr(batch, "_open_post", open_post)
+    requests, out = write_lines(line("a"), line("b"), line("c")), tmp_path / "out.jsonl"
+    words = ["batch", str(requests), str(out), "--url", "x", "--concurrency", "1"]
+    stub = Stub(forbidden, refused)
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "asks for another API key" in said and "again goes on with the rest" in said
+    assert "401 to 'b': Incorrect API key provided." in said
+    assert [record["response"]["status_code"] for record in records(out).values()] == [403]
+    stub = Stub(OK)
+    assert main(words) == 1  # as one is refused
+    assert "2 answered, 1 refused, 0 bad lines" in capsys.readouterr().out
 
 
 def test_pauses_are_bounded():

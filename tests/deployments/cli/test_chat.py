@@ -142,7 +142,10 @@ def test_the_key_comes_from_the_environment(monkeypatch):
     assert client.KEY_VARIABLE in client.describe(401, b"")
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"error": "x"}', b'{"error": {}}'])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>", b"[]", b'{"error": "x"}', b'{"error": {}}', b'{"error": {"message": null}}'],
+)
 def test_strange_errors_are_a_sentence_too(body):
     assert client.describe(502, body) == "the server answered 502."
 
