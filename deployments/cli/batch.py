@@ -104,12 +104,12 @@ def _left(
     for number, line in read_lines(path):
         try:
             request = parse_line(line)
-            if request.custom_id in seen and request.custom_id not in done.custom_ids:
+            if request.custom_id in seen:
                 raise BadLine(
                     "duplicate_custom_id", "An earlier line has this custom_id.", request.custom_id
                 )
         except BadLine as error:
-            if error.custom_id in done.custom_ids or number in done.lines:
+            if (number, error.custom_id) in done.bad_lines:
                 skip()
             else:
                 write(error_record(number, error))

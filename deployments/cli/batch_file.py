@@ -71,8 +71,10 @@ class Done:
     """What an output file holds already."""
 
     custom_ids: set[str] = field(default_factory=set)
-    lines: set[int] = field(default_factory=set)
-    """Numbers of input lines without a `custom_id`."""
+    """Of the requests that were answered."""
+    bad_lines: set[tuple[int, str | None]] = field(default_factory=set)
+    """Numbers of input lines that are no request, with their `custom_id`: another line that has the
+    same may be one, and not answered yet."""
     tally: Tally = field(default_factory=Tally)
 
 
@@ -161,10 +163,10 @@ def open_output(path: Path) -> tuple[BinaryIO, Done]:
 def _note(line: bytes, done: Done, where: str) -> None:
     try:
         record = json.loads(line)
-        if record["custom_id"] is not None:
+        if record["response"] is not None:
             done.custom_ids.add(record["custom_id"])
         else:
-            done.lines.add(record["error"]["line"])
+            done.bad_lines.add((record["error"]["line"], record["custom_id"]))
         done.tally.count(record)
     except (ValueError, LookupError, TypeError):
         raise CommandError(

@@ -14,7 +14,7 @@ import pytest
 
 from deployments.api_keys import KEY_VARIABLES
 from deployments.cli import batch, local_app
-from deployments.cli.batch_file import BatchRequest, open_output
+from deployments.cli.batch_file import BatchRequest
 from deployments.cli.client import Answer
 from deployments.cli.errors import CommandError
 from deployments.cli.local_app import open_local_app, post_to
@@ -295,18 +295,6 @@ def test_pauses_are_bounded():
     assert batch.pause_s("-5", 1) == 0
     assert batch.pause_s("Thu, 01 Jan 1970 00:00:00 GMT", 1) == 0
     assert batch.pause_s("soon", 3) == 4
-
-
-def test_output_is_given_back_as_it_was(tmp_path):
-    path = tmp_path / "out.jsonl"
-    refused = b'{"custom_id": "a", "response": {"status_code": 400}}\n'
-    text = refused + b'{"custom_id": null, "response": null, "error": {"line": 3}}\n'
-    path.write_bytes(text)
-    file, done = open_output(path)
-    file.close()
-    assert path.read_bytes() == text
-    assert (done.custom_ids, done.lines) == ({"a"}, {3})
-    assert str(done.tally) == "0 answered, 1 refused, 1 bad lines"
 
 
 def test_wrong_use_is_a_sentence(tmp_path, write_lines, capsys):
