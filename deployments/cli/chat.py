@@ -11,7 +11,7 @@ from typing import Any
 from deployments.cli.client import Client
 from deployments.cli.errors import CommandError
 from deployments.cli.sampling import given_options
-from deployments.cli.terminal import DIM, PLAIN, WordWrap, is_terminal, width
+from deployments.cli.terminal import DIM, PLAIN, WordWrap, is_terminal, width, write
 
 HELP = """\
 /system TEXT  set the system message
@@ -46,7 +46,8 @@ class Chat:
         url: of the server.
         fields: of each request, beside its messages.
         system: the system message, if any.
-        styled: whether a terminal shows it: lines break between words, and thinking is shown.
+        styled: whether a person types and reads it in a terminal: lines break between words, and
+            thinking is shown.
     """
 
     def __init__(self, url: str, fields: dict[str, Any], system: str | None, styled: bool) -> None:
@@ -175,7 +176,7 @@ class _Writer:
         if not text:
             return
         if not self._styled:
-            self._write(text)
+            write(text)
             return
         if self._thinks:
             self._write(f"{self._wrap.end()}{PLAIN}{self._wrap.feed(chr(10))}")

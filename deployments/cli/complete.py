@@ -10,7 +10,7 @@ from typing import Any
 
 from deployments.cli.client import Client
 from deployments.cli.sampling import given_options
-from deployments.cli.terminal import printable
+from deployments.cli.terminal import write
 
 
 def run(options: argparse.Namespace) -> int:
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         _complete_here(options.offline, prompt, wanted)
     else:
         asyncio.run(_ask(options.url, options.model, prompt, wanted))
-    _write("\n")
+    write("\n")
     return 0
 
 
@@ -36,7 +36,7 @@ def _complete_here(model: str, prompt: str, wanted: dict[str, Any]) -> None:
 
     params = SamplingParams(**wanted)  # wrong ones are told before the model is loaded
     for delta in LLM(model).stream(prompt, params):
-        _write(delta.text)
+        write(delta.text)
 
 
 async def _ask(url: str, model: str | None, prompt: str, wanted: dict[str, Any]) -> None:
@@ -44,9 +44,4 @@ async def _ask(url: str, model: str | None, prompt: str, wanted: dict[str, Any])
         body = {"model": model or await client.first_model(), "prompt": prompt, **wanted}
         async with aclosing(client.stream("/v1/completions", body)) as choices:
             async for choice in choices:
-                _write(str(choice.get("text") or ""))
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+                write(str(choice.get("text") or ""))

@@ -26,6 +26,12 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
+def write(text: str) -> None:
+    """Write what a model has written to stdout at once: as it is, unless that is a terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
 def columns(text: str) -> int:
     """Columns that a text without line breaks takes."""
     return sum(map(_columns, text))

@@ -89,6 +89,16 @@ def test_thinking_is_dim_in_a_terminal_and_left_out_of_a_pipe(url, capsys):
         assert talk.turns[1] == {"role": "assistant", "content": "Four."}
 
 
+@pytest.mark.parametrize("command", [["chat"], ["complete", "-"]])
+def test_a_model_steers_no_terminal_even_if_the_input_is_a_pipe(url, monkeypatch, capsys, command):
+    steering = "A\x1b]0;a title\x07\x1b[2J\x9b5mB"
+    for terminal, shown in ((True, "A]0;a title[2J5mB"), (False, steering)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{steering}\n"))
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=terminal: answer)
+        assert main([*command, "--url", url, "--max-tokens", "60"]) == 0
+        assert shown in capsys.readouterr().out
+
+
 def test_no_server_is_one_sentence(capsys):
     assert main(["chat", "--url", "127.0.0.1:9"]) == 1
     assert capsys.readouterr().err == (
