@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 
 from deployments.cli.errors import CommandError
+from deployments.cli.terminal import printable
 
 KEY_VARIABLE = "TRUNKLINE_API_KEY"
 """Variable of the environment that holds the API key to send."""
@@ -102,9 +103,10 @@ class Client:
             async for line in response.content:
                 if not line.startswith(b"data: {"):
                     continue
-                event = json.loads(line.removeprefix(b"data: "))
+                data = line.removeprefix(b"data: ")
+                event = json.loads(data)
                 if "error" in event:
-                    raise CommandError(f"the answer broke off: {event['error'].get('message')}")
+                    raise CommandError(f"the answer broke off: {error_message(data)}")
                 for choice in event.get("choices") or ():
                     yield choice
 
@@ -136,9 +138,10 @@ def base_url(url: str) -> str:
 
 
 def error_message(body: bytes) -> str:
-    """What an answer that is an error says; empty where it says nothing in OpenAI's form."""
+    """What an answer that is an error says, made fit for a terminal; empty where it says nothing in
+    OpenAI's form."""
     try:
-        return str(json.loads(body)["error"]["message"] or "")
+        return printable(str(json.loads(body)["error"]["message"] or ""))
     except (ValueError, LookupError, TypeError):
         return ""
 

@@ -160,6 +160,11 @@ def test_strange_errors_are_a_sentence_too(body):
     assert client.describe(502, body) == "the server answered 502."
 
 
+def test_what_a_server_says_of_an_error_steers_no_terminal():
+    body = b'{"error": {"message": "no\\u001b]0;a title\\u0007 more"}}'
+    assert client.describe(503, body) == "the server answered 503: no]0;a title more"
+
+
 class Terminal:
     """A terminal of 40 columns with a chat in it."""
 
