@@ -10,6 +10,8 @@ from engine.config import BUNDLED_MODEL
 
 ENGINE_OPTIONS = {"model_path": "model", "max_model_len": "max_model_len"}
 """Options that may stand at a model itself → their names in its `engine`."""
+SINGLE_OPTIONS = {"model": "model", **ENGINE_OPTIONS}
+"""The same of an only model that the arguments themselves tell of."""
 
 
 def with_models(arguments: Mapping[str, Any], model_options: Collection[str]) -> dict[str, Any]:
@@ -25,14 +27,25 @@ def with_models(arguments: Mapping[str, Any], model_options: Collection[str]) ->
     values = _nest(arguments)
     if "models" in values:
         return values
-    own = {"model": "model", **ENGINE_OPTIONS}
-    single = {key: values.pop(key) for key in (*model_options, *own) if key in values}
+    options = (*model_options, *SINGLE_OPTIONS)
+    single = {key: values.pop(key) for key in options if key in values}
     if not isinstance(single.get("engine") or {}, dict):
         return {**values, "models": {BUNDLED_MODEL: single}}
-    single = into_engine(single, own)
+    single = into_engine(single, SINGLE_OPTIONS)
     engine = {"model": BUNDLED_MODEL, **(single.get("engine") or {})}
     served = os.path.basename(os.path.normpath(str(engine["model"])))
     return {**values, "models": {served: {**single, "engine": engine}}}
+
+
+def without_models(arguments: Mapping[str, Any], model_options: Collection[str]) -> dict[str, Any]:
+    """Arguments but for those that are about models.
+
+    Args:
+        arguments: nested or with dotted keys.
+        model_options: names of the options of a model.
+    """
+    of_models = {"models", *model_options, *SINGLE_OPTIONS}
+    return {k: v for k, v in arguments.items() if str(k).partition(".")[0] not in of_models}
 
 
 def into_engine(

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from deployments.arguments import ENGINE_OPTIONS, into_engine
+from deployments.arguments import ENGINE_OPTIONS, into_engine, without_models
 from deployments.config import ModelOptions
 from deployments.serve_config import (
     NAME_VARIABLE,
@@ -51,7 +51,7 @@ def read_settings(options: argparse.Namespace) -> tuple[Path, dict[str, Any], bo
     values = _default_values() if is_default else read_values(path)
     if options.model is not None:
         entry = app_entry(values, path)
-        kept = {k: v for k, v in _group(entry, "args").items() if k.startswith("ingress")}
+        kept = without_models(_group(entry, "args"), ModelOptions.model_fields)
         entry["args"] = {"model": _absolute(options.model), **kept}
     settings = _all_settings(options)
     name, environment = options.served_model_name, dict(os.environ)
