@@ -169,8 +169,10 @@ def _follow_starts(state: State, seen: Observation, now: float) -> State:
     if state.rising is None and more_come and seen.ready < seen.target:
         state = replace(state, rising=(now, seen.target))
     elif state.rising is not None and seen.ready >= min(state.rising[1], seen.target):
-        took = min(max(1.0, now - state.rising[0]), LONGEST_START_UP_S)
-        state = replace(state, rising=None, start_up_s=took)
+        if seen.ready > state.ready:  # else no more are wanted, and nothing is known of a start
+            took = min(max(1.0, now - state.rising[0]), LONGEST_START_UP_S)
+            state = replace(state, start_up_s=took)
+        state = replace(state, rising=None)
     if seen.ready != state.ready:
         state = replace(state, ready=seen.ready, ready_since=now)
     return replace(state, target=seen.target)

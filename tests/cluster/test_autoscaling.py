@@ -207,6 +207,22 @@ def test_start_up_time_is_learnt():
     assert fluid.state.start_up_s == pytest.approx(45.0, abs=1.0)
 
 
+def test_a_start_that_was_given_up_is_not_learnt():
+    state = State(start_up_s=45.0)
+    for now, target, ready in ((0.0, 1, 1), (1.0, 3, 1), (1200.0, 3, 1), (1500.0, 1, 1)):
+        seen = Observation(target, ready, [EngineUse()] * ready, most=8)
+        _, state = decide(Goals(), state, seen, now)
+    assert (state.start_up_s, state.rising) == (45.0, None)
+
+
+def test_a_start_is_learnt_though_fewer_are_wanted_by_its_end():
+    state = State()
+    for now, target, ready in ((0.0, 1, 1), (1.0, 5, 1), (15.0, 3, 1), (21.0, 3, 3)):
+        seen = Observation(target, ready, [EngineUse()] * ready, most=8)
+        _, state = decide(Goals(), state, seen, now)
+    assert (state.start_up_s, state.rising) == (20.0, None)
+
+
 def test_equal_arguments_give_an_equal_decision():
     fluid = Fluid(step(500.0, 4000.0, 30)).run(50)
     seen = fluid._observe(1000.0, 1000.0)
