@@ -163,8 +163,6 @@ class EngineActor:
             self._owners[item.request.request_id] = item.subscriber_id
             self._ends.begin(item)
             self._spread(item)
-            if item.request.output_token_ids:
-                self._meter.note_resumed(len(item.request.prompt_token_ids))
         self._loop.submit([item.request for item in submissions])
 
     async def abort(self, request_ids: list[str]) -> None:

@@ -61,8 +61,6 @@ class LoadMeter:
         self._followed_at: float | None = None
         self._tokens = self._requests = 0.0
         """That came lately."""
-        self._resumed_tokens = self._resumed_requests = 0
-        """That will come, and have come to another engine before."""
         self._arrived = 0
         """Prompt tokens that came with the last step."""
         self._queued = False
@@ -83,26 +81,16 @@ class LoadMeter:
         last, since = self._load, self._followed_at
         self._load, self._followed_at = load, now
         if since is None:
-            self._resumed_tokens = self._resumed_requests = 0
             return
         elapsed = now - since
         fading = exp(-elapsed / LATELY_S)
-        arrived = max(0, _tokens_seen(load) - _tokens_seen(last))
-        self._count(arrived, load.num_received - last.num_received, fading)
+        arrived = load.new_tokens - last.new_tokens
+        self._tokens = self._tokens * fading + arrived
+        self._requests = self._requests * fading + load.new_requests - last.new_requests
         self._time(load.prefilled_tokens - last.prefilled_tokens, elapsed, fading, last)
         # What came within the last two steps could not have been begun: one is planned ahead.
         self._queued = load.waiting_tokens > arrived + self._arrived
         self._arrived = arrived
-
-    def _count(self, tokens: int, requests: int, fading: float) -> None:
-        """Count what is new to all engines, of what came."""
-        known_tokens = min(tokens, self._resumed_tokens)
-        known_requests = min(requests, self._resumed_requests)
-        self._tokens = self._tokens * fading + tokens - known_tokens
-        self._requests = self._requests * fading + requests - known_requests
-        self._resumed_requests -= known_requests
-        # All are there: of one that was refused no token will come.
-        self._resumed_tokens -= known_tokens if self._resumed_requests else self._resumed_tokens
 
     def _time(self, done: int, elapsed: float, fading: float, last: EngineLoad) -> None:
         """Count the prompt tokens of a step, and how long they took, where that says something."""
@@ -116,15 +104,6 @@ class LoadMeter:
         if done > 0 and last.num_running:  # else it was idle for a part of the time
             self._step_tokens += done
             self._step_seconds += elapsed
-
-    def note_resumed(self, num_tokens: int) -> None:
-        """Take over that a request of so many prompt tokens comes that has begun elsewhere.
-
-        It is no more traffic than there was: counted anew, those that move when an engine stops
-        would have it started again.
-        """
-        self._resumed_tokens += num_tokens
-        self._resumed_requests += 1
 
     def note_first_token(self, seconds: float, now: float) -> None:
         """Take over how long a request has waited for its first token, which has just come."""
@@ -154,8 +133,3 @@ class LoadMeter:
             self._first_tokens.popleft()
         times = sorted(seconds for _, seconds in self._first_tokens)
         return times[ceil(PERCENTILE * len(times)) - 1] if times else 0.0
-
-
-def _tokens_seen(load: EngineLoad) -> int:
-    """Prompt tokens that have reached the engine."""
-    return load.prefilled_tokens + load.waiting_tokens

@@ -77,6 +77,7 @@ class EngineLoop:
         self._last_state: EngineSnapshot | None = None
         self._refused: list[TokenDelta] = []
         self._num_received = 0
+        self._new_requests = self._new_tokens = 0
         self._inbox: queue.SimpleQueue[list[EngineRequest] | list[str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
@@ -148,6 +149,7 @@ class EngineLoop:
     def _tell(self, deltas: list[TokenDelta], load: EngineLoad) -> None:
         refused, self._refused = self._refused, []
         load.num_received = self._num_received
+        load.new_requests, load.new_tokens = self._new_requests, self._new_tokens
         self._on_step(refused + deltas, load)
 
     def _take_commands(self) -> bool:
@@ -180,3 +182,12 @@ class EngineLoop:
                 self._core.add(item)
             except InvalidRequest as error:
                 self._refused.append(refusal(item.request_id, error))
+            else:
+                self._count(item)
+
+    def _count(self, taken: EngineRequest) -> None:
+        """Count what comes when it comes: what waits also changes when clients give up, and when
+        requests are preempted."""
+        if not taken.output_token_ids:
+            self._new_requests += 1
+            self._new_tokens += len(taken.prompt_token_ids)

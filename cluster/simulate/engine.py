@@ -88,6 +88,8 @@ class Engine:
         """A heap of those that decode: last step, number, request."""
         self._num_begun = 0
         self._num_received = 0
+        self._received_tokens = 0
+        """Of all their prompts."""
         self._context = 0
         """Tokens that those that decode will have in the cache after the next step."""
         self._to_compute = 0
@@ -124,6 +126,7 @@ class Engine:
             )
         request.submitted_at = self._events.now
         self._num_received += 1
+        self._received_tokens += request.num_prompt
         self._fresh.append(request)
         self._to_compute += request.num_prompt
         if self.is_idle:
@@ -148,6 +151,8 @@ class Engine:
             block_size=cache.block_size,
             num_received=self._num_received,
             prefilled_tokens=self._prefilled,
+            new_requests=self._num_received,
+            new_tokens=self._received_tokens,
         )
 
     def tell(self, ended: list[Request] | None = None) -> None:

@@ -26,36 +26,14 @@ def test_rates_are_those_at_which_requests_come_and_fade():
     meter = LoadMeter(8)
     for tick in range(600):  # a request of 50 tokens every 0.1 s, half computed at once
         come = tick * 50
-        load = EngineLoad(num_received=tick, prefilled_tokens=come // 2, waiting_tokens=come // 2)
+        load = EngineLoad(prefilled_tokens=come // 2, waiting_tokens=come // 2)
+        load.new_requests, load.new_tokens = tick, come
         meter.follow(load, tick * 0.1)
     use = meter.read(59.9)
     assert use.arriving_tokens_s == pytest.approx(500, rel=0.03)
     assert use.arriving_requests_s == pytest.approx(10, rel=0.03)
     assert use.done_tokens_s == pytest.approx(250, rel=0.02)
     assert meter.read(89.9).arriving_tokens_s < 2
-
-
-def test_what_has_begun_elsewhere_is_no_new_traffic():
-    meter = LoadMeter(8)
-    meter.follow(EngineLoad(), 0.0)
-    for _ in range(3):
-        meter.note_resumed(1000)
-    meter.follow(EngineLoad(num_received=2, waiting_tokens=1050), 0.0)  # a new one has come first
-    meter.follow(EngineLoad(num_received=4, waiting_tokens=3050), 0.0)
-    assert (meter.read(0.0).arriving_tokens_s, meter.read(0.0).arriving_requests_s) == (
-        pytest.approx(50 / LATELY_S),
-        pytest.approx(1 / LATELY_S),
-    )
-
-
-def test_what_is_refused_stands_for_nothing_that_comes_later():
-    meter = LoadMeter(8)
-    meter.note_resumed(1000)
-    meter.follow(EngineLoad(num_received=1, waiting_tokens=1000), 0.0)  # not counted at all
-    meter.note_resumed(1000)
-    meter.follow(EngineLoad(num_received=2), 0.0)
-    meter.follow(EngineLoad(num_received=3, waiting_tokens=300), 0.0)
-    assert meter.read(0.0).arriving_tokens_s == pytest.approx(300 / LATELY_S)
 
 
 async def test_the_first_requests_of_an_engine_count(actor):

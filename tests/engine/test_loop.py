@@ -10,6 +10,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import InvalidRequest, StepFailed
 from engine.loop import EngineLoop
+from engine.outputs import EngineLoad
 from tests.deployments.fake_core import FakeCore, expected_tokens
 from tests.engine.conftest import request, tiny_config
 from tests.engine.test_core_failures import Failing, bug, lost
@@ -61,6 +62,15 @@ def test_a_refused_request_is_told_so_alone(recorder, monkeypatch):
     assert ends["a"].finish_reason == "error"
     assert (ends["a"].error, ends["a"].refused) == ("too long", True)
     assert ends["b"].finish_reason == "length"
+
+
+def test_what_comes_is_counted_if_it_is_taken_and_new(recorder):
+    moved, too_long = request("moved", [1] * 7, outputs=[1]), request("long", [1] * 5000)
+    recorder.loop.submit([request("a", [1, 2, 3]), moved, too_long, request("b", [5, 6])])
+    load = EngineLoad()
+    while load.num_received < 4:
+        _, load = recorder.steps.get(timeout=5)
+    assert (load.new_requests, load.new_tokens) == (2, 5)
 
 
 def test_abort_silences_a_request(recorder):
