@@ -62,6 +62,9 @@ class QueueSpeed:
         self._tokens *= fading
         self._seconds *= fading
         if before.waiting_tokens:
+            # Prompts computed anew after a preemption count as well: they wait in the queue again,
+            # so that its length over this is the time that all of it takes. Else an engine that
+            # only recomputes for a while would seem to stand still.
             self._tokens += max(0, after.prefilled_tokens - before.prefilled_tokens)
             self._seconds += elapsed
 

@@ -40,7 +40,8 @@ class EngineUse(NamedTuple):
     """Likewise."""
     done_tokens_s: float = 0.0
     """Prompt tokens that it got done a second while others had to wait, for whatever: computation,
-    rows or blocks. 0 where none had to lately."""
+    rows or blocks. 0 where none had to lately. Those of preempted requests count each time they are
+    computed, as they do each time in what waits, which is to be divided by this."""
     step_tokens_s: float = 0.0
     """Prompt tokens a second of the steps that computed any: it can do as many at least, where rows
     and blocks last."""

@@ -73,7 +73,7 @@ class EngineLoad(msgspec.Struct, array_like=True):
     running_tokens: int = 0
     """Tokens of KV cache that running requests hold."""
     waiting_tokens: int = 0
-    """Prompt tokens not yet computed, of waiting and running requests."""
+    """Prompt tokens not yet computed, or lost by a preemption, of waiting and running requests."""
     free_blocks: int = 0
     """Blocks that a new request could take, cached ones included."""
     total_blocks: int = 0
@@ -89,7 +89,8 @@ class EngineLoad(msgspec.Struct, array_like=True):
     num_received: int = 0
     """Requests that had reached the engine, refused ones included, when this was its load."""
     prefilled_tokens: int = 0
-    """Prompt tokens computed so far, or found in the prefix cache."""
+    """Prompt tokens computed so far, or found in the prefix cache; those of preempted requests each
+    time."""
     overdue: bool = False
     """A step lasts longer than any should. Known only while it runs, so by who sends the load."""
     generated_tokens: int = 0

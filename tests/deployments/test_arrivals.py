@@ -103,3 +103,17 @@ def test_clients_that_give_up_do_not_hide_those_that_come(patience):
     run = Run(MAX_NUM_SEQS * MAX_MODEL_LEN // 16, turn, long)
     use = run.use()
     assert (use.arriving_requests_s, use.arriving_tokens_s) == pytest.approx((10, 10_000), rel=0.05)
+
+
+def test_what_is_preempted_does_not_come_again():
+    rates = []
+
+    def turn(run: Run, number: int) -> None:
+        rates.append(run.use().arriving_tokens_s)
+        if run.load.num_running + run.load.num_waiting == 0:
+            run.over.set()
+
+    prompts = [request(f"r{number}", 256, 512) for number in range(MAX_NUM_SEQS)]
+    run = Run(600, turn, prompts)  # half of what all need at their ends
+    assert run.load.num_preemptions > 5
+    assert max(rates[200:]) < 10  # 20 s after they have come
