@@ -269,7 +269,9 @@ class Flight:
         self._known_prompt_logprobs = self._num_prompt_logprobs
         if params.prompt_logprobs is not None and request.output_token_ids:
             params = msgspec.structs.replace(params, prompt_logprobs=None)  # all have come
-        return msgspec.structs.replace(request, request_id=self._try_id, params=params)
+        return msgspec.structs.replace(
+            request, request_id=self._try_id, params=params, resumed=True
+        )
 
     def _count_prompt_logprobs(self, delta: TokenDelta) -> None:
         """Drop those that an earlier try has brought already."""

@@ -35,7 +35,7 @@ class EngineUse(NamedTuple):
     blocks_used: float = 0.0
     """Share of the KV cache that running requests hold."""
     arriving_tokens_s: float = 0.0
-    """Prompt tokens that came in lately, a second, without those of requests begun elsewhere."""
+    """Prompt tokens that came in lately, a second, without those of requests that move here."""
     arriving_requests_s: float = 0.0
     """Likewise."""
     done_tokens_s: float = 0.0

@@ -188,6 +188,6 @@ class EngineLoop:
     def _count(self, taken: EngineRequest) -> None:
         """Count what comes when it comes: what waits also changes when clients give up, and when
         requests are preempted."""
-        if not taken.output_token_ids:
+        if not taken.resumed:
             self._new_requests += 1
             self._new_tokens += len(taken.prompt_token_ids)

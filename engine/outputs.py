@@ -98,7 +98,7 @@ class EngineLoad(msgspec.Struct, array_like=True):
     idle_s: float = 0.0
     """Seconds so far in which the device had nothing to do; see `IdleTime`."""
     new_requests: int = 0
-    """Of those in `num_received`, how many were taken and had not begun elsewhere."""
+    """Of those in `num_received`, how many were taken and not sent to an engine before."""
     new_tokens: int = 0
     """Their prompt tokens."""
 

@@ -34,6 +34,9 @@ class EngineRequest(msgspec.Struct, array_like=True, kw_only=False):
     """Tokens that another engine generated before it was lost; this engine goes on after them."""
     pooling: Pooling | None = None
     """Asks for the prompt's vector in place of tokens; `params` then are `POOLED_PARAMS`."""
+    resumed: bool = False
+    """Whether it has been sent to an engine before, with or without a token of it; so it is no new
+    traffic."""
 
     @property
     def computes_whole_prompt(self) -> bool:

@@ -38,7 +38,7 @@ def test_rates_are_those_at_which_requests_come_and_fade():
 
 async def test_the_first_requests_of_an_engine_count(actor):
     trunk, moved = actor.subscribe("x"), request("moved")
-    moved.output_token_ids = [1]
+    moved.resumed = True
     await submit(actor, "x", request("new"), moved)
     await collect(trunk, 2)
     use = actor._meter.read(time.monotonic())

@@ -91,6 +91,27 @@ async def test_they_end_where_they_are_if_nobody_can_go_on(others, most):
         assert mover._task is not None
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["stops", "is lost"])
+async def test_what_moves_before_its_first_token_is_not_new_either(lost, most):
+    most["r"] = 0
+    async with open_plane(num_engines=2, step_s=0.01) as plane:
+        set_members(plane, e0=SMALL)
+        with plane.client.start([request("r", 20)]) as generation:
+            answers = asyncio.ensure_future(collect(generation))
+            await running(plane, "e0", 1)
+            mover = None if lost else Mover(plane.hub, plane.table)
+            set_members(plane, e1=SMALL)
+            if lost:
+                await plane.cut("e0", for_good=True)
+            await plane.until(lambda: plane.table.engine_of("r~2") == "e1")
+            most.clear()
+            assert await answers == {"r": expected_tokens(PROMPT, 20)}
+        uses = [plane.actors[name]._meter.read(time.monotonic()) for name in ("e0", "e1")]
+        assert [use.arriving_tokens_s > 0 for use in uses] == [True, False]
+        assert [use.arriving_requests_s > 0 for use in uses] == [True, False]
+        assert lost or mover._task is not None
+
+
 async def test_they_move_as_soon_as_there_is_space(most):
     most |= {"short": 5, "long": 5}
     async with open_plane(num_engines=2, step_s=0.01) as plane:

@@ -65,7 +65,8 @@ def test_a_refused_request_is_told_so_alone(recorder, monkeypatch):
 
 
 def test_what_comes_is_counted_if_it_is_taken_and_new(recorder):
-    moved, too_long = request("moved", [1] * 7, outputs=[1]), request("long", [1] * 5000)
+    moved, too_long = request("moved", [1] * 7), request("long", [1] * 5000)
+    moved.resumed = True
     recorder.loop.submit([request("a", [1, 2, 3]), moved, too_long, request("b", [5, 6])])
     load = EngineLoad()
     while load.num_received < 4:
