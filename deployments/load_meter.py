@@ -85,11 +85,12 @@ class LoadMeter:
             return
         elapsed = now - since
         fading = exp(-elapsed / LATELY_S)
-        arrived = load.new_tokens - last.new_tokens
-        self._tokens = self._tokens * fading + arrived
+        new = load.new_tokens - last.new_tokens
+        self._tokens = self._tokens * fading + new
         self._requests = self._requests * fading + load.new_requests - last.new_requests
         self._time(load.prefilled_tokens - last.prefilled_tokens, elapsed, fading, last)
         # What came within the last two steps could not have been begun: one is planned ahead.
+        arrived = max(new, _tokens_seen(load) - _tokens_seen(last))  # with what moved here
         self._queued = load.waiting_tokens > arrived + self._arrived
         self._arrived = arrived
 
@@ -134,3 +135,7 @@ class LoadMeter:
             self._first_tokens.popleft()
         times = sorted(seconds for _, seconds in self._first_tokens)
         return times[ceil(PERCENTILE * len(times)) - 1] if times else 0.0
+
+
+def _tokens_seen(load: EngineLoad) -> int:
+    return load.prefilled_tokens + load.waiting_tokens

@@ -52,6 +52,17 @@ def test_speed_is_unknown_without_a_queue():
     assert meter.read(9.9).done_tokens_s == 0
 
 
+@pytest.mark.parametrize("new", [True, False], ids=["new", "moved here"])
+def test_what_has_just_come_is_no_queue(new):
+    meter, come = LoadMeter(8), 0
+    for tick in range(100):  # each is begun by the step after the next
+        done, come = max(0, come - 1000), come + 1000
+        load = EngineLoad(prefilled_tokens=done, waiting_tokens=come - done)
+        load.new_tokens = come * new
+        meter.follow(load, tick * 0.1)
+    assert meter.read(9.9).done_tokens_s == 0
+
+
 def test_first_tokens_of_late():
     meter = LoadMeter(8)
     for number in range(100):
