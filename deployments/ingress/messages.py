@@ -53,8 +53,10 @@ class MessageDeltas:
     def __init__(self, form: MessageForm) -> None:
         self._form = form
         self._parser = form.parser()
-        self._num_begun = 0
-        self._num_broken = 0
+        self._num_calls = 0
+        """Without those that turned out to be none."""
+        self._num_told = 0
+        """With them: what has been sent of one cannot be taken back."""
 
     def push(self, text: str, ended: bool) -> list[dict[str, Any]]:
         """The deltas that the next piece of the text makes; with the last one, what is left."""
@@ -63,7 +65,7 @@ class MessageDeltas:
 
     def finish_reason(self, reason: FinishReason | None) -> str | None:
         """OpenAI's `finish_reason` of the completion so far."""
-        return _finish_reason(self._form, reason, self._num_begun > self._num_broken)
+        return _finish_reason(self._form, reason, self._num_calls > 0)
 
     def _delta(self, event: Event) -> dict[str, Any] | None:
         match event:
@@ -72,16 +74,25 @@ class MessageDeltas:
             case Reasoning(text):
                 return _reasoning(text) if self._form.tells_reasoning else None
             case CallBegin(name):
-                self._num_begun += 1
-                change = _new_call(name)
+                self._num_calls += 1
+                if not self._takes_call:
+                    return None
+                self._num_told += 1
+                return self._change(_new_call(name))
             case CallArguments(text):
-                change = {"function": {"arguments": text}}
-            case CallBroken():
-                self._num_broken += 1  # what has been sent of it cannot be taken back
-                return None
-        if self._num_begun > 1 and not self._form.parallel:
-            return None
-        return {"tool_calls": [{"index": self._num_begun - 1, **change}]}
+                return self._change({"function": {"arguments": text}}) if self._takes_call else None
+            case CallBroken(source):
+                was_told = self._takes_call
+                self._num_calls -= 1
+                return None if was_told else {"content": source}
+
+    @property
+    def _takes_call(self) -> bool:
+        """Whether the call that began last is told."""
+        return self._form.parallel or self._num_calls == 1
+
+    def _change(self, change: dict[str, Any]) -> dict[str, Any]:
+        return {"tool_calls": [{"index": self._num_told - 1, **change}]}
 
 
 def _new_call(name: str) -> dict[str, Any]:

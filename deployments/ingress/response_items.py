@@ -189,6 +189,8 @@ class Output:
             case CallBroken(source):
                 if self._takes_call:
                     yield from self._break(source)
+                else:  # nothing has been told of it
+                    yield from self._add_text(Text(source))
                 self._num_calls -= 1
 
     @property
