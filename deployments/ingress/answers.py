@@ -46,13 +46,51 @@ def usage(jobs: Sequence[Job]) -> dict[str, Any]:
     prompt = sum(len(job.prompt_token_ids) for job in jobs)
     processors = [p for job in jobs for p in job.processors.values()]
     completion = sum(len(processor.token_ids) for processor in processors)
-    cached = sum(next(iter(job.processors.values())).num_cached_tokens for job in jobs)
+    cached = sum(map(_num_cached, jobs))
+    return _usage(prompt, completion, cached)
+
+
+def _num_cached(job: Job) -> int:
+    return next(iter(job.processors.values())).num_cached_tokens
+
+
+def _usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+
+
+class RunningUsage:
+    """`usage` of the pieces of a stream so far.
+
+    It is kept up piece by piece: to add up all jobs for each chunk would take the square of their
+    number.
+
+    Args:
+        jobs: that the pieces come from.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._prompt = sum(len(job.prompt_token_ids) for job in jobs)
+        self._completion = 0
+        self._cached: dict[str, int] = {}
+        """By job."""
+        self._all_cached = 0
+
+    def add(self, piece: Piece) -> None:
+        """Count the next piece."""
+        job = piece.job
+        self._completion += len(piece.delta.token_ids)
+        cached = _num_cached(job)
+        self._all_cached += cached - self._cached.get(job.request_id, 0)
+        self._cached[job.request_id] = cached
+
+    def value(self) -> dict[str, Any]:
+        """OpenAI's form."""
+        return _usage(self._prompt, self._completion, self._all_cached)
 
 
 def event(value: Any) -> bytes:
@@ -148,22 +186,34 @@ class Chunks:
         self._jobs = jobs
         self._begin = begin
         self._usage = bool(options and options.include_usage)
-        self._continuous = bool(options and options.continuous_usage_stats)
+        continuous = bool(options and options.continuous_usage_stats)
+        self._running = RunningUsage(jobs) if continuous else None
         # All chunks but their choices are alike, so that they are encoded once.
         self._head = b"data: " + to_json(begin)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if self._usage else b"]}\n\n"
 
+    def noting(self, write: Callable[[Piece], bytes]) -> Callable[[Piece], bytes]:
+        """What writes a piece, and has noted before what chunks tell of it beside its choice."""
+        if (running := self._running) is None:
+            return write
+
+        def count_and_write(piece: Piece) -> bytes:
+            running.add(piece)
+            return write(piece)
+
+        return count_and_write
+
     def chunk(self, choice: dict[str, Any]) -> bytes:
         """One chunk with one choice."""
-        if self._continuous:
-            return event({**self._begin, "choices": [choice], "usage": usage(self._jobs)})
+        if self._running is not None:
+            return event({**self._begin, "choices": [choice], "usage": self._running.value()})
         return self._head + to_json(choice) + self._tail
 
     def chunk_with(self, choice: dict[str, Any], more: dict[str, Any]) -> bytes:
         """One chunk with one choice, and more beside the choices."""
         value = {**self._begin, **more, "choices": [choice]}
-        if self._usage or self._continuous:
-            value["usage"] = usage(self._jobs) if self._continuous else None
+        if self._usage or self._running is not None:
+            value["usage"] = None if self._running is None else self._running.value()
         return event(value)
 
     def last(self) -> bytes:

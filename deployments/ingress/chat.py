@@ -100,8 +100,7 @@ async def _stream(
         if form is None
         else MessageWriter(model, body, chunks, form)
     )
-    write = writer.write if telling is None else telling.noting(writer.write)
-    return await open_stream(model.run(jobs), write, chunks.last)
+    return await open_stream(model.run(jobs), chunks.noting(writer.write), chunks.last)
 
 
 def _thinking(body: ChatBody, prompt: str) -> bool | None:

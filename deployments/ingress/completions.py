@@ -70,12 +70,10 @@ async def _stream(
     begin: dict[str, Any],
 ) -> EventStream:
     batches = echo.scored(model.run(jobs))
-    if body.return_token_ids:
-        chunks = TokenIdChunks(body, jobs, begin, in_choice=True)
-        write = chunks.noting(_Writer(body, chunks, echo).write)
-        return await open_stream(batches, write, chunks.last)
-    plain = Chunks(body, jobs, begin)
-    return await open_stream(batches, _Writer(body, plain, echo).write, plain.last)
+    telling = TokenIdChunks(body, jobs, begin, in_choice=True) if body.return_token_ids else None
+    chunks = telling or Chunks(body, jobs, begin)
+    write = chunks.noting(_Writer(body, chunks, echo).write)
+    return await open_stream(batches, write, chunks.last)
 
 
 def _logprobs(

@@ -32,7 +32,8 @@ class TokenIdChunks(Chunks):
         """By choice, until they are told."""
 
     def noting(self, write: Callable[[Piece], bytes]) -> Callable[[Piece], bytes]:
-        """What writes a piece, and has its tokens told as well."""
+        """As for all chunks; the tokens are told as well."""
+        write = super().noting(write)
 
         def note_and_write(piece: Piece) -> bytes:
             index = piece.choice
