@@ -20,6 +20,7 @@ from deployments.ingress.echo import Echo
 from deployments.ingress.errors import json_response
 from deployments.ingress.logprob_budget import most_logprobs
 from deployments.ingress.served import Piece, ServedModel, ServedModels, aside, build_jobs
+from deployments.ingress.text_offsets import TextOffsets
 from deployments.ingress.token_ids import TokenIdChunks
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import completion_logprobs, joined_logprobs, prompt_logprobs
@@ -58,7 +59,7 @@ async def handle_completion(
         return await _stream(model, body, jobs, echo, begin)
     await model.finish(jobs)
     num_logprobs = sum(most_logprobs(job, model.max_model_len) for job in jobs)
-    choices = await aside(num_logprobs, lambda: _choices(body, jobs, echo))
+    choices = await aside(num_logprobs, lambda: _choices(model, body, jobs, echo))
     return json_response({**begin, "choices": choices, "usage": usage(jobs)})
 
 
@@ -72,29 +73,34 @@ async def _stream(
     batches = echo.scored(model.run(jobs))
     telling = TokenIdChunks(body, jobs, begin, in_choice=True) if body.return_token_ids else None
     chunks = telling or Chunks(body, jobs, begin)
-    write = chunks.noting(_Writer(body, chunks, echo).write)
+    write = chunks.noting(_Writer(model, body, chunks, echo).write)
     return await open_stream(batches, write, chunks.last)
 
 
 def _logprobs(
-    body: CompletionBody, entries: list[dict[int, Logprob]] | None, offset: int
-) -> dict[str, Any] | None:
-    """OpenAI's `logprobs` of output tokens from `offset` on, or None when there are none."""
-    if entries is None:
-        return None
+    body: CompletionBody, entries: list[dict[int, Logprob]], offsets: TextOffsets
+) -> dict[str, Any]:
+    """OpenAI's `logprobs` of the next tokens of an output."""
     by_id = bool(body.return_tokens_as_token_ids)
-    return completion_logprobs(entries, body.logprobs or 0, offset, by_id)
+    places = offsets.read(next(iter(entry)) for entry in entries)
+    return completion_logprobs(entries, body.logprobs or 0, places, by_id)
 
 
-def _choices(body: CompletionBody, jobs: Sequence[Job], echo: Echo) -> list[dict[str, Any]]:
+def _choices(
+    model: ServedModel, body: CompletionBody, jobs: Sequence[Job], echo: Echo
+) -> list[dict[str, Any]]:
     choices: list[dict[str, Any]] = []
     for job in jobs:
         result, echoed, scores = job.output(), echo.text(job), echo.logprobs(job)
         for output in result.outputs:
+            logprobs = None
+            if output.logprobs is not None:
+                offsets = TextOffsets.of_output(model.tokenizer, job, len(echoed))
+                logprobs = _logprobs(body, output.logprobs, offsets)
             choice: dict[str, Any] = {
                 "index": len(choices),
                 "text": echoed + output.text,
-                "logprobs": joined_logprobs(scores, _logprobs(body, output.logprobs, len(echoed))),
+                "logprobs": joined_logprobs(scores, logprobs),
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
             }
@@ -111,22 +117,27 @@ def _choices(body: CompletionBody, jobs: Sequence[Job], echo: Echo) -> list[dict
 class _Writer:
     """Writes the chunks of one answer."""
 
-    def __init__(self, body: CompletionBody, chunks: Chunks, echo: Echo) -> None:
+    def __init__(
+        self, model: ServedModel, body: CompletionBody, chunks: Chunks, echo: Echo
+    ) -> None:
+        self._model = model
         self._chunks = chunks
         self._body = body
         self._echo = echo
-        self._written: dict[int, int] = {}
-        """Characters written so far, by choice."""
+        self._begun: set[int] = set()
+        self._offsets: dict[int, TextOffsets] = {}
+        """Of choices with log-probabilities."""
 
     def write(self, piece: Piece) -> bytes:
         """The chunk of a piece, unless there is nothing in it."""
         delta, index, job = piece.delta, piece.choice, piece.job
-        echoed, scores = "", None
-        if index not in self._written:
-            echoed, scores = self._echo.text(job), self._echo.logprobs(job)
-        text, offset = echoed + delta.text, self._written.get(index, len(echoed))
-        logprobs = joined_logprobs(scores, _logprobs(self._body, delta.logprobs or None, offset))
-        self._written[index] = offset + len(delta.text)
+        text, logprobs = delta.text, None
+        if delta.logprobs:
+            logprobs = _logprobs(self._body, delta.logprobs, self._offsets_of(piece))
+        if index not in self._begun:
+            self._begun.add(index)
+            text = self._echo.text(job) + text
+            logprobs = joined_logprobs(self._echo.logprobs(job), logprobs)
         if not text and delta.finish_reason is None and not logprobs:
             return b""
         return self._chunks.chunk(
@@ -138,3 +149,11 @@ class _Writer:
                 "stop_reason": delta.stop_reason,
             }
         )
+
+    def _offsets_of(self, piece: Piece) -> TextOffsets:
+        """What has read the tokens of a piece's choice so far."""
+        if (offsets := self._offsets.get(piece.choice)) is None:
+            start = len(self._echo.text(piece.job))
+            offsets = TextOffsets.of_output(self._model.tokenizer, piece.job, start)
+            self._offsets[piece.choice] = offsets
+        return offsets

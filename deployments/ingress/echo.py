@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 from deployments.ingress.served import Piece, ServedModel, aside
+from deployments.ingress.text_offsets import TextOffsets
 from deployments.protocols.logprobs import completion_logprobs, joined_logprobs, token_name
 from deployments.protocols.openai import CompletionBody
 from engine.detokenizer import IncrementalDetokenizer
@@ -79,14 +79,16 @@ class Echo:
 
     def _read(self, job: Job, tokenizer: Tokenizer, num_top: int) -> dict[str, Any]:
         ids, by_id = job.prompt_token_ids, bool(self._body.return_tokens_as_token_ids)
+        offsets = _offsets(tokenizer, ids, self.text(job))
         first = {
             "tokens": [token_name(ids[0], tokenizer.token_text(ids[0]), by_id)],
             "token_logprobs": [None],
             "top_logprobs": [None] if num_top else None,
+            "text_offset": offsets[:1],
         }
         entries = [entry for entry in _entries(job) if entry is not None]
-        scored = joined_logprobs(first, completion_logprobs(entries, num_top, 0, by_id))
-        return {**(scored or {}), "text_offset": _offsets(tokenizer, ids, self.text(job))}
+        scored = completion_logprobs(entries, num_top, offsets[1:], by_id)
+        return joined_logprobs(first, scored) or {}
 
 
 def _entries(job: Job) -> list[dict[int, Logprob] | None]:
@@ -97,11 +99,9 @@ def _entries(job: Job) -> list[dict[int, Logprob] | None]:
 def _offsets(tokenizer: Tokenizer, token_ids: list[int], text: str) -> list[int]:
     """Where each token begins in the text of a prompt.
 
-    Tokens that the tokenizer put around the text take no room; nor do those that begin a character
-    which the next ones complete.
+    Tokens that the tokenizer put around the text take no room.
     """
+    before = max(0, tokenizer.decode(token_ids, skip_special_tokens=False).find(text))
     detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
-    pieces = [detokenizer.push((token,)) for token in token_ids]
-    before = max(0, "".join(pieces).find(text))
-    starts = accumulate(map(len, pieces[:-1]), initial=-before)
+    starts = TextOffsets(detokenizer, -before).read(token_ids)
     return [min(max(0, start), len(text)) for start in starts]

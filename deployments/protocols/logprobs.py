@@ -36,21 +36,17 @@ def token_name(token_id: int, text: str | None, by_id: bool) -> str:
 
 
 def completion_logprobs(
-    entries: Sequence[dict[int, Logprob]], num_top: int, offset: int, by_id: bool = False
+    entries: Sequence[dict[int, Logprob]], num_top: int, offsets: list[int], by_id: bool = False
 ) -> dict[str, Any]:
     """The form of text completions; the sampled token comes first in each entry.
 
     Args:
         entries: one for each token.
         num_top: alternatives that were asked for.
-        offset: length of the text so far.
+        offsets: where each token begins in the text.
         by_id: name tokens by their ids.
     """
     sampled = [next(iter(entry.items())) for entry in entries]
-    offsets = []
-    for _, item in sampled:
-        offsets.append(offset)
-        offset += len(item.decoded_token or "")
     return {
         "tokens": [token_name(token, item.decoded_token, by_id) for token, item in sampled],
         "token_logprobs": [item.logprob for _, item in sampled],

@@ -72,13 +72,13 @@ def test_alternatives_of_equal_text_are_kept_apart():
         6: Logprob(-0.7, 2, "\ufffd"),
         4: Logprob(-0.9, 3, "a"),
     }
-    (top,) = completion_logprobs([entry], 2, 0)["top_logprobs"]
+    (top,) = completion_logprobs([entry], 2, [0])["top_logprobs"]
     assert top == {"\ufffd": -0.5, "token_id:6": -0.7, "token_id:7": -3.0}
 
 
 def test_the_sampled_token_is_listed_once():
     entry = {5: Logprob(-0.5, 1, "x"), 6: Logprob(-0.7, 2, "y")}
-    (top,) = completion_logprobs([entry], 2, 0)["top_logprobs"]
+    (top,) = completion_logprobs([entry], 2, [0])["top_logprobs"]
     assert top == {"x": -0.5, "y": -0.7}
 
 
