@@ -92,10 +92,12 @@ def _in_pieces(send: Send) -> Send:
 
     async def send_pieces(message: Message) -> None:
         body = message.get("body", b"")
-        while len(body) > PIECE_BYTES:
-            await send({"type": message["type"], "body": body[:PIECE_BYTES], "more_body": True})
-            body = body[PIECE_BYTES:]
-        await send({**message, "body": body} if "body" in message else message)
+        start = 0
+        while len(body) - start > PIECE_BYTES:
+            piece = body[start : start + PIECE_BYTES]
+            await send({"type": message["type"], "body": piece, "more_body": True})
+            start += PIECE_BYTES
+        await send({**message, "body": body[start:]} if "body" in message else message)
 
     return send_pieces
 
