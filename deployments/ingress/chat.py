@@ -17,13 +17,12 @@ from deployments.ingress.answers import (
     usage,
 )
 from deployments.ingress.chat_writer import ChatWriter, MessageWriter, choice_logprobs
-from deployments.ingress.errors import json_response
-from deployments.ingress.logprob_budget import most_logprobs
 from deployments.ingress.message_style import MessageForm
 from deployments.ingress.messages import whole_message
 from deployments.ingress.prompts import chat_prompt
-from deployments.ingress.served import ServedModel, ServedModels, aside, build_jobs
+from deployments.ingress.served import ServedModel, ServedModels, build_jobs
 from deployments.ingress.token_ids import TokenIdChunks
+from deployments.ingress.whole_answers import answer_size, whole_answer
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import prompt_logprobs
 from deployments.protocols.openai import ChatBody
@@ -69,7 +68,7 @@ async def handle_chat(
         return await _stream(model, body, jobs, begin, form)
     await model.finish(jobs)
     begin = header(answer_id, "chat.completion", body.model)
-    return json_response({**begin, **await _whole(model, body, jobs[0], form)})
+    return await _whole(model, body, jobs[0], begin, form)
 
 
 def _form(
@@ -112,13 +111,18 @@ def _thinking(body: ChatBody, prompt: str) -> bool | None:
 
 
 async def _whole(
-    model: ServedModel, body: ChatBody, job: Job, form: MessageForm | None
-) -> dict[str, Any]:
-    """What an answer that has ended holds."""
+    model: ServedModel,
+    body: ChatBody,
+    job: Job,
+    begin: dict[str, Any],
+    form: MessageForm | None,
+) -> Response:
+    """An answer that has ended."""
     outputs = [processor.result() for processor in job.processors.values()]
 
-    def read() -> dict[str, Any]:
+    def build() -> dict[str, Any]:
         told: dict[str, Any] = {
+            **begin,
             "choices": [_choice(model, body, output, form) for output in outputs],
             "usage": usage([job]),
         }
@@ -129,10 +133,10 @@ async def _whole(
             told["prompt_logprobs"] = prompt_logprobs(entries, body.prompt_logprobs)
         return told
 
-    to_read = most_logprobs(job, model.max_model_len)
+    size = answer_size([job], bool(body.return_token_ids))
     if form is not None:
-        to_read += sum(len(output.text) for output in outputs)
-    return await aside(to_read, read)
+        size += sum(len(output.text) for output in outputs)
+    return await whole_answer(size, build, ("choices", "logprobs"))
 
 
 def _choice(
@@ -143,10 +147,13 @@ def _choice(
     if form is not None:
         told, reason = whole_message(form, output)
         message |= told
+    logprobs = None
+    if output.logprobs is not None:
+        logprobs = {"content": choice_logprobs(model, body, output.logprobs)}
     choice = {
         "index": output.index,
         "message": message,
-        "logprobs": choice_logprobs(model, body, output.logprobs),
+        "logprobs": logprobs,
         "finish_reason": reason,
         "stop_reason": output.stop_reason,
     }

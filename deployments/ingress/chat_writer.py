@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from deployments.ingress.answers import Chunks
@@ -14,11 +15,9 @@ from engine.outputs import Logprob
 
 
 def choice_logprobs(
-    model: ServedModel, body: ChatBody, entries: list[dict[int, Logprob]] | None
-) -> dict[str, Any] | None:
-    """OpenAI's `logprobs` of a choice, or None when they were not asked for."""
-    if entries is None:
-        return None
+    model: ServedModel, body: ChatBody, entries: list[dict[int, Logprob]]
+) -> Iterator[dict[str, Any]]:
+    """OpenAI's `logprobs.content` of a choice."""
     token_bytes = model.need_tokenizer("logprobs").token_bytes(skip_special_tokens=False)
     by_id = bool(body.return_tokens_as_token_ids)
     return chat_logprobs(entries, body.top_logprobs or 0, token_bytes, by_id)
@@ -39,7 +38,7 @@ class ChatWriter:
         role = b"" if index in self._begun else self._role(index)
         if not delta.text and delta.finish_reason is None and not delta.logprobs:
             return role
-        logprobs = choice_logprobs(self._model, self._body, delta.logprobs or None)
+        logprobs = self._logprobs(piece)
         message = {"content": delta.text} if delta.text else {}
         chunk = self._chunk(index, message, logprobs, delta.finish_reason, delta.stop_reason)
         return role + chunk
@@ -48,6 +47,11 @@ class ChatWriter:
         """The chunk that a choice begins with."""
         self._begun.add(index)
         return self._chunk(index, {"role": self._model.style.role, "content": ""})
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not piece.delta.logprobs:
+            return None
+        return {"content": list(choice_logprobs(self._model, self._body, piece.delta.logprobs))}
 
     def _chunk(
         self,
@@ -85,7 +89,7 @@ class MessageWriter(ChatWriter):
         message = self._messages.setdefault(index, MessageDeltas(self._form))
         ended = delta.finish_reason is not None
         changes = message.push(delta.text, ended)
-        logprobs = choice_logprobs(self._model, self._body, delta.logprobs or None)
+        logprobs = self._logprobs(piece)
         if not changes and (ended or logprobs):
             changes = [{}]
         data, last = [role], len(changes) - 1

@@ -17,11 +17,10 @@ from deployments.ingress.answers import (
     usage,
 )
 from deployments.ingress.echo import Echo
-from deployments.ingress.errors import json_response
-from deployments.ingress.logprob_budget import most_logprobs
-from deployments.ingress.served import Piece, ServedModel, ServedModels, aside, build_jobs
+from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
 from deployments.ingress.text_offsets import TextOffsets
 from deployments.ingress.token_ids import TokenIdChunks
+from deployments.ingress.whole_answers import answer_size, whole_answer
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import completion_logprobs, joined_logprobs, prompt_logprobs
 from deployments.protocols.openai import CompletionBody
@@ -58,9 +57,23 @@ async def handle_completion(
     if body.stream:
         return await _stream(model, body, jobs, echo, begin)
     await model.finish(jobs)
-    num_logprobs = sum(most_logprobs(job, model.max_model_len) for job in jobs)
-    choices = await aside(num_logprobs, lambda: _choices(model, body, jobs, echo))
-    return json_response({**begin, "choices": choices, "usage": usage(jobs)})
+    return await _whole(model, body, jobs, echo, begin)
+
+
+async def _whole(
+    model: ServedModel,
+    body: CompletionBody,
+    jobs: Sequence[Job],
+    echo: Echo,
+    begin: dict[str, Any],
+) -> Response:
+    """An answer that has ended."""
+
+    def build() -> dict[str, Any]:
+        return {**begin, "choices": _choices(model, body, jobs, echo), "usage": usage(jobs)}
+
+    size = answer_size(jobs, bool(body.return_token_ids or body.echo))
+    return await whole_answer(size, build, ("choices", "logprobs"))
 
 
 async def _stream(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from deployments.ingress.errors import overloaded
 from engine.errors import InvalidRequest
 from engine.job import Job
+from engine.sampling_params import SamplingParams
 
 
 class LogprobBudget:
@@ -48,11 +49,24 @@ class LogprobBudget:
 def most_logprobs(job: Job, max_model_len: int) -> int:
     """How many log-probabilities a job may come to; an answer has the prompt's with each of its
     completions."""
-    params = next(iter(job.requests.values())).params  # those of the others ask for no more
-    prompt = len(job.prompt_token_ids)
-    output = max_model_len - prompt
-    if params.max_tokens is not None:
-        output = min(output, params.max_tokens)
-    of_prompt = 0 if params.prompt_logprobs is None else prompt * (1 + params.prompt_logprobs)
-    of_output = 0 if params.logprobs is None else output * (1 + params.logprobs)
-    return len(job.requests) * (of_prompt + of_output)
+    output, limit = max_model_len - len(job.prompt_token_ids), _params(job).max_tokens
+    if limit is not None:
+        output = min(output, limit)
+    return _count(job, output * len(job.requests))
+
+
+def num_logprobs(job: Job) -> int:
+    """How many log-probabilities an answer with what a job has come to holds."""
+    return _count(job, sum(len(processor.token_ids) for processor in job.processors.values()))
+
+
+def _count(job: Job, num_tokens: int) -> int:
+    params = _params(job)
+    prompts = len(job.prompt_token_ids) * len(job.requests)
+    of_prompt = 0 if params.prompt_logprobs is None else prompts * (1 + params.prompt_logprobs)
+    of_output = 0 if params.logprobs is None else num_tokens * (1 + params.logprobs)
+    return of_prompt + of_output
+
+
+def _params(job: Job) -> SamplingParams:
+    return next(iter(job.requests.values())).params  # those of the others ask for no more

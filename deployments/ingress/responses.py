@@ -13,11 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.ingress.answers import EventStream, to_json, usage
-from deployments.ingress.errors import json_response, to_api_error
+from deployments.ingress.errors import to_api_error
 from deployments.ingress.message_style import MessageForm
 from deployments.ingress.prompts import chat_prompt
 from deployments.ingress.response_items import Output, new_id
 from deployments.ingress.served import Piece, ServedModel, ServedModels, build_jobs
+from deployments.ingress.whole_answers import answer_size, whole_answer
 from deployments.protocols.body import read_body
 from deployments.protocols.logprobs import chat_logprobs
 from deployments.protocols.reasoning import thinking_in_prompt
@@ -84,7 +85,8 @@ async def _respond(
             for piece in pieces:
                 for _ in output.push(piece):
                     pass
-    return json_response(_answer(header, job, output))
+    size = answer_size([job], with_prompts=False)
+    return await whole_answer(size, lambda: _answer(header, job, output), ("output", "content"))
 
 
 def _output(model: ServedModel, body: ResponsesBody, form: MessageForm | None) -> Output:
@@ -102,10 +104,7 @@ def _output(model: ServedModel, body: ResponsesBody, form: MessageForm | None) -
 
     def read_logprobs(entries: list[dict[int, Logprob]]) -> list[dict[str, Any]]:
         token_bytes = model.need_tokenizer("include").token_bytes(skip_special_tokens=False)
-        content: list[dict[str, Any]] = chat_logprobs(entries, body.top_logprobs or 0, token_bytes)[
-            "content"
-        ]
-        return content
+        return list(chat_logprobs(entries, body.top_logprobs or 0, token_bytes))
 
     return Output(form or _PLAIN, read_logprobs, bool(body.stream))
 

@@ -255,7 +255,12 @@ class ServedModels:
 
 async def aside(text_length: int, work: Callable[[], T]) -> T:
     """Do work on a text: here when it is short, else in a thread."""
-    return await run_aside(work) if text_length > LONG_TEXT else work()
+    return await run_aside(work) if is_long(text_length) else work()
+
+
+def is_long(text_length: int) -> bool:
+    """Whether work on a text is done in a thread."""
+    return text_length > LONG_TEXT
 
 
 async def build_jobs(

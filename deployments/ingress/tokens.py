@@ -10,6 +10,7 @@ from starlette.responses import Response
 from deployments.ingress.errors import json_response
 from deployments.ingress.prompts import chat_prompt, tokenize
 from deployments.ingress.served import ServedModel, ServedModels, aside
+from deployments.ingress.whole_answers import IDS_PER_LOGPROB, whole_answer
 from deployments.protocols.body import read_body
 from deployments.protocols.tokenize import DetokenizeBody, TokenizeBody
 
@@ -19,16 +20,18 @@ async def handle_tokenize(models: ServedModels, request: Request, data: bytes) -
     body = await read_body(TokenizeBody, data)
     model = models.find(body.model)
     tokens = await _tokens(model, body, len(data))
-    answer: dict[str, Any] = {
-        "count": len(tokens),
-        "max_model_len": model.max_model_len,
-        "tokens": tokens,
-        "token_strs": None,
-    }
-    if body.return_token_strs:
-        tokenizer = model.need_tokenizer("return_token_strs")
-        answer["token_strs"] = list(map(tokenizer.spelling, tokens))
-    return json_response(answer)
+    tokenizer = model.need_tokenizer("return_token_strs") if body.return_token_strs else None
+
+    def build() -> dict[str, Any]:
+        return {
+            "count": len(tokens),
+            "max_model_len": model.max_model_len,
+            "tokens": tokens,
+            "token_strs": None if tokenizer is None else map(tokenizer.spelling, tokens),
+        }
+
+    size = len(tokens) // IDS_PER_LOGPROB if tokenizer is None else len(tokens)
+    return await whole_answer(size, build)
 
 
 async def handle_detokenize(models: ServedModels, request: Request, data: bytes) -> Response:

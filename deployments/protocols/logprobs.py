@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.outputs import Logprob
 
 
 def chat_logprobs(
-    entries: list[dict[int, Logprob]],
+    entries: Iterable[dict[int, Logprob]],
     num_top: int,
     token_bytes: Mapping[int, bytes],
     by_id: bool = False,
-) -> dict[str, Any]:
-    """The form of chat completions; the sampled token comes first in each entry.
+) -> Iterator[dict[str, Any]]:
+    """The entries of chat completions; the sampled token comes first in each of those given.
 
     `bytes` are the token's own, taken from `token_bytes`: clients join them where a character
     spans tokens, whose texts show it as U+FFFD. `by_id` names tokens by their ids.
     """
-    content = []
     for entry in entries:
         tokens = [
             _chat_token(token_name(token, item.decoded_token, by_id), item, token_bytes[token])
             for token, item in entry.items()
         ]
         ranked = sorted(tokens, key=lambda token: -token["logprob"])
-        content.append({**tokens[0], "top_logprobs": ranked[:num_top]})
-    return {"content": content}
+        yield {**tokens[0], "top_logprobs": ranked[:num_top]}
 
 
 def token_name(token_id: int, text: str | None, by_id: bool) -> str:
@@ -66,7 +64,7 @@ def joined_logprobs(
 
 def prompt_logprobs(
     entries: list[dict[int, Logprob] | None] | None, num_top: int
-) -> list[dict[str, dict[str, Any]] | None] | None:
+) -> Iterator[dict[str, dict[str, Any]] | None] | None:
     """vLLM's form: for each prompt position, token id → its log-probability, rank and text.
 
     Args:
@@ -75,7 +73,7 @@ def prompt_logprobs(
     """
     if entries is None:
         return None
-    return [_prompt_entry(entry, num_top) if entry else None for entry in entries]
+    return (_prompt_entry(entry, num_top) if entry else None for entry in entries)
 
 
 def _prompt_entry(entry: dict[int, Logprob], num_top: int) -> dict[str, dict[str, Any]]:
