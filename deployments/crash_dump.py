@@ -6,6 +6,7 @@ it cannot quote a request; the log has it in any case.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,9 @@ FIRST_DUMPS = 4
 """The oldest in a folder that are kept: where engines die again and again, the cause is there."""
 LAST_DUMPS = 8
 """The newest that are kept; those between are deleted."""
+WRITE_LIMIT_S = 5.0
+"""A process that ends waits no longer for its dump, which may go to a folder over a network: its
+replacement wants the device."""
 PART_LIMIT_S = 60.0
 """A dump that has been written for longer was left by a process that was killed meanwhile."""
 PREFIX = "trunkline-crash-"
@@ -75,6 +80,33 @@ def write_crash_dump(folder: str | None, reason: str, **details: Any) -> Path | 
     logger.error("crash dump (%s): %s", reason, path)
     _tidy(place)
     return path
+
+
+def write_aside(write: Callable[[], object]) -> asyncio.Future[None]:
+    """Describe and write a dump in a thread of its own, which no exit of the process waits for.
+
+    The event loop has others to tell, and a write to a lost folder may block for ever.
+
+    Returns:
+        Done when it has been written or has failed, which is logged.
+    """
+    loop = asyncio.get_running_loop()
+    written: asyncio.Future[None] = loop.create_future()
+
+    def work() -> None:
+        try:
+            write()
+        except Exception:  # the process ends all the same
+            logger.exception("no crash dump could be written")
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(written.set_result, None)
+
+    try:
+        threading.Thread(target=work, name="crash-dump", daemon=True).start()
+    except RuntimeError:  # no more threads are to be had
+        logger.exception("no crash dump could be written")
+        written.set_result(None)
+    return written
 
 
 def default_folder() -> Path:

@@ -229,6 +229,7 @@ class EngineActor:
             report.use = self._meter.read(now)
             yield encode(report)
             await asyncio.sleep(REPORT_INTERVAL_S)
+        await self._guard.dumped.wait()  # at its end the replica ends this process
 
     async def drain(self) -> None:
         """End every trunk that has nothing left to carry, and stop the loop."""

@@ -7,13 +7,15 @@ import faulthandler
 import logging
 import signal
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from deployments import watchdog
+from deployments import crash_dump, watchdog
 from deployments.crash_dump import (
     describe_error,
     describe_state,
     thread_stacks,
+    write_aside,
     write_crash_dump,
 )
 from deployments.engine_state import SILENT_S
@@ -44,6 +46,9 @@ class EngineGuard:
         info: fields of its `EngineInfo`.
         loop: to look after.
         tell: gets, once, why the engine ends; what it sends off has `EXIT_DELAY_S` to leave.
+
+    Attributes:
+        dumped: set once the crash dump is written, or given up.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class EngineGuard:
         self._loop = loop
         self._tell = tell
         self._over = False
+        self.dumped = asyncio.Event()
         self._replica = Silence()
         self._replica_pid = 0
         """0 before it reads."""
@@ -107,17 +113,20 @@ class EngineGuard:
         self._end(message, "stall", lambda: {"error": message, "threads": thread_stacks()})
 
     def _end(self, message: str, reason: str, describe: Callable[[], dict[str, Any]]) -> None:
-        """Leave a dump, tell everyone, and end the process once they have heard."""
+        """Tell everyone, as requests wait to move, then leave a dump and end the process."""
         if self._over:
             return
         self._over = True
-        try:
-            self._dump(reason, describe)
-        except Exception:  # it must end all the same: its requests wait
-            logger.exception("no crash dump could be written")
-        finally:
-            asyncio.get_running_loop().call_later(watchdog.EXIT_DELAY_S, watchdog.end_process)
-            self._tell(message)
+        # It begins in a later turn of the loop, and even if those who are told raise.
+        self._leaving = asyncio.create_task(self._leave(partial(self._dump, reason, describe)))
+        self._tell(message)
+
+    async def _leave(self, dump: Callable[[], None]) -> None:
+        """End the process once the dump is written, and what was told has left, or time is up."""
+        await asyncio.wait([write_aside(dump)], timeout=crash_dump.WRITE_LIMIT_S)
+        self.dumped.set()
+        await asyncio.sleep(watchdog.EXIT_DELAY_S)
+        watchdog.end_process()
 
     def _dump(self, reason: str, describe: Callable[[], dict[str, Any]]) -> None:
         try:

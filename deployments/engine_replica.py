@@ -7,15 +7,17 @@ import hashlib
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
 import ray
 from ray import serve
 
-from deployments import watchdog
-from deployments.crash_dump import describe_error, write_crash_dump
+from deployments import crash_dump, watchdog
+from deployments.crash_dump import describe_error, write_aside, write_crash_dump
 from deployments.engine_actor import EngineActor, StartCore
 from deployments.engine_state import Traits
 from deployments.load_meter import EngineUse
@@ -85,6 +87,7 @@ class EngineReplica:
         self._load = EngineLoad()
         self._use = EngineUse()
         self._tasks: list[asyncio.Task[None]] = []
+        self._ending: asyncio.Task[None] | None = None
         self.info = await self._start()
         # Not before: loading may take minutes.
         self._silence = Silence()
@@ -182,11 +185,8 @@ class EngineReplica:
         except Exception as failure:  # without its reports no request would ever end
             logger.exception("cannot follow the engine's reports")
             reason, error = "unreadable report", failure
-        if self._dead is None:  # else the engine has told why, and left a dump
-            told = "it shut down" if error is None else f"{type(error).__name__}: {error}"
-            self._die(f"the engine actor ended: {told}", reason, error)
-        else:
-            self._end()
+        told = "it shut down" if error is None else f"{type(error).__name__}: {error}"
+        self._die(f"the engine actor ended: {told}", reason, error)
 
     async def _guard(self) -> None:
         """Look whether the engine reports; if not, nothing in its process runs any more."""
@@ -224,39 +224,48 @@ class EngineReplica:
                 end.set_result(notice.reason)
         while len(self._early_ends) > EARLY_ENDS:
             self._early_ends.popitem(last=False)
+        if self._dead is not None:  # the reports end later, when its dump is written
+            self._fail_calls()
         self._record(report)
 
     def _die(self, message: str, reason: str, error: Exception | None = None) -> None:
-        """Leave a dump of what is known here of an engine that cannot write one, and end."""
-        if self._dead is not None:
+        """End, and leave a dump of what is known here of an engine that has not told its end."""
+        if self._ending is not None:
             return
-        self._dead = message
-        try:
-            write_crash_dump(
-                self._options.crash_dump_dir,
-                reason,
-                engine=self._config.model_dump(mode="json"),
-                engine_pid=self.info["pid"],
-                last_load=msgspec.structs.asdict(self._load),
-                requests=list(self._ends),
-                error=describe_error(error) if error is not None else message,
-            )
-        except Exception:  # it must end all the same: its requests wait
-            logger.exception("no crash dump could be written")
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        """Fail what is open and end both processes: Serve replaces a dead replica at once, while an
-        unhealthy one would have to fail several health checks first."""
+        dump: Callable[[], object] | None = None
+        if self._dead is None:
+            self._dead = message
+            dump = partial(self._dump, reason, error or message, list(self._ends))
         logger.error("%s; this replica ends and will be replaced", self._dead)
+        self._fail_calls()
+        self._ending = asyncio.create_task(self._end(dump))
+
+    def _dump(self, reason: str, error: Exception | str, request_ids: list[str]) -> None:
+        write_crash_dump(
+            self._options.crash_dump_dir,
+            reason,
+            engine=self._config.model_dump(mode="json"),
+            engine_pid=self.info["pid"],
+            last_load=msgspec.structs.asdict(self._load),
+            requests=request_ids,
+            error=error if isinstance(error, str) else describe_error(error),
+        )
+
+    def _fail_calls(self) -> None:
         for end in self._ends.values():
             if not end.done():
                 end.set_exception(EngineDead(str(self._dead)))
-        asyncio.get_running_loop().call_later(watchdog.EXIT_DELAY_S, self._end_processes)
 
-    def _end_processes(self) -> None:
-        """The engine's first, which may be stopped or hang in a call of its device: Ray would leave
-        it the memory of a GPU for seconds, which the replacement wants."""
+    async def _end(self, dump: Callable[[], object] | None) -> None:
+        """End both processes: Serve replaces a dead replica at once, while an unhealthy one would
+        have to fail several health checks first.
+
+        The engine's first, which may be stopped or hang in a call of its device: Ray would leave it
+        the memory of a GPU for seconds, which the replacement wants.
+        """
+        writing = [write_aside(dump)] if dump is not None else []
+        await asyncio.sleep(watchdog.EXIT_DELAY_S)
         watchdog.kill_process(self.info["pid"])
+        if writing:
+            await asyncio.wait(writing, timeout=crash_dump.WRITE_LIMIT_S)
         watchdog.end_process()

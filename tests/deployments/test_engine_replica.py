@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deployments import engine_actor, engine_replica, watchdog
+from deployments import crash_dump, engine_actor, engine_guard, engine_replica, watchdog
 from deployments.engine_actor import EngineActor
 from deployments.engine_replica import EngineReplica
 from deployments.placement import Booking
@@ -138,7 +138,7 @@ async def test_report_that_cannot_be_read_ends_the_replica(local, monkeypatch):
 
     monkeypatch.setattr(EngineActor, "watch", garbage)
     replica = await start()
-    await until(lambda: local)
+    await until(lambda: len(local) == 2)  # the dump is written in between
     assert local == [("killed", replica.info["pid"]), "itself"]
     with pytest.raises(EngineDead, match="ValidationError"):
         await replica.check_health()
@@ -159,6 +159,46 @@ async def test_a_replica_that_cannot_write_a_dump_ends_all_the_same(local, monke
     monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.1)
     replica = await start()
     await until(lambda: local[-2:] == [("killed", replica.info["pid"]), "itself"])
+    await stop(replica)
+
+
+async def test_a_replica_whose_dump_blocks_fails_its_calls_at_once_and_ends(local, monkeypatch):
+    may_write = threading.Event()
+
+    def write(*_: Any, **__: Any) -> None:
+        may_write.wait(10)
+        local.append("written")
+
+    monkeypatch.setattr(EngineActor, "watch", never)
+    monkeypatch.setattr(engine_replica, "write_crash_dump", write)
+    monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.1)
+    monkeypatch.setattr(crash_dump, "WRITE_LIMIT_S", 0.5)
+    replica = await start()
+    with pytest.raises(EngineDead, match="not reported"):
+        await run(replica, "a", 10**6)
+    assert "written" not in local and "itself" not in local
+    pid = replica.info["pid"]
+    await until(lambda: local == [("asked", pid), ("killed", pid), "itself"])
+    may_write.set()
+    await stop(replica)
+
+
+async def test_an_engine_that_writes_its_dump_is_not_killed_meanwhile(local, monkeypatch):
+    may_write = threading.Event()
+
+    def write(*_: Any, **__: Any) -> None:
+        may_write.wait(10)
+        local.append("written")
+
+    monkeypatch.setattr(engine_guard, "write_crash_dump", write)
+    replica = await start(partial(FakeCore, die_at_token=1))
+    await submit(replica, "a")
+    with pytest.raises(EngineDead, match="told to die"):
+        await replica.generate(Booking("of another", 2))
+    assert local == []
+    may_write.set()
+    await until(lambda: len(local) == 4)
+    assert local[0] == "written"
     await stop(replica)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments import engine_actor, engine_guard, engine_replica, trunk, watchdog
+from deployments import crash_dump, engine_actor, engine_guard, engine_replica, trunk, watchdog
 from deployments.engine_actor import EngineActor
 from deployments.watchdog import (
     COMPILE_LIMIT_S,
@@ -262,6 +262,50 @@ async def test_a_hanging_step_is_told_on_trunk_and_watch_and_ends_the_process(
     assert any("self._end.wait(30)" in stack[-2] + stack[-3] for stack in stacks)
     assert not any(secret in text for secret in ("40961", "secret stop"))
     hang[1].set()
+    await actor.drain()
+
+
+async def test_a_death_is_told_before_it_is_written_down(monkeypatch, ended):
+    """The folder may be slow: nobody waits for it, but the dump is written before the end."""
+    may_write = threading.Event()
+
+    def write(*_: object, **__: object) -> None:
+        may_write.wait(10)
+        ended.append("written")
+
+    monkeypatch.setattr(watchdog, "EXIT_DELAY_S", 0.0)
+    monkeypatch.setattr(engine_guard, "write_crash_dump", write)
+    actor = EngineActor(EngineConfig(), partial(FakeCore, die_at_token=2))
+    await actor.start()
+    trunk_of_x, watch = actor.subscribe("x"), actor.watch()
+    await actor.submit(encode([Submission("x", request("r"))]))
+    async with asyncio.timeout(5):
+        deltas = [d async for data in trunk_of_x for d in decode_trunk_message(data).deltas]
+        assert deltas[-1].finish_reason == "error"
+        while decode_report(await anext(watch)).dead is None:
+            pass
+        assert ended == []
+        may_write.set()
+        await until(lambda: ended == ["written", "itself"])
+    await actor.drain()
+
+
+async def test_a_write_that_blocks_keeps_no_process(monkeypatch, ended):
+    may_write = threading.Event()
+
+    def write(*_: object, **__: object) -> None:
+        may_write.wait(10)
+        ended.append("written")
+
+    monkeypatch.setattr(watchdog, "EXIT_DELAY_S", 0.0)
+    monkeypatch.setattr(crash_dump, "WRITE_LIMIT_S", 0.1)
+    monkeypatch.setattr(engine_guard, "write_crash_dump", write)
+    actor = EngineActor(EngineConfig(), FakeCore)
+    await actor.start()
+    actor._guard.end(RuntimeError("told to die"))
+    async with asyncio.timeout(5):
+        await until(lambda: ended == ["itself"])
+    may_write.set()
     await actor.drain()
 
 
