@@ -176,12 +176,14 @@ async def test_scores_are_put_in_their_form_where_no_stream_waits(
 
 async def test_each_kind_of_scores_has_as_many_alternatives_as_were_asked_for(tiny_plane):
     fields = {"prompt": TEXT, "max_tokens": 2, "return_tokens_as_token_ids": True}
+    num_tokens = len(tiny_plane.model.tokenizer.encode(TEXT))
     for logprobs, of_prompt in ((1, 4), (4, 1)):
         (choice,) = await ask(tiny_plane, logprobs=logprobs, prompt_logprobs=of_prompt, **fields)
-        tops = choice["logprobs"]["top_logprobs"][1:]
-        assert {len(top) for top in tops} <= {logprobs, logprobs + 1}
-        entries = choice["prompt_logprobs"][1:]
-        assert {len(entry) for entry in entries} <= {of_prompt, of_prompt + 1}
+        tops = choice["logprobs"]["top_logprobs"]
+        assert {len(top) for top in tops[1:]} <= {logprobs, logprobs + 1}
+        entries = choice["prompt_logprobs"]
+        assert {len(entry) for entry in entries[1:]} <= {of_prompt, of_prompt + 1}
+        assert len(tops) == len(entries) + 2 == num_tokens + 2
 
 
 class LateCore(FakeCore):

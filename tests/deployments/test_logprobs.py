@@ -58,6 +58,7 @@ async def test_tokens_are_named_by_their_ids(monkeypatch, path):
             body |= {"prompt": TEXT, "logprobs": 1}
         (choice,) = (await plane.http.post(path, json=body)).json()["choices"]
     names = [f"token_id:{token}" for token in choice["token_ids"]]
+    assert len(names) == 4
     if chat:
         assert [entry["token"] for entry in choice["logprobs"]["content"]] == names
     else:

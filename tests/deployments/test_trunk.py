@@ -170,11 +170,10 @@ async def test_reader_gives_way_to_a_newer_one_of_the_same_subscriber(actor):
 async def test_load_and_reflected_requests_ride_the_trunk(actor):
     trunk = actor.subscribe("x")
     await submit(actor, "x", request("r", 100_000))
-    async for data in trunk:
-        message = decode_trunk_message(data)
-        if "r" in message.reflected:
-            assert message.load.num_running == 1
-            return
+    async with asyncio.timeout(5):
+        while "r" not in (message := decode_trunk_message(await anext(trunk))).reflected:
+            await actor.acknowledge("x", 1)
+    assert message.load.num_running == 1
 
 
 async def test_reader_that_leaves_has_its_requests_aborted(actor):
@@ -183,11 +182,10 @@ async def test_reader_that_leaves_has_its_requests_aborted(actor):
     await submit(actor, "x", request("r", 100_000))
     await anext(trunk)
     await trunk.aclose()
-    async for data in watch:
-        ended = decode_report(data).ended
-        if ended:
-            assert (ended[0].request_id, ended[0].reason) == ("r", "abort")
-            break
+    async with asyncio.timeout(5):  # long before `UNREAD_LIMIT_S`
+        while not (ended := decode_report(await anext(watch)).ended):
+            pass  # a heartbeat
+    assert [(notice.request_id, notice.reason) for notice in ended] == [("r", "abort")]
     while actor._loop._core.has_work:
         await asyncio.sleep(0.01)
 
