@@ -106,10 +106,11 @@ class EngineReplica:
         silence = Silence()
         while not start.done():
             await asyncio.wait([start], timeout=watchdog.LOOK_S)
-            if sign.done() and not sign.exception():
-                silence.end()
+            if sign.done():
+                if not sign.exception():
+                    silence.end()
                 sign = asyncio.ensure_future(self._actor.live.remote())
-            elif silence.look() > START_SILENCE_LIMIT_S and not self._options.off:
+            if silence.look() > START_SILENCE_LIMIT_S and not self._options.off:
                 ray.kill(self._actor)
                 raise EngineDead(
                     f"the engine, while it started, showed no life for {silence.seconds:.0f} s"
@@ -206,8 +207,9 @@ class EngineReplica:
             before = missing
             try:
                 missing = set(await self._actor.missing.remote(list(self._ends)))
-            except ray.exceptions.RayError:  # `_watch` sees to that
-                return
+            except Exception as error:  # an engine may outlive that; else `_watch` notices its end
+                logger.warning("cannot look for lost calls now: %s", error)
+                continue
             for request_id in missing & before & self._ends.keys():
                 if not self._ends[request_id].done():
                     self._ends[request_id].set_result("abort")

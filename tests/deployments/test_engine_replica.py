@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 from deployments import crash_dump, engine_actor, engine_guard, engine_replica, watchdog
 from deployments.engine_actor import EngineActor
@@ -301,6 +302,44 @@ async def test_a_call_that_is_cancelled_ends_its_request(local):
     core = replica._actor.actor._loop._core
     await until(lambda: not core.has_work)
     assert not replica._ends
+    await stop(replica)
+
+
+def hiccup(*_: Any) -> Any:
+    """What a call raises that could not be made for a moment, of an engine that lives on."""
+    raise ActorUnavailableError("it is temporarily unavailable", None)
+
+
+async def test_a_call_that_fails_for_a_moment_is_no_end_of_looking_for_lost_calls(
+    local, monkeypatch, caplog
+):
+    async def missing(actor: EngineActor, request_ids: list[str]) -> list[str]:
+        return failures.pop()() if failures else await ask(actor, request_ids)
+
+    failures, ask = [hiccup], EngineActor.missing
+    monkeypatch.setattr(engine_replica, "LOST_CALLS_S", 0.05)
+    monkeypatch.setattr(EngineActor, "missing", missing)
+    replica = await start()
+    async with asyncio.timeout(5):
+        assert await replica.generate(Booking("lost on the way", 2)) == "abort"
+    assert not failures and "temporarily unavailable" in caplog.text
+    await stop(replica)
+
+
+async def test_a_call_that_fails_for_a_moment_is_no_silence_of_an_engine_that_starts(
+    local, monkeypatch
+):
+    async def live(_: EngineActor) -> None:
+        await asyncio.sleep(0.01)
+        if failures:
+            failures.pop()()
+
+    failures = [hiccup]
+    monkeypatch.setattr(engine_replica, "START_SILENCE_LIMIT_S", 0.5)
+    monkeypatch.setattr(engine_replica.ray, "kill", lambda _: None)
+    monkeypatch.setattr(EngineActor, "live", live)
+    replica = await start(partial(load_slowly, seconds=1.5))
+    assert not failures
     await stop(replica)
 
 
