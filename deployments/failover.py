@@ -222,7 +222,9 @@ class Flight:
 
     def _expire(self) -> None:
         self._expiry = None
-        waits_in_line = self._num_tries == 1 and self._client.hub.connected(self.deployment)
+        hub = self._client.hub
+        has_engine = hub.connected(self.deployment) or hub.reaches(self._try_id)
+        waits_in_line = self._num_tries == 1 and has_engine
         if not self._over and not waits_in_line:
             self._fail(EngineDead("no engine could go on with the request; try again."))
 

@@ -48,7 +48,7 @@ class Receiver(Protocol):
         """Learn that the request's engine is to stop; True if it goes on elsewhere."""
 
     def strand(self) -> None:
-        """Learn that no engine of the deployment can be reached."""
+        """Learn that no engine can be reached: none of the deployment, nor the request's own."""
 
 
 class TrunkHub:
@@ -123,6 +123,10 @@ class TrunkHub:
     def connected(self, deployment: str) -> list[str]:
         """Engines of the deployment that are in service and whose trunk is open."""
         return [i for i in self._table.members(deployment) if i in self._dispatch.links]
+
+    def reaches(self, request_id: str) -> bool:
+        """Whether the trunk to the request's engine is open, which may be out of service."""
+        return self._table.engine_of(request_id) in self._dispatch.links
 
     def _on_change(self) -> None:
         self._loop.call_soon_threadsafe(self._follow_members)
@@ -202,8 +206,8 @@ class TrunkHub:
         log = logger.error if unfinished else logger.info
         log("trunk to engine %s ended (%s); %d requests move", engine_id, reason, len(unfinished))
         self._move(unfinished)
-        for receiver in list(self._receivers.values()):
-            if not self.connected(receiver.deployment):
+        for request_id, receiver in list(self._receivers.items()):
+            if not (self.connected(receiver.deployment) or self.reaches(request_id)):
                 receiver.strand()
 
 

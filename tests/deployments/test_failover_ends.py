@@ -63,6 +63,27 @@ async def test_what_breaks_every_engine_is_given_up(monkeypatch):
     assert plane.client.num_running == 0
 
 
+@pytest.mark.parametrize("stranded_first", [False, True])
+async def test_what_waits_at_an_engine_that_is_to_stop_is_not_stranded(stranded_first, most):
+    """Whoever is in service may be lost meanwhile: this engine is not."""
+    most["r"] = 0
+    async with open_plane(num_engines=2, step_s=0.005) as plane:
+        plane.client.failover = FailoverLimits(timeout_s=0.2)
+        plane.table.set_members(DEPLOYMENT, ["e0"])
+        with plane.client.start([request("r")]) as generation:
+            if stranded_first:
+                generation._flights["r"].strand()
+            await plane.until(lambda: plane.table.engine_of("r") == "e0")
+            plane.table.set_members(DEPLOYMENT, ["e1"])
+            await plane.cut("e1", for_good=True)
+            plane.table.set_members(DEPLOYMENT, [])
+            await asyncio.sleep(0.4)
+            most.clear()
+            tokens: dict[str, list[int]] = {}
+            await take(generation, tokens, 60)
+        assert tokens["r"] == expected_tokens(PROMPT, 60)
+
+
 async def test_the_end_of_a_client_ends_every_try():
     async with open_plane(num_engines=2, step_s=0.005) as plane:
         with plane.client.start([request("r", 100_000)]) as generation:
