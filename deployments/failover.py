@@ -142,7 +142,7 @@ class Flight:
     def lose(self) -> None:
         """Go on elsewhere, as the engine is lost."""
         self._retry_or(
-            lambda: self._fail(EngineDead("the engine that ran the request was lost; try again."))
+            lambda: self.fail(EngineDead("the engine that ran the request was lost; try again."))
         )
 
     def make_way(self) -> bool:
@@ -160,6 +160,12 @@ class Flight:
         if not self._over and self._expiry is None:
             limit = self._client.failover.timeout_s
             self._expiry = asyncio.get_running_loop().call_later(limit, self._expire)
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error."""
+        self._over = True
+        self._mailbox.fail(error)
+        self._leave()
 
     def abort(self) -> None:
         """End the request now; nothing more comes of it."""
@@ -215,18 +221,13 @@ class Flight:
         delta.request_id = self.request.request_id
         self._mailbox.add(delta)
 
-    def _fail(self, error: Exception) -> None:
-        self._over = True
-        self._leave()
-        self._mailbox.fail(error)
-
     def _expire(self) -> None:
         self._expiry = None
         hub = self._client.hub
         has_engine = hub.connected(self.deployment) or hub.reaches(self._try_id)
         waits_in_line = self._num_tries == 1 and has_engine
         if not self._over and not waits_in_line:
-            self._fail(EngineDead("no engine could go on with the request; try again."))
+            self.fail(EngineDead("no engine could go on with the request; try again."))
 
     def _retry_or(self, give_up: Callable[[], None]) -> None:
         """Plan the next try, unless there have been too many in vain."""
@@ -259,7 +260,7 @@ class Flight:
         try:
             self.launch()
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
 
     def _encode(self, request: EngineRequest) -> bytes:
         subscriber_id, origin = self._client.hub.subscriber_id, self._journey.request_id
@@ -336,7 +337,7 @@ class Flight:
         elif isinstance(error, BackPressureError) and self._num_tries > 1:
             self._plan_try(_pause_s(self._num_tries))  # it was admitted once: no reason to give up
         else:
-            self._fail(error)
+            self.fail(error)
 
 
 def _pause_s(number: int) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
 from typing import Protocol
 
 from deployments import watchdog
@@ -49,6 +49,9 @@ class Receiver(Protocol):
 
     def strand(self) -> None:
         """Learn that no engine can be reached: none of the deployment, nor the request's own."""
+
+    def fail(self, error: Exception) -> None:
+        """End the request: this was raised by one of the other methods."""
 
 
 class TrunkHub:
@@ -103,13 +106,27 @@ class TrunkHub:
     def _move(self, request_ids: Iterable[str]) -> None:
         """Let requests go on elsewhere."""
         for request_id in request_ids:
-            if request_id in self._receivers:
-                self._receivers[request_id].lose()
+            if (receiver := self._receivers.get(request_id)) is not None:
+                self._tell(request_id, receiver, receiver.lose)
 
     def make_way(self, request_id: str) -> bool:
         """Let a request go on elsewhere; False if it cannot."""
         receiver = self._receivers.get(request_id)
-        return receiver is not None and receiver.make_way()
+        return receiver is not None and self._tell(request_id, receiver, receiver.make_way)
+
+    def _tell(self, request_id: str, receiver: Receiver, news: Callable[[], bool | None]) -> bool:
+        """Call a method of a receiver, and end the request if that raises: others wait to hear, and
+        the tasks that tell them must go on."""
+        try:
+            return bool(news())
+        except Exception as error:
+            self._give_up(request_id, receiver, error)
+            return False
+
+    def _give_up(self, request_id: str, receiver: Receiver, error: Exception) -> None:
+        logger.error("request %s is given up", request_id, exc_info=error)
+        with contextlib.suppress(Exception):  # the client hears of it first
+            receiver.fail(error)
 
     def abort(self, request_id: str) -> bool:
         """Tell the engine that runs a request to end it; returns at once.
@@ -193,7 +210,10 @@ class TrunkHub:
         for delta in message.deltas:
             receiver = self._receivers.get(delta.request_id)
             if receiver is not None:
-                receiver.add(delta, engine_id)
+                try:
+                    receiver.add(delta, engine_id)
+                except Exception as error:  # not by `_tell`: this is done for every token
+                    self._give_up(delta.request_id, receiver, error)
             elif delta.finish_reason is None:
                 self._dispatch.abort_again(engine_id, delta.request_id)
 
@@ -208,10 +228,10 @@ class TrunkHub:
         self._move(unfinished)
         for request_id, receiver in list(self._receivers.items()):
             if not (self.connected(receiver.deployment) or self.reaches(request_id)):
-                receiver.strand()
+                self._tell(request_id, receiver, receiver.strand)
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def _silence_limit() -> AsyncIterator[watchdog.Silence]:
     """End the block by a TimeoutError when the engine has been silent for too long.
 

@@ -63,6 +63,27 @@ async def test_what_breaks_every_engine_is_given_up(monkeypatch):
     assert plane.client.num_running == 0
 
 
+async def test_a_request_that_cannot_go_on_is_told_so_and_stops_no_other(most):
+    def fail(_: Any) -> bytes:
+        raise TypeError("it cannot be encoded any more")
+
+    most[""] = 10
+    async with open_plane(num_engines=1, step_s=0.005) as plane:
+        tokens: dict[str, list[int]] = {}
+        bad, good = (plane.client.start([request(name)]) for name in ("bad", "good"))
+        with bad, good:
+            await take(good, tokens, 10)
+            bad._flights["bad"]._encode = fail
+            await plane.cut("e0")
+            most.clear()
+            with pytest.raises(TypeError, match="any more"):
+                async with asyncio.timeout(5):
+                    await take(bad, {"": []}, 60)
+            await take(good, tokens, 60)
+        assert tokens == {"good": expected_tokens(PROMPT, 60)}
+        assert not plane.hub._receivers
+
+
 @pytest.mark.parametrize("stranded_first", [False, True])
 async def test_what_waits_at_an_engine_that_is_to_stop_is_not_stranded(stranded_first, most):
     """Whoever is in service may be lost meanwhile: this engine is not."""

@@ -10,8 +10,11 @@ import pytest
 
 from deployments import engine_actor
 from deployments.engine_actor import EngineActor
+from deployments.load_table import LoadTable
 from deployments.mailbox import Mailbox
+from deployments.placement import Booking
 from deployments.subscriber import UNREAD_MESSAGES
+from deployments.trunk import TrunkHub
 from deployments.wire import (
     Submission,
     TrunkMessage,
@@ -248,6 +251,56 @@ async def test_early_aborts_are_forgotten(actor, monkeypatch):
     monkeypatch.setattr(engine_actor, "EARLY_ABORTS_S", -1.0)
     await actor.abort(["s"])
     assert not actor._early_aborts
+
+
+class Noting:
+    """A receiver that notes what it is told, and fails at some of it."""
+
+    deployment = "m"
+
+    def __init__(self, fails_at: str = "") -> None:
+        self.told: list[str] = []
+        self._fails_at = fails_at
+
+    def add(self, delta: TokenDelta, engine_id: str) -> None:
+        self._note("add")
+
+    def lose(self) -> None:
+        self._note("lose")
+
+    def make_way(self) -> bool:
+        self._note("make_way")
+        return True
+
+    def strand(self) -> None:
+        self._note("strand")
+
+    def fail(self, error: Exception) -> None:
+        self.told.append(str(error))
+
+    def _note(self, what: str) -> None:
+        self.told.append(what)
+        if what == self._fails_at:
+            raise RuntimeError("a defect")
+
+
+@pytest.mark.parametrize("what", ["add", "make_way", "lose", "strand"])
+async def test_a_receiver_that_fails_stops_no_other_and_hears_of_it(what, caplog):
+    table = LoadTable()
+    table.set_members("m", ["e"])
+    hub = TrunkHub("x", table)
+    receivers = {"a": Noting(), "b": Noting(what), "c": Noting()}
+    for name, receiver in receivers.items():
+        hub.register(name, receiver)
+        table.book({"e": 9}, Booking(name, 1))
+    hub._deliver("e", TrunkMessage([TokenDelta(name, [1]) for name in receivers], EngineLoad()))
+    assert [hub.make_way(name) for name in receivers] == [True, what != "make_way", True]
+    hub._lose("e", "cut")
+    everything = ["add", "make_way", "lose", "strand"]
+    assert receivers["a"].told == receivers["c"].told == everything
+    everything.insert(everything.index(what) + 1, "a defect")
+    assert receivers["b"].told == everything
+    assert "request b is given up" in caplog.text
 
 
 async def test_drain_ends_the_trunks(actor):
