@@ -7,8 +7,7 @@ shared is imported inside the methods.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray.serve.request_router import (
     FIFOMixin,
@@ -28,11 +27,8 @@ REFUSED_PAUSE_S = 2.0
 has its request."""
 
 
-class Waiting(NamedTuple):
-    """A request for which no engine has had room yet."""
-
-    booking: Booking
-    placed: asyncio.Future[None]
+Line = dict[asyncio.Future[None], Booking]
+"""Requests for which no engine has had room yet, in order, by what tells that one has."""
 
 
 class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
@@ -47,9 +43,10 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         from deployments.load_table import load_table
 
         super().__init__(*args, **kwargs)
-        self._interrupted: deque[Waiting] = deque()
-        """What an engine's loss interrupted: clients have been reading it for a while."""
-        self._line: deque[Waiting] = deque()
+        self._interrupted: dict[str, Line] = {}
+        """What an engine's loss interrupted, by that engine's options, which say where it may go
+        on: clients have been reading it for a while."""
+        self._line: Line = {}
         self._own_loop: asyncio.AbstractEventLoop | None = None
         self._recheck: asyncio.TimerHandle | None = None
         self.initialize_state()
@@ -106,25 +103,34 @@ class EngineRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         if not load_table().is_wanted(booking.request_id):
             raise EngineDead("the request has ended.")
         self._own_loop = asyncio.get_running_loop()
-        waiting = Waiting(booking, self._own_loop.create_future())
-        line = self._interrupted if booking.resumed else self._line
-        line.append(waiting)
-        if len(line) == 1:
-            self._fill()
-        await waiting.placed
+        line = self._line
+        if booking.resumed:
+            line = self._interrupted.setdefault(booking.options, {})
+        placed = self._own_loop.create_future()
+        line[placed] = booking
+        try:
+            if len(line) == 1:
+                self._fill()
+            await placed
+        finally:
+            line.pop(placed, None)
 
     def _fill(self) -> None:
-        """Book those who wait, one after the other, until there is no room for the next."""
-        for line in (self._interrupted, self._line):
-            while line and self._settle(*line[0]):
-                line.popleft()
+        """Book those at the heads of the lines, one after the other, until each finds no room."""
+        for line in (*self._interrupted.values(), self._line):
+            while line:
+                placed, booking = next(iter(line.items()))
+                if not self._settle(placed, booking):
+                    break
+                del line[placed]
+        self._interrupted = {key: line for key, line in self._interrupted.items() if line}
         if self._recheck is not None:
             self._recheck.cancel()
         self._recheck = None
         if self._own_loop is not None and (self._interrupted or self._line):
             self._recheck = self._own_loop.call_later(RECHECK_S, self._fill)
 
-    def _settle(self, booking: Booking, placed: asyncio.Future[None]) -> bool:
+    def _settle(self, placed: asyncio.Future[None], booking: Booking) -> bool:
         """Try to book; returns whether the request need not wait any longer."""
         from deployments.load_table import load_table
         from engine.errors import EngineDead

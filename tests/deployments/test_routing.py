@@ -13,6 +13,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from deployments import load_table, routing
 from deployments.app import build
 from deployments.config import AppArgs
+from deployments.engine_state import Traits
 from deployments.load_table import LoadTable
 from deployments.placement import Booking
 from deployments.routing import EngineRouter
@@ -46,12 +47,12 @@ def make_router(**limits: int) -> EngineRouter:
 
 
 async def place(
-    router: EngineRouter, request_id: str, blocks=(), resumed: bool = False, **more: Any
+    router: EngineRouter, request_id: str, blocks=(), resumed=False, options="", **more: Any
 ) -> str:
     known = load_table.load_table()
     if not known.is_wanted(request_id):
         known.expect("m", request_id, 600)
-    pending = SimpleNamespace(kwargs={}, args=[Booking(request_id, 600, blocks, resumed)])
+    pending = SimpleNamespace(kwargs={}, args=[Booking(request_id, 600, blocks, resumed, options)])
     replica = await router._choose_replica_for_request(pending, **more)
     return replica.replica_id.unique_id
 
@@ -122,6 +123,35 @@ async def test_reports_cost_the_same_however_many_wait_for_room_after_a_loss(tab
     assert [task.done() for task in tasks] == [True] * 2 + [False] * 98
     for task in tasks:
         task.cancel()
+
+
+async def test_what_may_go_on_elsewhere_waits_for_no_other_options(table):
+    router = make_router(old=2, new=2)
+    table.set_members("m", ["old", "new"], {"old": Traits("A", 2), "new": Traits("B", 2)})
+    table.report("old", EngineLoad(num_running=2))
+    table.report("new", EngineLoad())
+    head = asyncio.ensure_future(place(router, "head", resumed=True, options="A"))
+    await turns()
+    table.report("old", EngineLoad(num_running=2))  # it is full of what Serve lets end there
+    behind = asyncio.ensure_future(place(router, "behind", resumed=True, options="B"))
+    await turns()
+    table.report("new", EngineLoad())
+    assert await behind == "new"
+    assert not head.done()
+    table.report("old", EngineLoad())
+    assert await head == "old"
+    assert router._interrupted == {}
+
+
+async def test_of_those_who_left_the_line_nothing_is_kept(table):
+    router = make_router(a=1)
+    await place(router, "r0")
+    tasks = [asyncio.ensure_future(place(router, f"r{i}", resumed=i % 2)) for i in range(1, 9)]
+    await turns()
+    for task in tasks:
+        task.cancel()
+    await turns()
+    assert (router._line, list(router._interrupted.values())) == ({}, [{}])
 
 
 async def test_a_request_that_cannot_be_booked_fails_alone(table, monkeypatch):
