@@ -20,6 +20,7 @@ from deployments.cli.batch_file import (
     BatchRequest,
     Done,
     answer_record,
+    bad_line_key,
     error_record,
     open_output,
     parse_line,
@@ -109,7 +110,7 @@ def _left(
                     "duplicate_custom_id", "An earlier line has this custom_id.", request.custom_id
                 )
         except BadLine as error:
-            if (number, error.custom_id) in done.bad_lines:
+            if bad_line_key(error.custom_id, number, error.code) in done.bad_lines:
                 skip()
             else:
                 write(error_record(number, error))

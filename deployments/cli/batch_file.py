@@ -72,9 +72,8 @@ class Done:
 
     custom_ids: set[str] = field(default_factory=set)
     """Of the requests that were answered."""
-    bad_lines: set[tuple[int, str | None]] = field(default_factory=set)
-    """Numbers of input lines that are no request, with their `custom_id`: another line that has the
-    same may be one, and not answered yet."""
+    bad_lines: set[tuple[str | int, str]] = field(default_factory=set)
+    """`bad_line_key` of input lines that are no request."""
     tally: Tally = field(default_factory=Tally)
 
 
@@ -136,6 +135,12 @@ def error_record(number: int, error: BadLine) -> dict[str, Any]:
     }
 
 
+def bad_line_key(custom_id: str | None, number: int, code: str) -> tuple[str | int, str]:
+    """Knows a line that is no request again, also after others were added before it if it has a
+    `custom_id`; by more than that, as another line with the same may be a request."""
+    return number if custom_id is None else custom_id, code
+
+
 def new_id(prefix: str) -> str:
     """An id that nothing else has."""
     return f"{prefix}_{uuid.uuid4().hex}"
@@ -166,7 +171,8 @@ def _note(line: bytes, done: Done, where: str) -> None:
         if record["response"] is not None:
             done.custom_ids.add(record["custom_id"])
         else:
-            done.bad_lines.add((record["error"]["line"], record["custom_id"]))
+            error = record["error"]
+            done.bad_lines.add(bad_line_key(record["custom_id"], error["line"], error["code"]))
         done.tally.count(record)
     except (ValueError, LookupError, TypeError):
         raise CommandError(

@@ -43,6 +43,14 @@ def test_a_repeated_id_is_told_after_the_answer_too(tmp_path, write_lines):
     assert (told["error"]["code"], told["error"]["line"]) == ("duplicate_custom_id", 2)
 
 
+def test_a_bad_line_is_told_once_though_lines_come_before_it(tmp_path, write_lines):
+    out, bad = tmp_path / "out.jsonl", [line("1", method="GET"), line("2"), line("2")]
+    assert asked(write_lines(*bad), out) == asked(write_lines(*bad[:2], *bad[1:]), out)
+    told = out.read_bytes()
+    assert asked(write_lines(line("0", "first"), *bad), out)[0] == "first"
+    assert out.read_bytes() == told and len(told.splitlines()) == 2
+
+
 def test_a_bad_line_that_was_put_right_is_asked(tmp_path, write_lines):
     out = tmp_path / "out.jsonl"
     assert asked(write_lines(line("1", method="GET")), out) == []
@@ -52,10 +60,10 @@ def test_a_bad_line_that_was_put_right_is_asked(tmp_path, write_lines):
 def test_output_is_given_back_as_it_was(tmp_path):
     path = tmp_path / "out.jsonl"
     refused = b'{"custom_id": "a", "response": {"status_code": 400}}\n'
-    text = refused + b'{"custom_id": null, "response": null, "error": {"line": 3}}\n'
+    text = refused + b'{"custom_id": null, "response": null, "error": {"line": 3, "code": "x"}}\n'
     path.write_bytes(text)
     file, done = open_output(path)
     file.close()
     assert path.read_bytes() == text
-    assert (done.custom_ids, done.bad_lines) == ({"a"}, {(3, None)})
+    assert (done.custom_ids, done.bad_lines) == ({"a"}, {(3, "x")})
     assert str(done.tally) == "0 answered, 1 refused, 1 bad lines"
