@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
+
 from engine.errors import InvalidRequest
 from engine.structured_outputs.json_schema import rebase
+from engine.structured_outputs.params import MAX_GRAMMAR_LENGTH
 
 MAX_NAME_LENGTH = 256
 """In characters. (OpenAI takes 64.)"""
@@ -44,9 +47,11 @@ class ToolUse:
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of a list of calls, which `ListedCallsParser` reads."""
-        parameters = [_parameters(tool["function"]) for tool in self.tools]
         places = [f"#/$defs/{number}" for number in range(len(self.tools))]
-        moved = {str(i): rebase(parameters[i], place) for i, place in enumerate(places)}
+        parameters = [_parameters(tool["function"]) for tool in self.tools]
+        text = msgspec.json.encode(parameters)
+        if b'"$ref"' in text and len(text) <= MAX_GRAMMAR_LENGTH:  # else it will be refused
+            parameters = list(map(rebase, parameters, places))
         calls = [
             _call_schema(tool["function"]["name"], place)
             for tool, place in zip(self.tools, places, strict=True)
@@ -54,7 +59,7 @@ class ToolUse:
         schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
         if self.choice == "named" or not self.parallel:
             schema["maxItems"] = 1
-        return schema | {"$defs": moved}
+        return schema | {"$defs": {str(i): each for i, each in enumerate(parameters)}}
 
 
 def read_tool_use(

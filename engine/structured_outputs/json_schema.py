@@ -96,7 +96,7 @@ def rebase(schema: Any, pointer: str) -> Any:
         schema: a whole document until now, not deeper than Python's recursion.
         pointer: JSON pointer of the new place, such as `#/$defs/a`.
     """
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or _LOOKED_AT.isdisjoint(schema):
         return schema
     moved = dict(schema)
     reference = schema.get("$ref")

@@ -16,6 +16,7 @@ import tokenizers
 import xgrammar
 
 from deployments.ingress.message_style import MessageStyle
+from deployments.protocols import tool_calls
 from deployments.protocols.tool_calls import read_tool_use
 from deployments.wire import decode_submissions
 from engine.structured_outputs.params import StructuredOutputsParams
@@ -440,3 +441,11 @@ async def test_roles_of_openai_s_and_those_that_the_template_names_are_taken(pla
 async def test_bad_fields_are_named(plane, change, param):
     response = await plane.http.post(PATH, json={**saying("a"), **change})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("schema", [{"anyOf": [{"$ref": "#"}] * 20_000}, {"anyOf": [{}] * 1000}])
+def test_only_parameters_that_matter_are_looked_through(monkeypatch, schema):
+    """It takes long: not those that will be refused for their length, nor those without `$ref`."""
+    monkeypatch.setattr(tool_calls, "rebase", None)
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert read_tool_use([tool], "required", None).schema()["$defs"] == {"0": schema}
