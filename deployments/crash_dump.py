@@ -103,7 +103,7 @@ def write_aside(write: Callable[[], object]) -> asyncio.Future[None]:
 
     try:
         threading.Thread(target=work, name="crash-dump", daemon=True).start()
-    except RuntimeError:  # no more threads are to be had
+    except Exception:  # no more threads, or memory for one, are to be had
         logger.exception("no crash dump could be written")
         written.set_result(None)
     return written

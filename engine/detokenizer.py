@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from array import array
 from collections.abc import Sequence
 
 from engine.tokenizer import Tokenizer
@@ -124,7 +125,7 @@ class _Search:
     def __init__(self, stop: str) -> None:
         self.stop = stop
         self.length = 0
-        self._borders = [0, 0]
+        self._borders = array("I", (0, 0))
         """At i: how long the longest proper prefix of `stop[:i]` is that ends it as well. As far
         as the text has come yet."""
 

@@ -70,10 +70,12 @@ class Run:
         self.meter, self.load = LoadMeter(MAX_NUM_SEQS), EngineLoad()
         self.over = threading.Event()
         self._turn, self._num_steps = turn, 0
+        self._begun = False  # a slow machine may have the loop tell that it is idle before
         core = SchedulerCore(num_blocks)
         self.meter.follow(core.load(), 0.0)
         self.loop = EngineLoop(core, self._on_step, lambda _: self.over.set())
         self.loop.submit(list(first))
+        self._begun = True
         assert self.over.wait(60)
         assert self.loop.alive
         self.loop.stop()
@@ -82,7 +84,7 @@ class Run:
         return self.meter.read(self._num_steps * STEP_S)
 
     def _on_step(self, _: list[TokenDelta], load: EngineLoad) -> None:
-        if not self.over.is_set():
+        if self._begun and load.new_requests and not self.over.is_set():
             self._num_steps += 1
             self.load = load
             self.meter.follow(load, self._num_steps * STEP_S)
