@@ -14,7 +14,7 @@ from benchmarks.serving.overload import judge
 pytestmark = pytest.mark.integration
 
 LIMIT_S = 1.0
-SECONDS = 6.0
+SECONDS = 12.0
 CAPACITY = 4 / (50 * 0.01)
 """Requests a second: 4 rows, answers of 50 tokens, steps of 10 ms."""
 OFFERED = 4 * CAPACITY

@@ -71,7 +71,8 @@ def _serve(options: argparse.Namespace, folder: Path, answers: IO[str]) -> None:
     plan = Plan(folder, "127.0.0.1", options.port or pick_port(), _NAME)
     os.environ.update({name: str(pick_port()) for name in SIDE_PORTS})
     os.environ.update(environment(plan, folder))
-    os.environ["PYTHONPATH"] = str(_ROOT)
+    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     for name in FAST_PATH if options.flags == "default" else ():
         os.environ[name] = "0"
     import ray  # reads the flags when it is imported
