@@ -2,6 +2,7 @@
 a real engine with tiny weights."""
 
 import math
+import threading
 import time
 from functools import partial
 from typing import Any
@@ -119,3 +120,20 @@ async def tiny_plane(tiny_checkpoint, monkeypatch):
     async with open_plane(tokenizer=Tokenizer.load(resolve_model(folder))) as opened:
         opened.model.vocab_size = TINY_LLAMA["vocab_size"]
         yield opened
+
+
+@pytest.fixture
+def hold_dump(monkeypatch):
+    """Holds the crash dump that a module writes until the event is set; a list is told of it."""
+
+    def hold(module, told):
+        may_write = threading.Event()
+
+        def write(*_, **__):
+            may_write.wait(10)
+            told.append("written")
+
+        monkeypatch.setattr(module, "write_crash_dump", write)
+        return may_write
+
+    return hold

@@ -163,15 +163,11 @@ async def test_a_replica_that_cannot_write_a_dump_ends_all_the_same(local, monke
     await stop(replica)
 
 
-async def test_a_replica_whose_dump_blocks_fails_its_calls_at_once_and_ends(local, monkeypatch):
-    may_write = threading.Event()
-
-    def write(*_: Any, **__: Any) -> None:
-        may_write.wait(10)
-        local.append("written")
-
+async def test_a_replica_whose_dump_blocks_fails_its_calls_at_once_and_ends(
+    local, monkeypatch, hold_dump
+):
     monkeypatch.setattr(EngineActor, "watch", never)
-    monkeypatch.setattr(engine_replica, "write_crash_dump", write)
+    may_write = hold_dump(engine_replica, local)
     monkeypatch.setattr(engine_replica, "SILENCE_LIMIT_S", 0.1)
     monkeypatch.setattr(crash_dump, "WRITE_LIMIT_S", 0.5)
     replica = await start()
@@ -184,14 +180,8 @@ async def test_a_replica_whose_dump_blocks_fails_its_calls_at_once_and_ends(loca
     await stop(replica)
 
 
-async def test_an_engine_that_writes_its_dump_is_not_killed_meanwhile(local, monkeypatch):
-    may_write = threading.Event()
-
-    def write(*_: Any, **__: Any) -> None:
-        may_write.wait(10)
-        local.append("written")
-
-    monkeypatch.setattr(engine_guard, "write_crash_dump", write)
+async def test_an_engine_that_writes_its_dump_is_not_killed_meanwhile(local, hold_dump):
+    may_write = hold_dump(engine_guard, local)
     replica = await start(partial(FakeCore, die_at_token=1))
     await submit(replica, "a")
     with pytest.raises(EngineDead, match="told to die"):

@@ -265,16 +265,10 @@ async def test_a_hanging_step_is_told_on_trunk_and_watch_and_ends_the_process(
     await actor.drain()
 
 
-async def test_a_death_is_told_before_it_is_written_down(monkeypatch, ended):
+async def test_a_death_is_told_before_it_is_written_down(monkeypatch, hold_dump, ended):
     """The folder may be slow: nobody waits for it, but the dump is written before the end."""
-    may_write = threading.Event()
-
-    def write(*_: object, **__: object) -> None:
-        may_write.wait(10)
-        ended.append("written")
-
     monkeypatch.setattr(watchdog, "EXIT_DELAY_S", 0.0)
-    monkeypatch.setattr(engine_guard, "write_crash_dump", write)
+    may_write = hold_dump(engine_guard, ended)
     actor = EngineActor(EngineConfig(), partial(FakeCore, die_at_token=2))
     await actor.start()
     trunk_of_x, watch = actor.subscribe("x"), actor.watch()
@@ -290,16 +284,10 @@ async def test_a_death_is_told_before_it_is_written_down(monkeypatch, ended):
     await actor.drain()
 
 
-async def test_a_write_that_blocks_keeps_no_process(monkeypatch, ended):
-    may_write = threading.Event()
-
-    def write(*_: object, **__: object) -> None:
-        may_write.wait(10)
-        ended.append("written")
-
+async def test_a_write_that_blocks_keeps_no_process(monkeypatch, hold_dump, ended):
     monkeypatch.setattr(watchdog, "EXIT_DELAY_S", 0.0)
     monkeypatch.setattr(crash_dump, "WRITE_LIMIT_S", 0.1)
-    monkeypatch.setattr(engine_guard, "write_crash_dump", write)
+    may_write = hold_dump(engine_guard, ended)
     actor = EngineActor(EngineConfig(), FakeCore)
     await actor.start()
     actor._guard.end(RuntimeError("told to die"))
